@@ -1,0 +1,64 @@
+"""clipfast: CLIP training and inference made fast without changing what CLIP computes.
+
+The public names below are imported on first use, so that ``import clipfast`` starts no CUDA context, needs
+neither Triton nor the compiled library, and costs little beyond ``import torch``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME_OF = {
+    "create_model": "clipfast.models.config",
+    "list_models": "clipfast.models.config",
+    "CLIPConfig": "clipfast.models.config",
+    "VisionConfig": "clipfast.models.config",
+    "TextConfig": "clipfast.models.config",
+    "CLIP": "clipfast.models.clip",
+    "load_weights": "clipfast.models.weights",
+    "ViT": "clipfast.modules.vit",
+    "ModifiedResNet": "clipfast.modules.resnet",
+    "TextTransformer": "clipfast.modules.text",
+    "ContrastiveLoss": "clipfast.modules.loss",
+    "SigLipLoss": "clipfast.modules.loss",
+    "Tokenizer": "clipfast.data.tokenizer",
+    "tokenize": "clipfast.data.tokenizer",
+    "image_transform": "clipfast.data.transform",
+    "backend": "clipfast.ops.dispatch",
+    "explain": "clipfast.ops.dispatch",
+}
+_ROOMS = ("data", "evaluate", "models", "modules", "ops", "train", "visualize")
+
+__all__ = ["__version__", *_HOME_OF, *_ROOMS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+    elif name in _ROOMS:
+        value = importlib.import_module(f"clipfast.{name}")
+    else:
+        raise AttributeError(f"module 'clipfast' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+if TYPE_CHECKING:
+    from clipfast import data, evaluate, models, modules, ops, train, visualize
+    from clipfast.data.tokenizer import Tokenizer, tokenize
+    from clipfast.data.transform import image_transform
+    from clipfast.models.clip import CLIP
+    from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, create_model, list_models
+    from clipfast.models.weights import load_weights
+    from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
+    from clipfast.modules.resnet import ModifiedResNet
+    from clipfast.modules.text import TextTransformer
+    from clipfast.modules.vit import ViT
+    from clipfast.ops.dispatch import backend, explain

@@ -1,0 +1,1 @@
+"""Drop-in towers and losses as `torch.nn.Module`s."""

@@ -1,0 +1,1 @@
+"""Pictures of what a model learned, and the report that holds them."""

@@ -1,0 +1,1 @@
+"""Triton kernels, one file a kernel family; installed as `clipfast.kernels`."""
