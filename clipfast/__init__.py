@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME_OF = {
-    "create_model": "clipfast.models.config",
+    "create_model": "clipfast.models.create",
     "list_models": "clipfast.models.config",
     "CLIPConfig": "clipfast.models.config",
     "VisionConfig": "clipfast.models.config",
@@ -55,7 +55,8 @@ if TYPE_CHECKING:
     from clipfast.data.tokenizer import Tokenizer, tokenize
     from clipfast.data.transform import image_transform
     from clipfast.models.clip import CLIP
-    from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, create_model, list_models
+    from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, list_models
+    from clipfast.models.create import create_model
     from clipfast.models.weights import load_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
     from clipfast.modules.resnet import ModifiedResNet

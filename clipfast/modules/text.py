@@ -1,0 +1,165 @@
+"""The text transformer of CLIP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipfast.modules.transformer import LayerNorm, Transformer, take_tokens
+
+
+class TextTower(nn.Module):
+    """The parameters of the text tower and what they compute, for the modules that hold them at their root.
+
+    OpenAI's key layout puts the text tower's parameters beside ``visual`` and not under a name of their own, so
+    both :class:`TextTransformer` and ``CLIP`` hold them like this.
+    """
+
+    def _add_text_tower(
+        self,
+        context_length: int,
+        vocab_size: int,
+        width: int,
+        layers: int,
+        heads: int,
+        mlp_ratio: float,
+        output_dim: int | None,
+        approximate: str,
+        eos_id: int | None,
+    ) -> None:
+        self.context_length = context_length
+        self.vocab_size = vocab_size
+        self.eos_id = vocab_size - 1 if eos_id is None else eos_id
+        if not 0 <= self.eos_id < vocab_size:
+            raise ValueError(f"TextTransformer(eos_id): got {eos_id}, expected an id below vocab_size = {vocab_size}")
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
+        self.text_projection = None if output_dim is None else nn.Parameter(torch.empty(width, output_dim))
+        self.transformer = Transformer(width, layers, heads, mlp_ratio, approximate, causal=True)
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.ln_final = LayerNorm(width)
+        self._init_text_tower()
+
+    @torch.no_grad()
+    def _init_text_tower(self) -> None:
+        """Draw the weights as OpenAI and open_clip do."""
+        width, layers = self.transformer.width, self.transformer.layers
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        for block in self.transformer.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection, std=width**-0.5)
+
+    def _text_features(self, tokens: Tensor) -> Tensor:
+        """Return ``[B, E]`` from ``[B, L]``: the EOS token after the last LayerNorm and projection."""
+        x = self.transformer(self._embed_tokens(tokens))
+        # LayerNorm works row by row: the one row that is read suffices
+        pooled = self.ln_final(take_tokens(x, self._eos_positions(tokens)))
+        return pooled if self.text_projection is None else pooled @ self.text_projection
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        self._check_tokens(tokens)
+        return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+
+    def _eos_positions(self, tokens: Tensor) -> Tensor:
+        """Return ``[B]``, the position of the first EOS token of each row."""
+        return (tokens == self.eos_id).to(torch.uint8).argmax(dim=-1)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        expected = f"expected token ids [B, L] (int64 or int32) with 1 ≤ L ≤ {self.context_length}"
+        if not isinstance(tokens, Tensor):
+            raise TypeError(f"tokens: got {type(tokens).__name__}, {expected}; clipfast.tokenize makes them of strings")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens: got {tokens.dtype}, {expected}")
+        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.context_length:
+            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, {expected}")
+        device = self.token_embedding.weight.device
+        if tokens.device != device:
+            raise ValueError(f"tokens: got device {tokens.device}, expected {device}, where the model is")
+        # values are checked in host memory only: elsewhere that would wait for the device
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = tokens.aminmax()
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(f"tokens: got ids {int(low)} to {int(high)}, expected 0 to {self.vocab_size - 1}")
+            missing = (tokens != self.eos_id).all(dim=-1)
+            if missing.any():
+                rows = missing.nonzero().flatten().tolist()
+                raise ValueError(
+                    f"tokens: got {len(rows)} rows without the EOS id {self.eos_id} (the first is row {rows[0]}), "
+                    f"expected one in every row: the text's features are read there"
+                )
+
+
+class TextTransformer(TextTower):
+    """CLIP's causal text transformer: token ids to features, in OpenAI's key layout.
+
+    Args:
+        context_length: The longest caption, in tokens.
+        vocab_size: The number of token ids.
+        width: The width W of tokens.
+        layers: The number of blocks.
+        heads: The number of heads.
+        mlp_ratio: The MLPs' hidden width over W.
+        output_dim: The width E of features; None leaves the projection out and gives features of width W.
+        approximate: The GELU: ``"none"`` (erf), ``"tanh"`` or ``"quick"`` (OpenAI's weights).
+        eos_id: The id of the end-of-text token, where features are read; by default the last id, as in CLIP's
+            vocabulary.
+
+    Raises:
+        ValueError: ``heads`` does not divide ``width``, ``eos_id`` is outside the vocabulary, or ``approximate`` is
+            not one of its values.
+
+    Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021).
+    """
+
+    def __init__(
+        self,
+        context_length: int = 77,
+        vocab_size: int = 49408,
+        width: int = 512,
+        layers: int = 12,
+        heads: int = 8,
+        mlp_ratio: float = 4.0,
+        output_dim: int | None = 512,
+        *,
+        approximate: str = "none",
+        eos_id: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.output_dim = output_dim
+        self._add_text_tower(
+            context_length, vocab_size, width, layers, heads, mlp_ratio, output_dim, approximate, eos_id
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Encode captions.
+
+        Args:
+            tokens: Token ids ``[B, L]``, int64 or int32, L up to the context length, each row with an EOS.
+
+        Returns:
+            Features ``[B, E]``, not normalised.
+
+        Raises:
+            TypeError, ValueError: ``tokens`` is not as described (values are checked in host memory only).
+        """
+        return self._text_features(tokens)
+
+    def forward_features(self, tokens: Tensor) -> Tensor:
+        """Return all tokens after the last LayerNorm, ``[B, L, W]``."""
+        return self.ln_final(self.transformer(self._embed_tokens(tokens)))
+
+    def get_attention_maps(self, tokens: Tensor) -> Tensor:
+        """Return the attention weights of every block and head, ``[layers, B, H, L, L]`` (query, key)."""
+        return self.transformer.attention_maps(self._embed_tokens(tokens))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training; see :attr:`Transformer.grad_checkpointing`."""
+        self.transformer.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that weight decay should spare beside biases and norms."""
+        return {"positional_embedding"}

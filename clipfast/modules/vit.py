@@ -1,0 +1,216 @@
+"""The vision transformer of CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clipfast.modules.transformer import LayerNorm, Transformer
+
+
+def check_images(images: Tensor, height: int, width: int, weight: Tensor) -> None:
+    """Raise unless ``images`` is ``[B, 3, height, width]`` in a dtype and on the device that ``weight`` can use."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: got {type(images).__name__}, expected a tensor [B, 3, {height}, {width}]")
+    if images.dim() != 4 or tuple(images.shape[1:]) != (3, height, width):
+        raise ValueError(f"images: got shape {tuple(images.shape)}, expected [B, 3, {height}, {width}]")
+    if images.device != weight.device:
+        raise ValueError(f"images: got device {images.device}, expected {weight.device}, where the model is")
+    autocast = torch.is_autocast_enabled(images.device.type)
+    if not images.is_floating_point() or (images.dtype != weight.dtype and not autocast):
+        raise TypeError(
+            f"images: got {images.dtype}, expected {weight.dtype}, the model's dtype; normalise pixels with "
+            f"clipfast.image_transform and convert with images.to(dtype)"
+        )
+
+
+def interpolate_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Resample learned position embeddings to another grid of patches, as open_clip does.
+
+    Args:
+        positions: ``[1 + h·w, W]``: the class token's row, then the old grid's, row by row.
+        old_grid: ``(h, w)``.
+        new_grid: ``(h', w')``.
+
+    Returns:
+        ``[1 + h'·w', W]`` in the dtype of ``positions``; bicubic with antialiasing, the class token's row unchanged.
+
+    Raises:
+        ValueError: ``positions`` has not ``1 + h·w`` rows.
+    """
+    if positions.shape[0] != 1 + old_grid[0] * old_grid[1]:
+        raise ValueError(
+            f"positions: got {positions.shape[0]} rows, expected 1 + {old_grid[0]}·{old_grid[1]} for the old grid"
+        )
+    grid = positions[1:].reshape(1, *old_grid, -1).permute(0, 3, 1, 2)
+    dtype = torch.promote_types(grid.dtype, torch.float32)
+    grid = F.interpolate(grid.to(dtype), size=new_grid, mode="bicubic", antialias=True, align_corners=False)
+    grid = grid.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
+    return torch.cat([positions[:1], grid])
+
+
+class PatchDropout(nn.Module):
+    """In training, keep a random share of the patches of every image, and the class token always.
+
+    Args:
+        prob: The share that is dropped, at least 0 and less than 1.
+
+    Source: Li et al., "Scaling Language-Image Pre-training via Masking" (FLIP, 2022).
+    """
+
+    def __init__(self, prob: float) -> None:
+        super().__init__()
+        if not 0 <= prob < 1:
+            raise ValueError(f"PatchDropout(prob): got {prob}, expected at least 0 and less than 1")
+        self.prob = prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[B, 1 + kept, W]`` from ``[B, 1 + patches, W]``."""
+        if not self.training or self.prob == 0:
+            return x
+        batch, patches = x.shape[0], x.shape[1] - 1
+        kept = max(1, int(patches * (1 - self.prob)))
+        # drawn on the CPU, as open_clip draws it: one seed keeps the same patches on every device
+        chosen = torch.randn(batch, patches).topk(kept, dim=-1).indices.to(x.device)
+        rows = torch.arange(batch, device=x.device)[:, None]
+        return torch.cat([x[:, :1], x[:, 1:][rows, chosen]], dim=1)
+
+
+class ViT(nn.Module):
+    """CLIP's vision transformer: images to pooled features, in OpenAI's key layout (without ``visual.``).
+
+    Args:
+        image_size: Pixels a side, or ``(height, width)``.
+        patch_size: Pixels a patch's side.
+        width: The width W of tokens.
+        layers: The number of blocks.
+        heads: The number of heads.
+        mlp_ratio: The MLPs' hidden width over W.
+        output_dim: The width E of features; None leaves the projection out and gives features of width W.
+        approximate: The GELU: ``"none"`` (erf), ``"tanh"`` or ``"quick"`` (OpenAI's weights).
+        patch_dropout: The share of patches dropped in training.
+
+    Raises:
+        ValueError: ``image_size`` is not a multiple of ``patch_size``, ``heads`` does not divide ``width``, or
+            ``approximate`` or ``patch_dropout`` is not one of their values.
+
+    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words" (2020), with CLIP's LayerNorm before the first block.
+    """
+
+    def __init__(
+        self,
+        image_size: int | tuple[int, int] = 224,
+        patch_size: int = 32,
+        width: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        output_dim: int | None = 512,
+        *,
+        approximate: str = "none",
+        patch_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.output_dim = output_dim
+        self.image_size, self.grid_size = self._sizes(image_size)
+        scale = width**-0.5
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + self.grid_size[0] * self.grid_size[1], width))
+        self.proj = None if output_dim is None else nn.Parameter(scale * torch.randn(width, output_dim))
+        self.conv1 = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+        self.patch_dropout = PatchDropout(patch_dropout)
+        self.ln_pre = LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, mlp_ratio, approximate)
+        self.ln_post = LayerNorm(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Encode images.
+
+        Args:
+            images: ``[B, 3, height, width]``, normalised, in the dtype of the weights (any float under autocast).
+
+        Returns:
+            Pooled features ``[B, E]``, not normalised: the class token after the last LayerNorm and projection.
+
+        Raises:
+            TypeError, ValueError: ``images`` is not as described.
+        """
+        x = self.transformer(self._embed(images))
+        # LayerNorm works row by row: the one row that is read suffices
+        return self._project(self.ln_post(x[:, 0]))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return all tokens after the last LayerNorm, ``[B, 1 + patches, W]``, class token first."""
+        return self.ln_post(self.transformer(self._embed(images)))
+
+    def forward_intermediates(
+        self, images: Tensor, indices: int | Sequence[int] | None = None, *, norm: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return pooled features and the tokens after chosen blocks.
+
+        Args:
+            images: ``[B, 3, height, width]``.
+            indices: The last n blocks (an int), those named (a sequence; negative from the end), or all (None).
+            norm: Whether the last LayerNorm is applied to the tokens.
+
+        Returns:
+            ``(features, tokens)``: ``[B, E]`` and a list of ``[B, 1 + patches, W]``, class token first.
+
+        Raises:
+            ValueError: An index is outside the blocks.
+        """
+        x, chosen = self.transformer.intermediates(self._embed(images), indices)
+        return self._project(self.ln_post(x[:, 0])), [self.ln_post(t) if norm else t for t in chosen]
+
+    def get_attention_maps(self, images: Tensor) -> Tensor:
+        """Return the attention weights of every block and head, ``[layers, B, H, N, N]`` (query, key).
+
+        N counts the class token, at index 0, and the patches, row by row.
+        """
+        return self.transformer.attention_maps(self._embed(images))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade time for memory in training; see :attr:`Transformer.grad_checkpointing`."""
+        self.transformer.grad_checkpointing = enable
+
+    @torch.no_grad()
+    def set_image_size(self, image_size: int | tuple[int, int]) -> None:
+        """Take images of another size from now on, with interpolated position embeddings.
+
+        The position embeddings become a new Parameter: make optimizers after this.
+
+        Raises:
+            ValueError: ``image_size`` is not a multiple of the patch size.
+        """
+        size, grid = self._sizes(image_size)
+        if grid != self.grid_size:
+            old = self.positional_embedding
+            positions = interpolate_positions(old, self.grid_size, grid)
+            self.positional_embedding = nn.Parameter(positions, requires_grad=old.requires_grad)
+        self.image_size, self.grid_size = size, grid
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of parameters that weight decay should spare beside biases and norms."""
+        return {"positional_embedding", "class_embedding"}
+
+    def _sizes(self, image_size: int | tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(height, width) < self.patch_size or height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"ViT(image_size): got {height}×{width}, expected multiples of patch_size = {self.patch_size}"
+            )
+        return (height, width), (height // self.patch_size, width // self.patch_size)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        check_images(images, *self.image_size, self.conv1.weight)
+        x = self.conv1(images).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        x = x + self.positional_embedding.to(x.dtype)
+        return self.ln_pre(self.patch_dropout(x))
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        return pooled if self.proj is None else pooled @ self.proj

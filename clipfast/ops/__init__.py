@@ -1,0 +1,23 @@
+"""The functions that CLIP spends its time in, each with a reference, faster implementations and a choice.
+
+The functions are imported here, before anything can import their files, so that ``clipfast.ops.attention`` is
+the function however it was imported and not the file of the same name.
+"""
+
+from clipfast.ops.attention import attention
+from clipfast.ops.bias_gelu import bias_gelu
+from clipfast.ops.contrastive_loss import contrastive_loss, siglip_loss
+from clipfast.ops.dispatch import FallbackWarning, backend, explain
+from clipfast.ops.layer_norm import add_layer_norm, layer_norm
+
+__all__ = [
+    "FallbackWarning",
+    "add_layer_norm",
+    "attention",
+    "backend",
+    "bias_gelu",
+    "contrastive_loss",
+    "explain",
+    "layer_norm",
+    "siglip_loss",
+]

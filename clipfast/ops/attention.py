@@ -1,0 +1,143 @@
+"""Multi-head attention that reads packed queries, keys and values in place."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.ops import dispatch
+
+
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Multi-head self-attention, ``softmax(scale · Q Kᵀ) V`` for every head.
+
+    Args:
+        qkv: Packed queries, keys and values as the QKV projection writes them: ``[B, N, 3·H·D]`` or its view
+            ``[B, N, 3, H, D]``; with ``cu_seqlens``, ``[total, 3·H·D]`` or ``[total, 3, H, D]``. Floating point.
+        num_heads: The number of heads, H.
+        causal: Whether token i attends to tokens 0..i only.
+        cu_seqlens: Offsets ``[S + 1]`` (int32 or int64) of S sequences packed one behind the other, as in
+            FlashAttention: starts at 0, never decreases, ends at ``total``.
+        scale: The factor before the softmax; by default ``D ** -0.5``.
+
+    Returns:
+        ``[B, N, H·D]`` (``[total, H·D]`` with ``cu_seqlens``) in the dtype of ``qkv``, ready for the output
+        projection.
+
+    Raises:
+        TypeError: ``qkv`` is not floating point, or ``cu_seqlens`` not int32 or int64.
+        ValueError: The shapes do not fit, there are no tokens, or ``cu_seqlens`` is not as described (its values
+            are checked where they lie in host memory).
+
+    Source: Vaswani et al., "Attention Is All You Need" (2017).
+    """
+    return dispatch.call("attention", qkv, num_heads, causal=causal, cu_seqlens=cu_seqlens, scale=scale)
+
+
+def attention_weights(qkv: Tensor, num_heads: int, *, causal: bool = False, scale: float | None = None) -> Tensor:
+    """Return the softmax weights ``[B, H, N, N]`` (query, key) that :func:`attention` applies to the values."""
+    qkv, causal, _, scale = _prepare(qkv, num_heads, causal=causal, cu_seqlens=None, scale=scale)
+    return _weights(*_heads_first(qkv)[:2], causal, scale)
+
+
+def _prepare(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    causal: bool = False,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, bool, Tensor | None, float]:
+    """Check the arguments; return qkv as ``[B, N, 3, H, D]`` (``[total, 3, H, D]``) and the scale as a number."""
+    if not qkv.is_floating_point():
+        raise TypeError(f"attention(qkv): got {qkv.dtype}, expected a floating-point dtype")
+    lead = ("total",) if cu_seqlens is not None else ("B", "N")
+    if qkv.dim() == len(lead) + 1 and num_heads > 0 and qkv.shape[-1] % (3 * num_heads) == 0:
+        qkv = qkv.unflatten(-1, (3, num_heads, -1))
+    if qkv.dim() != len(lead) + 3 or tuple(qkv.shape[-3:-1]) != (3, num_heads):
+        names = ", ".join(lead)
+        raise ValueError(
+            f"attention(qkv): got shape {tuple(qkv.shape)}, expected [{names}, 3·H·D] or [{names}, 3, H, D] "
+            f"with H = num_heads = {num_heads}"
+        )
+    if cu_seqlens is not None:
+        _check_cu_seqlens(cu_seqlens, qkv.shape[0])
+    elif qkv.shape[1] == 0:
+        raise ValueError("attention(qkv): got 0 tokens, expected at least 1")
+    return qkv, causal, cu_seqlens, 1 / math.sqrt(qkv.shape[-1]) if scale is None else float(scale)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"attention(cu_seqlens): got {cu_seqlens.dtype}, expected int32 or int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"attention(cu_seqlens): got shape {tuple(cu_seqlens.shape)}, expected [S + 1]")
+    # reading values off a device would wait for it, and cannot be captured in a graph
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        offsets = cu_seqlens.tolist()
+        if offsets[0] != 0 or offsets[-1] != total or any(b < a for a, b in pairwise(offsets)):
+            raise ValueError(
+                f"attention(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, never "
+                f"decrease and end at the {total} tokens of qkv"
+            )
+
+
+def _heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return views ``[B, H, N, D]`` of the queries, keys and values."""
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _weights(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
+    scores = (query * scale) @ key.transpose(-2, -1)
+    if causal:
+        n = scores.shape[-1]
+        future = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -math.inf)
+    return scores.softmax(dim=-1)
+
+
+def _reference_dense(qkv: Tensor, causal: bool, scale: float) -> Tensor:
+    query, key, value = _heads_first(qkv)
+    return (_weights(query, key, causal, scale) @ value).transpose(1, 2).flatten(2)
+
+
+def _sdpa_dense(qkv: Tensor, causal: bool, scale: float) -> Tensor:
+    query, key, value = _heads_first(qkv)
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _reference(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Tensor:
+    """The specification: every weight is formed, one sequence at a time where they are packed."""
+    if cu_seqlens is None:
+        return _reference_dense(qkv, causal, scale)
+    sequences = qkv.tensor_split(cu_seqlens[1:-1].cpu())
+    parts = [_reference_dense(s[None], causal, scale)[0] for s in sequences if s.shape[0] > 0]
+    return torch.cat(parts) if parts else qkv.new_empty(0, qkv.shape[-2] * qkv.shape[-1])
+
+
+def _sdpa(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Tensor:
+    return _sdpa_dense(qkv, causal, scale)
+
+
+def _sdpa_refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str | None:
+    return "packed sequences (cu_seqlens) are not served" if cu_seqlens is not None else None
+
+
+dispatch.register(
+    "attention",
+    _prepare,
+    dispatch.Implementation("torch", "scaled_dot_product_attention", _sdpa, _sdpa_refusal),
+    dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
+)

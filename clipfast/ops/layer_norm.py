@@ -1,0 +1,95 @@
+"""LayerNorm, alone and with the residual addition before it."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.ops import dispatch
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Normalise every row of ``x`` over its last dimension, then scale and shift it.
+
+    Args:
+        x: ``[..., C]``, floating point.
+        weight: ``[C]``.
+        bias: ``[C]``.
+        eps: Added to the variance.
+
+    Returns:
+        ``[..., C]`` in the dtype of ``x``. Statistics are taken in float32 at least.
+
+    Raises:
+        TypeError: ``x`` is not floating point.
+        ValueError: ``weight`` or ``bias`` is not ``[C]``.
+
+    Source: Ba et al., "Layer Normalization" (2016).
+    """
+    return dispatch.call("layer_norm", x, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Add a block's output to the residual stream and normalise the sum.
+
+    Args:
+        x: ``[..., C]``, what a block adds to the stream.
+        residual: ``[..., C]``, the stream.
+        weight: ``[C]``.
+        bias: ``[C]``.
+        eps: Added to the variance.
+
+    Returns:
+        ``(layer_norm(x + residual), x + residual)``, both ``[..., C]`` in the dtype of the sum.
+
+    Raises:
+        TypeError: ``x`` is not floating point.
+        ValueError: ``residual`` has not the shape of ``x``, or ``weight`` or ``bias`` is not ``[C]``.
+    """
+    return dispatch.call("add_layer_norm", x, residual, weight, bias, eps)
+
+
+def _prepare(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor, float]:
+    if not x.is_floating_point():
+        raise TypeError(f"layer_norm(x): got {x.dtype}, expected a floating-point dtype")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter.shape != x.shape[-1:]:
+            raise ValueError(
+                f"layer_norm({name}): got shape {tuple(parameter.shape)}, expected {tuple(x.shape[-1:])}, "
+                f"the last dimension of x"
+            )
+    return x, weight, bias, eps
+
+
+def _prepare_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    if residual.shape != x.shape:
+        raise ValueError(
+            f"add_layer_norm(residual): got shape {tuple(residual.shape)}, expected {tuple(x.shape)}, that of x"
+        )
+    x, weight, bias, eps = _prepare(x, weight, bias, eps)
+    return x, residual, weight, bias, eps
+
+
+def _reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    # one dtype for all three: CUDA's kernel takes no other, and none of them may lose digits here
+    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
+    y = F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
+    return y.to(x.dtype)
+
+
+def _reference_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    residual = residual + x
+    return _reference(residual, weight, bias, eps), residual
+
+
+dispatch.register("layer_norm", _prepare, dispatch.Implementation("reference", "F.layer_norm", _reference))
+dispatch.register(
+    "add_layer_norm",
+    _prepare_add,
+    dispatch.Implementation("reference", "addition, then F.layer_norm", _reference_add),
+)
