@@ -38,8 +38,15 @@ def create_model(
         ValueError: An unknown name (the nearest is suggested), an unknown configuration key, or weights that do not
             fit.
     """
-    with torch.device(device or "cpu"):
-        model = CLIP(get_config(name_or_config))
-    if dtype is not None:
-        model = model.to(dtype)
-    return model if weights is None else load_weights(model, weights)
+    config = get_config(name_or_config)
+    if weights is None:
+        with torch.device(device or "cpu"):
+            return CLIP(config).to(dtype)
+    # every weight comes from the file or the load fails: none need be drawn first
+    with torch.device("meta"):
+        model = CLIP(config).to(dtype)
+    model.to_empty(device=device or "cpu")
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):  # the one kind that older checkpoints lack
+            buffer.zero_()
+    return load_weights(model, weights)

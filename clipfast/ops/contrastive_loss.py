@@ -112,6 +112,7 @@ def _check_scale(logit_scale: Tensor | float) -> None:
         # reading a value off a device would wait for it, and cannot be captured in a graph
         if logit_scale.device.type != "cpu" or torch.compiler.is_compiling():
             return
+        logit_scale = logit_scale.detach()
     scale = float(logit_scale)
     if not scale >= 0:
         raise ValueError(f"contrastive_loss(logit_scale): got {scale}, expected a number of at least 0")

@@ -1,0 +1,150 @@
+"""Builds the op library (csrc/) into the package; everything else about the package is in pyproject.toml.
+
+The library is plain C++ on PyTorch's stable ABI, without Python: one file serves every Python and every
+PyTorch from 2.10 on. It needs PyTorch's headers, but PyTorch need not be importable where the build runs, and is
+never installed or changed by it. Where it cannot be built, the package installs without it and keeps the reason in
+clipfast/_build.json; ``clipfast.ops.library`` tells it.
+
+Environment:
+    CXX             the C++ compiler (default: c++, then g++, then clang++)
+    CLIPFAST_SKIP_LIBRARY=1   installs without the library
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+LIBRARY = "libclipfast.so"
+# the oldest PyTorch whose stable ABI the library may use: 2.10
+TORCH_TARGET_VERSION = "0x020a000000000000ull"
+
+
+class CannotBuild(Exception):
+    """Why the op library is left out."""
+
+
+def find_torch() -> Path:
+    """Return the folder of the PyTorch package whose headers the library is built with."""
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations)))
+    # under build isolation PyTorch is not importable, but its headers lie in the environment that pip installs into
+    folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
+    for folder in folders:
+        if (Path(folder) / "torch" / "include").is_dir():
+            return Path(folder) / "torch"
+    raise CannotBuild("PyTorch's headers were not found; install PyTorch first, then clipfast")
+
+
+def find_compiler() -> str:
+    """Return the C++ compiler."""
+    wanted = os.environ.get("CXX")
+    for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
+        if shutil.which(name.split()[0]):
+            return name
+    raise CannotBuild(f"no C++ compiler was found ({wanted or 'c++, g++, clang++'})")
+
+
+def run(command: list[str]) -> None:
+    """Run a build step; its output is the reason where it fails."""
+    print(" ".join(command), flush=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout + done.stderr, file=sys.stderr)
+        errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise CannotBuild(f"{command[0]} failed: {errors[0] if errors else f'exit status {done.returncode}'}")
+
+
+def build_library(target: Path, temporary: Path) -> None:
+    """Compile csrc/ into ``target``."""
+    if os.environ.get("CLIPFAST_SKIP_LIBRARY") == "1":
+        raise CannotBuild("CLIPFAST_SKIP_LIBRARY=1 was set")
+    if sys.platform != "linux":
+        raise CannotBuild(f"the op library is built on Linux only, this is {sys.platform}")
+    compiler, torch = find_compiler().split(), find_torch()
+    if not (torch / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
+        raise CannotBuild(f"the PyTorch in {torch.parent.name} is older than 2.10 and has no stable ABI")
+    temporary.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    includes = [f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
+    objects = []
+    for source in sources():
+        objects.append(str(temporary / (Path(source).stem + ".o")))
+        run([*compiler, *flags, *includes, "-c", source, "-o", objects[-1]])
+    # found by its name in the process, whichever PyTorch that loaded: no path is kept
+    links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,-z,relro,-z,now"]
+    run([*compiler, "-shared", *objects, "-o", str(target), *links])
+
+
+def sources() -> list[str]:
+    """Return the C++ files of the library, relative to the project."""
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+
+
+class BuildLibrary(build_ext):
+    """Builds the op library in the place of a Python extension, or leaves it out and keeps the reason."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name the library without Python's version: it does not depend on it."""
+        return str(Path(*fullname.split(".")[:-1]) / LIBRARY)
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build it, and write the record beside it."""
+        target = Path(self.get_ext_fullpath(ext.name))
+        record = {"library": LIBRARY, "platform": platform.machine(), "reason": None}
+        try:
+            build_library(target, Path(self.build_temp))
+        except CannotBuild as why:
+            target.unlink(missing_ok=True)
+            record |= {"library": None, "reason": str(why)}
+            print(
+                f"\nclipfast: THE OP LIBRARY WAS NOT BUILT: {why}\nclipfast works without it, in PyTorch.\n", flush=True
+            )
+        target.parent.mkdir(parents=True, exist_ok=True)
+        (target.parent / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
+
+    def copy_extensions_to_source(self) -> None:
+        """Bring what was made into the source tree, for an editable install."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("clipfast"))
+        for name in (LIBRARY, "_build.json"):
+            (package / name).unlink(missing_ok=True)
+        for output in self.get_outputs():
+            shutil.copy2(output, package)
+
+    def get_outputs(self) -> list[str]:
+        """List what was made."""
+        made = (Path(self.build_lib) / "clipfast" / name for name in (LIBRARY, "_build.json"))
+        return [str(p) for p in made if p.exists()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """An editable install takes its copies from :meth:`copy_extensions_to_source`."""
+        return {}
+
+
+class Wheel(bdist_wheel):
+    """Tags the wheel by platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Serve every Python 3."""
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("clipfast.libclipfast", sources())],
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+)
