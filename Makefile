@@ -1,0 +1,35 @@
+# Every target is a thin call; scripts/ and the `clipfast` command do the work.
+# ARGS passes options on: make demo ARGS="--steps 50", make test ARGS="-k tokenizer".
+
+.PHONY: help demo test test-all bench lint clean
+
+help:
+	@echo "make demo      train a small CLIP on real pairs and write runs/demo/report.html"
+	@echo "make test      prove it equal to open_clip, transformers and timm (without the slow tests)"
+	@echo "make test-all  the slow tests too"
+	@echo "make bench     time clipfast beside its rivals"
+	@echo "make lint      ruff"
+
+demo:
+	scripts/setup_env.sh demo
+	.venv/bin/clipfast demo $(ARGS)
+
+test:
+	scripts/setup_env.sh test
+	.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all:
+	scripts/setup_env.sh test
+	.venv/bin/python -m pytest -m "not gpu" $(ARGS)
+
+bench:
+	scripts/setup_env.sh test bench
+	.venv/bin/python -m pytest benchmarks $(ARGS)
+
+lint:
+	scripts/setup_env.sh test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+clean:
+	rm -rf build dist .venv runs clipfast/libclipfast.so clipfast/_build.json clipfast.egg-info
