@@ -56,14 +56,16 @@ class Bottleneck(nn.Module):
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """Leave the running statistics of BatchNorm alone while a forward pass is computed a second time."""
-    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d) and m.track_running_stats]
+    norms = [m for m in block.modules() if isinstance(m, nn.BatchNorm2d)]
+    kept = [(norm, norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, momentum, batches in kept:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)
 
 
 class AttentionPool2d(nn.Module):

@@ -122,7 +122,7 @@ def _reference(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: floa
     """The specification: every weight is formed, one sequence at a time where they are packed."""
     if cu_seqlens is None:
         return _reference_dense(qkv, causal, scale)
-    sequences = qkv.tensor_split(cu_seqlens[1:-1].cpu())
+    sequences = qkv.tensor_split(cu_seqlens[1:-1].long().cpu())
     parts = [_reference_dense(s[None], causal, scale)[0] for s in sequences if s.shape[0] > 0]
     return torch.cat(parts) if parts else qkv.new_empty(0, qkv.shape[-2] * qkv.shape[-1])
 

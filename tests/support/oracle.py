@@ -8,6 +8,7 @@ from torch import Tensor
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Return ``max|actual − expected| / max|expected|``; NaN anywhere gives NaN, which passes no bound."""
+    actual, expected = actual.detach(), expected.detach()
     assert actual.shape == expected.shape, f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}"
     scale = expected.abs().max()
     assert scale > 0, "the oracle is zero everywhere: give the scale by hand"
@@ -22,6 +23,7 @@ def assert_as_exact_as_reference(
     Its error may be at most twice that of the reference in the same dtype plus two units of rounding at the
     oracle's scale: ``max|oracle|``, or the natural scale of the sum behind it where the oracle is zero or a scalar.
     """
+    fast, reference, oracle = fast.detach(), reference.detach(), oracle.detach()
     assert fast.dtype == reference.dtype, f"{what}: got {fast.dtype}, expected {reference.dtype}"
     assert not fast.isnan().any(), f"{what}: NaN"
     error = float((fast.double() - oracle).abs().max())

@@ -1,0 +1,115 @@
+"""Named models and models of one's own sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import clipfast
+from clipfast.models.config import get_config
+
+# millions of parameters, as open_clip counts them
+PARAMETERS = {
+    "ViT-B-32": 151.277313,
+    "ViT-B-16": 149.620737,
+    "ViT-L-14": 427.616513,
+    "ViT-L-14-336": 427.944193,
+    "ViT-H-14": 986.109441,
+    "RN50": 102.007137,
+    "RN101": 119.688033,
+    "RN50x4": 178.300601,
+    "RN50x16": 290.979217,
+    "RN50x64": 623.258305,
+}
+SMALL = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 48, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 12, "vocab_size": 100, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name: str) -> None:
+    for suffix in ("", "-quickgelu"):
+        with torch.device("meta"):
+            model = clipfast.CLIP(get_config(name + suffix))
+        assert sum(p.numel() for p in model.parameters()) == round(PARAMETERS[name] * 1e6)
+        assert model.transformer.resblocks[0].mlp.approximate == ("quick" if suffix else "none")
+
+
+def test_every_name_is_listed() -> None:
+    assert clipfast.list_models() == [*PARAMETERS, *(f"{n}-quickgelu" for n in PARAMETERS)]
+
+
+def test_one_model_from_a_dict_a_dataclass_and_a_file(tmp_path: Path) -> None:
+    config = clipfast.CLIPConfig(
+        embed_dim=32,
+        vision_cfg=clipfast.VisionConfig(32, 2, 48, head_width=16, patch_size=8),
+        text_cfg=clipfast.TextConfig(12, 100, 32, heads=2, layers=2),
+    )
+    file = tmp_path / "small.json"
+    file.write_text(json.dumps(SMALL))
+    hub_file = tmp_path / "open_clip_config.json"
+    hub_file.write_text(json.dumps({"model_cfg": SMALL, "preprocess_cfg": {}}))
+    assert get_config(SMALL) == config
+    assert get_config(file) == get_config(str(file)) == get_config(hub_file) == config
+    assert get_config(json.loads(json.dumps(config.to_dict()))) == config
+    model = clipfast.create_model(SMALL)
+    assert model.encode_image(torch.zeros(1, 3, 32, 32)).shape == (1, 32)
+
+
+def test_open_clips_quick_gelu_is_understood() -> None:
+    assert get_config(SMALL | {"quick_gelu": True}).approximate == "quick"
+
+
+def test_a_resnet_of_ones_own() -> None:
+    vision = {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+    model = clipfast.create_model(SMALL | {"vision_cfg": vision})
+    assert isinstance(model.visual, clipfast.ModifiedResNet)
+    assert model.visual.attnpool.heads == 16 * 32 // 64
+
+
+def test_device_and_dtype() -> None:
+    model = clipfast.create_model(SMALL, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_weights_are_all_taken() -> None:
+    source = clipfast.create_model(SMALL)
+    model = clipfast.create_model(SMALL, weights=source.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        ("ViT-B32", ValueError, "got 'ViT-B32'; did you mean 'ViT-B-32'"),
+        ("ViT-B/16", ValueError, "did you mean 'ViT-B-16'"),
+        ("what is this", ValueError, "expected one of ViT-B-32, "),
+        ({"embed_dims": 3}, ValueError, "got 'embed_dims'; did you mean 'embed_dim'"),
+        ({"vision_cfg": {"ls_init_value": 1}}, ValueError, "got 'vision_cfg.ls_init_value'"),
+        (7, TypeError, "got int, expected a model's name"),
+        ({"vision_cfg": {"width": 100}}, ValueError, "head_width: got 64, expected a divisor of the width 100"),
+        ({"approximate": "relu"}, ValueError, "got 'relu'"),
+    ],
+)
+def test_wrong_configurations(wrong: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), torch.device("meta"):
+        clipfast.create_model(wrong)
+
+
+def test_the_temperature_starts_and_stays_where_it_should() -> None:
+    model = clipfast.create_model(SMALL)
+    assert math.isclose(model.logit_scale.item(), math.log(1 / 0.07), rel_tol=1e-6)
+    with torch.no_grad():
+        model.logit_scale.fill_(7)
+    model.clamp_logit_scale()
+    assert math.isclose(model.logit_scale.exp().item(), 100, rel_tol=1e-5)
+    with torch.no_grad():
+        model.logit_scale.fill_(-1)
+    model.clamp_logit_scale()
+    assert model.logit_scale.item() == 0

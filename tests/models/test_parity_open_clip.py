@@ -1,0 +1,186 @@
+"""clipfast.CLIP computes what open_clip computes: outputs, gradients, and training."""
+
+from __future__ import annotations
+
+import copy
+
+import open_clip
+import pytest
+import torch
+from oracle import assert_as_exact_as_reference, relative_error
+from rivals import captions
+from torch import Tensor, nn
+
+import clipfast
+
+# H/14's widths and heads with few layers: its full size needs 32 GB in fp64
+H14_SHAPED = {"vision_cfg": {"layers": 3}, "text_cfg": {"layers": 3}}
+SMALL = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 200, "width": 48, "heads": 3, "layers": 3},
+}
+
+
+def rival_config(name: str) -> dict:
+    config = open_clip.get_model_config(name)
+    if name == "ViT-H-14":
+        config = {**config, **{part: config[part] | change for part, change in H14_SHAPED.items()}}
+    return config
+
+
+def rival_model(config: dict) -> nn.Module:
+    model = open_clip.CLIP(**config)
+    for key, parameter in model.named_parameters():
+        if key.endswith("bn3.weight"):
+            # they start at zero, which would hide the residual branches
+            nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def step(model: nn.Module, loss: nn.Module, images: Tensor, tokens: Tensor) -> tuple[dict, dict]:
+    """Return the named outputs and the named gradients of one training step."""
+    model.zero_grad()
+    image_features, text_features, scale = model(images, tokens)
+    value = loss(image_features, text_features, scale)
+    value.backward()
+    outputs = {"image": image_features, "text": text_features, "scale": scale, "loss": value}
+    gradients = {k: p.grad for k, p in model.named_parameters()}
+    # a key bias moves all scores of a query alike: its gradient is zero, so it is read together with its siblings
+    if "visual.attnpool.k_proj.bias" in gradients:
+        parts = [gradients.pop(f"visual.attnpool.{p}_proj.bias") for p in "qkv"]
+        gradients["visual.attnpool.qkv_bias"] = torch.cat(parts)
+    return {k: v.detach() for k, v in outputs.items()}, gradients
+
+
+def worst_error(actual: dict, expected: dict) -> tuple[float, str]:
+    assert actual.keys() == expected.keys()
+    return max((relative_error(actual[k], expected[k]), k) for k in expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ViT-B-32",
+        "ViT-B-32-quickgelu",
+        pytest.param("ViT-B-16", marks=pytest.mark.slow),
+        pytest.param("ViT-L-14", marks=pytest.mark.slow),
+        "ViT-H-14",
+        "RN50",
+        pytest.param("RN50x4", marks=pytest.mark.slow),
+    ],
+)
+def test_same_outputs_and_gradients(name: str) -> None:
+    torch.manual_seed(0)
+    config = rival_config(name)
+    size = config["vision_cfg"]["image_size"]
+    images, tokens = torch.randn(3, 3, size, size, dtype=torch.float64), captions(3)
+    rival = rival_model(config).double()
+    weights = {k: v.clone() for k, v in rival.state_dict().items()}
+    outputs, gradients = step(rival, open_clip.ClipLoss(), images, tokens)
+    # BatchNorm's running statistics have moved: the fp32 comparison starts from the same weights again
+    rival.load_state_dict(weights)
+    rival.zero_grad()  # or float() would convert the gradients that were just taken
+    with torch.no_grad():
+        fp32_outputs = dict(enumerate(rival.float()(images.float(), tokens)))
+    del rival
+
+    model = clipfast.create_model(config, weights=weights, dtype=torch.float64)
+    my_outputs, my_gradients = step(model, clipfast.ContrastiveLoss(), images, tokens)
+    worst = worst_error(my_outputs, outputs)
+    assert worst[0] <= 1e-10, worst
+    worst = worst_error(my_gradients, gradients)
+    assert worst[0] <= 1e-10, worst
+
+    clipfast.load_weights(model, weights).zero_grad()
+    with torch.no_grad():
+        my_fp32_outputs = dict(enumerate(model.float()(images.float(), tokens)))
+    worst = worst_error(my_fp32_outputs, fp32_outputs)
+    assert worst[0] <= 2e-6, worst
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50"])
+@pytest.mark.slow
+def test_fp32_gradients_are_as_exact_as_the_rivals(name: str) -> None:
+    torch.manual_seed(0)
+    config = rival_config(name)
+    images, tokens = torch.randn(3, 3, 224, 224), captions(3)
+    rival = rival_model(config)
+    # read before the training step, which moves BatchNorm's statistics
+    model = clipfast.create_model(config, weights=rival.state_dict())
+    oracle = copy.deepcopy(rival).double()
+    _, exact = step(oracle, open_clip.ClipLoss(), images.double(), tokens)
+    _, theirs = step(rival, open_clip.ClipLoss(), images, tokens)
+    _, mine = step(model, clipfast.ContrastiveLoss(), images, tokens)
+    for key in exact:
+        assert_as_exact_as_reference(mine[key], theirs[key], exact[key], key)
+
+
+def test_same_training_run() -> None:
+    """Twenty steps of AdamW in fp64, from the same weights on the same batches, give the same losses."""
+    torch.manual_seed(0)
+    rival = rival_model(SMALL).double()
+    model = clipfast.create_model(SMALL, weights=rival.state_dict(), dtype=torch.float64)
+    batches = [(torch.randn(8, 3, 32, 32, dtype=torch.float64), captions(8, 16, 200, seed=i)) for i in range(20)]
+
+    def train(model: nn.Module, loss: nn.Module) -> Tensor:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.2)
+        losses = []
+        for images, tokens in batches:
+            optimizer.zero_grad()
+            value = loss(*model(images, tokens))
+            value.backward()
+            optimizer.step()
+            losses.append(value.detach())
+        return torch.stack(losses)
+
+    theirs, mine = train(rival, open_clip.ClipLoss()), train(model, clipfast.ContrastiveLoss())
+    assert relative_error(mine, theirs) <= 1e-8
+    assert not torch.equal(theirs[0], theirs[-1])
+
+
+def test_same_state_dict_keys_in_the_same_order() -> None:
+    for name in ("ViT-B-32", "RN50"):
+        with torch.device("meta"):
+            rival = open_clip.CLIP(**open_clip.get_model_config(name))
+            model = clipfast.CLIP(clipfast.models.config.get_config(name))
+        assert list(model.state_dict()) == list(rival.state_dict())
+        # optimizers number parameters in this order
+        assert [k for k, _ in model.named_parameters()] == [k for k, _ in rival.named_parameters()]
+
+
+def test_patch_dropout_keeps_the_same_patches() -> None:
+    config = {**SMALL, "vision_cfg": SMALL["vision_cfg"] | {"patch_dropout": 0.5}}
+    torch.manual_seed(0)
+    rival = rival_model(config)
+    model = clipfast.create_model(config, weights=rival.state_dict())
+    images = torch.randn(4, 3, 32, 32)
+    features = []
+    for tower in (rival.visual, model.visual):
+        torch.manual_seed(7)
+        features.append(tower(images))
+    assert relative_error(features[1], features[0]) <= 2e-6
+    assert not torch.allclose(features[1], model.eval().visual(images))
+
+
+@pytest.mark.parametrize("config", [SMALL, "RN50"], ids=["ViT", "ResNet"])
+def test_initialised_as_the_rival(config: dict | str) -> None:
+    """Every parameter is drawn from the rival's distribution: constant where it is, else the same spread."""
+    torch.manual_seed(0)
+    if isinstance(config, str):
+        config = open_clip.get_model_config(config)
+        config = {**config, "text_cfg": SMALL["text_cfg"]}
+    theirs = open_clip.CLIP(**config).state_dict()
+    mine = clipfast.create_model(config).state_dict()
+    assert mine.keys() == theirs.keys()
+    for key, expected in theirs.items():
+        actual, expected = mine[key].double(), expected.double()
+        if expected.numel() < 2 or expected.std() == 0:
+            assert torch.equal(actual, expected), key
+            continue
+        # the spread of a sample's standard deviation is 1/√(2n) for normal draws, less for uniform ones
+        error = abs(actual.std() / expected.std() - 1)
+        assert error < 6 / expected.numel() ** 0.5, (key, float(actual.std()), float(expected.std()))
+        assert abs(actual.mean() - expected.mean()) < 8 * expected.std() / expected.numel() ** 0.5, key
+        # uniform or normal: the largest draw tells them apart
+        assert (actual.abs().max() > 2.2 * expected.std()) == (expected.abs().max() > 2.2 * expected.std()), key

@@ -1,0 +1,46 @@
+"""The op library: what it reports of its build, and the reason where it cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from clipfast.ops import library
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give the library another place, and forget what was found there."""
+    monkeypatch.setattr(library, "_PACKAGE", tmp_path)
+    library.unavailable.cache_clear()
+    yield tmp_path
+    library.unavailable.cache_clear()
+
+
+def test_it_reports_its_build() -> None:
+    reason = library.unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    info = library.build_info()
+    assert set(info) == {"compiler", "torch_target", "cpu", "cuda"}
+    assert info["torch_target"].startswith("0x020a")
+
+
+def test_the_reason_of_the_build_is_kept(package: Path) -> None:
+    (package / "_build.json").write_text(json.dumps({"reason": "no C++ compiler was found"}))
+    assert library.unavailable() == "the op library was not built: no C++ compiler was found"
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
+        library.build_info()
+
+
+def test_without_a_record(package: Path) -> None:
+    assert "not installed with it" in library.unavailable()
+
+
+def test_a_corrupt_library_is_a_reason_and_no_crash(package: Path) -> None:
+    (package / "libclipfast.so").write_bytes(b"\x7fELF and nothing else")
+    assert library.unavailable().startswith("the op library does not load: ")
+    assert "\n" not in library.unavailable()
