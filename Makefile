@@ -16,15 +16,15 @@ demo:
 
 test:
 	scripts/setup_env.sh test
-	.venv/bin/python -m pytest -m "not slow and not gpu" $(ARGS)
+	.venv/bin/pytest -m "not slow and not gpu" $(ARGS)
 
 test-all:
 	scripts/setup_env.sh test
-	.venv/bin/python -m pytest -m "not gpu" $(ARGS)
+	.venv/bin/pytest -m "not gpu" $(ARGS)
 
 bench:
 	scripts/setup_env.sh test bench
-	.venv/bin/python -m pytest benchmarks $(ARGS)
+	.venv/bin/pytest benchmarks $(ARGS)
 
 lint:
 	scripts/setup_env.sh test

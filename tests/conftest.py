@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
+from pathlib import Path
 
 import torch
+
+import clipfast  # noqa: F401  # from wherever it is, before the path changes
+
+# `python -m pytest` puts the clone's root on the path, where transformers' `import kernels` would find our folder
+_root = Path(__file__).parent.parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _root]
 
 # models come from code here, never from a hub
 os.environ["HF_HUB_OFFLINE"] = "1"

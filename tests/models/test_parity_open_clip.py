@@ -182,5 +182,7 @@ def test_initialised_as_the_rival(config: dict | str) -> None:
         error = abs(actual.std() / expected.std() - 1)
         assert error < 6 / expected.numel() ** 0.5, (key, float(actual.std()), float(expected.std()))
         assert abs(actual.mean() - expected.mean()) < 8 * expected.std() / expected.numel() ** 0.5, key
-        # uniform or normal: the largest draw tells them apart
-        assert (actual.abs().max() > 2.2 * expected.std()) == (expected.abs().max() > 2.2 * expected.std()), key
+        # uniform or normal: the largest of many draws tells them apart
+        if expected.numel() >= 1000:
+            tails = [bool(t.abs().max() > 2.2 * expected.std()) for t in (actual, expected)]
+            assert tails[0] == tails[1], key

@@ -1,0 +1,98 @@
+"""The loss modules: open_clip's values and gradients on one rank, the joined batch's on several."""
+
+from __future__ import annotations
+
+import math
+
+import open_clip.loss
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import relative_error
+from torch import Tensor
+
+import clipfast
+
+LOSSES = {
+    "contrastive": (clipfast.ContrastiveLoss, open_clip.loss.ClipLoss),
+    "siglip": (clipfast.SigLipLoss, open_clip.loss.SigLipLoss),
+}
+
+
+def features(batch: int = 6, width: int = 5) -> list[Tensor]:
+    torch.manual_seed(0)
+    both = [F.normalize(torch.randn(batch, width, dtype=torch.float64), dim=-1) for _ in range(2)]
+    scale, bias = torch.tensor(14.3, dtype=torch.float64), torch.tensor(-3.0, dtype=torch.float64)
+    return [t.requires_grad_() for t in (*both, scale, bias)]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_and_gradients_of_open_clip(name: str) -> None:
+    mine, theirs = LOSSES[name]
+    results = []
+    for loss in (mine(), theirs()):
+        inputs = features()
+        value = loss(*inputs)
+        value.backward()
+        results.append([value, *(t.grad for t in inputs[:3])])
+        assert torch.equal(loss(*inputs, output_dict=True)["contrastive_loss"], value)
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-12
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradcheck(name: str) -> None:
+    assert torch.autograd.gradcheck(LOSSES[name][0](), features(4, 3), atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_get_float32_logits(dtype: torch.dtype) -> None:
+    image, text, _, _ = (t.detach().to(dtype) for t in features(32, 16))
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = clipfast.ContrastiveLoss()(image, text, torch.tensor(100.0))
+        exact = clipfast.ContrastiveLoss()(image.double(), text.double(), torch.tensor(100.0).double())
+        assert value.dtype == torch.float32
+        assert relative_error(value, exact) < 1e-6
+
+
+def test_known_values() -> None:
+    eye = torch.eye(4, dtype=torch.float64)
+    # each row has one logit of 2 and three of 0
+    expected = math.log(math.exp(2) + 3) - 2
+    assert math.isclose(clipfast.ContrastiveLoss()(eye, eye, 2.0).item(), expected, rel_tol=1e-14)
+    assert clipfast.ContrastiveLoss()(eye[:1], eye[:1], 2.0).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.zeros(5, 5).double()}, ValueError, r"got shape \(6, 5\), expected \(5, 5\)"),
+        ({0: torch.zeros(6, 5)}, TypeError, "got dtype torch.float64, expected torch.float32"),
+        ({0: torch.zeros(6, 5).long()}, TypeError, r"image_features\): got torch.int64"),
+        ({0: torch.zeros(0, 5).double(), 1: torch.zeros(0, 5).double()}, ValueError, "B of at least 1"),
+        ({2: torch.tensor(math.nan)}, ValueError, r"logit_scale\): got nan"),
+        ({2: -1.0}, ValueError, r"logit_scale\): got -1.0, expected a number of at least 0"),
+        ({2: torch.ones(2)}, ValueError, r"logit_scale\): got shape \(2,\), expected a scalar"),
+    ],
+)
+@pytest.mark.parametrize("name", LOSSES)
+def test_wrong_input(name: str, change: dict, error: type[Exception], message: str) -> None:
+    inputs = [change.get(i, t.detach()) for i, t in enumerate(features())]
+    with pytest.raises(error, match=message):
+        LOSSES[name][0]()(*inputs)
+
+
+def test_flags_that_would_give_wrong_gradients_are_refused() -> None:
+    with pytest.raises(ValueError, match="wrong gradients.*gather_with_grad=True"):
+        clipfast.ContrastiveLoss(local_loss=True, rank=0, world_size=2)
+    clipfast.ContrastiveLoss(local_loss=True)
+    with pytest.raises(ValueError, match="use_horovod"):
+        clipfast.ContrastiveLoss(use_horovod=True)
+    with pytest.raises(ValueError, match="dist_impl.*'star'"):
+        clipfast.SigLipLoss(dist_impl="star")
+
+
+def test_without_a_process_group() -> None:
+    with pytest.raises(RuntimeError, match=r"world_size=2.*no process group"):
+        clipfast.ContrastiveLoss(world_size=2)(*features())
