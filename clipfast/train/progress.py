@@ -1,0 +1,63 @@
+"""What a training run says of itself while it runs."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clipfast.train.engine import StepRecord
+
+
+class TrainingProgress:
+    """A progress bar with loss, samples a second and time left; in a file or a pipe, a plain line now and then.
+
+    Use it as a context manager, and :meth:`update` as :func:`clipfast.train.engine.train`'s ``on_step``.
+
+    Args:
+        steps: Of the whole run.
+        console: Where to write.
+        seconds_between_lines: How often a plain line is written at most; the first and last steps always are.
+    """
+
+    def __init__(self, steps: int, console: Console, *, seconds_between_lines: float = 10.0) -> None:
+        self.steps = steps
+        self.console = console
+        self.seconds_between_lines = seconds_between_lines
+        self._last_line = -float("inf")
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:.0f} samples/s ·"),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> TrainingProgress:
+        self._task = self._bar.add_task("training", total=self.steps, loss=float("nan"), rate=0.0)
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, record: StepRecord) -> None:
+        """Show one more step."""
+        self._bar.update(self._task, completed=record.step, loss=record.loss, rate=record.samples_per_second)
+        if self.console.is_terminal:
+            return
+        now = time.monotonic()
+        if record.step == self.steps or now - self._last_line >= self.seconds_between_lines:
+            self._last_line = now
+            left = (self.steps - record.step) * record.seconds / record.step
+            self.console.print(
+                f"step {record.step}/{self.steps} · loss {record.loss:.3f} · {record.samples_per_second:.0f} samples/s"
+                f" · {left:.0f} s left",
+                highlight=False,
+            )
