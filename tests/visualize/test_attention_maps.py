@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import clipfast
+from clipfast.visualize.attention_maps import attention_rollout, plot_attention_maps
+
+
+def test_rollout_by_hand():
+    # one image, two tokens beside the class token
+    first = torch.tensor([[0.2, 0.8, 0.0], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]])
+    second = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    shares = attention_rollout(torch.stack([first, second])[:, None, None])
+    kept = [0.5 * m + 0.5 * torch.eye(3) for m in (first, second)]
+    row = (kept[1] @ kept[0])[0, 1:]
+    torch.testing.assert_close(shares, (row / row.sum())[None])
+
+
+def test_the_patch_that_is_looked_at_gets_the_share():
+    attention = torch.full((3, 2, 4, 10, 10), 0.1)
+    attention[:, 1, :, :, :] = 0
+    attention[:, 1, :, :, 7] = 1
+    shares = attention_rollout(attention)
+    assert shares.shape == (2, 9)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(2))
+    torch.testing.assert_close(shares[0], torch.full((9,), 1 / 9))
+    assert shares[1].argmax() == 6
+    assert shares[1, 6] > 0.99
+
+
+def test_rollout_takes_what_vit_gives():
+    vit = clipfast.ViT(image_size=16, patch_size=4, width=32, layers=2, heads=2, output_dim=8)
+    shares = attention_rollout(vit.get_attention_maps(torch.randn(3, 3, 16, 16)))
+    assert shares.shape == (3, 16)
+    torch.testing.assert_close(shares.sum(dim=1), torch.ones(3))
+
+
+def test_plot_lays_maps_over_pictures():
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
+    shares = torch.zeros(3, 4)
+    shares[:, 3] = 1  # the lower right quarter
+    figure = plot_attention_maps(pictures, shares, (2, 2), captions=["a", "b", "c"])
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(shown) == 6
+    assert np.array_equal(shown[2].images[0].get_array(), pictures[1])
+    heat = np.asarray(shown[3].images[1].get_array())
+    assert heat.shape == (16, 16)
+    assert heat[8:, 8:].mean() > 0.7 > 0.2 > heat[:8, :8].mean()
+    assert [axes.get_title(loc="left") for axes in shown[::2]] == ["a", "b", "c"]
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"attention: got shape \(2, 3, 3\)"):
+        attention_rollout(torch.ones(2, 3, 3))
+    with pytest.raises(ValueError, match=r"shares: got shape \(1, 9\), expected \[1, 2·2\]"):
+        plot_attention_maps(np.zeros((1, 8, 8, 3), np.uint8), torch.ones(1, 9), (2, 2))

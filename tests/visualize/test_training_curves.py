@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from clipfast.visualize.training_curves import plot_training_curves, read_log
+
+HISTORY = [
+    {"step": i, "loss": 5.0 / i, "logit_scale": 14.0 + i, "learning_rate": 1e-3, "samples_per_second": 100.0 + i}
+    for i in range(1, 31)
+]
+
+
+def test_curves_hold_the_history():
+    figure = plot_training_curves(HISTORY, chance_loss=math.log(256))
+    loss, scale, speed = figure.axes
+    raw, smooth, level = loss.get_lines()
+    assert raw.get_ydata().tolist() == [record["loss"] for record in HISTORY]
+    assert set(level.get_ydata()) == {math.log(256)}
+    assert scale.get_lines()[0].get_ydata().tolist() == [record["logit_scale"] for record in HISTORY]
+    assert speed.get_lines()[0].get_ydata().tolist() == [record["samples_per_second"] for record in HISTORY]
+    # a moving average is neither late at the start nor rougher than what it smooths
+    assert smooth.get_ydata()[0] == pytest.approx(5.0)
+    assert np.abs(np.diff(smooth.get_ydata())).max() < np.abs(np.diff(raw.get_ydata())).max()
+
+
+def test_a_constant_stays_what_it_is_when_smoothed():
+    figure = plot_training_curves([{**record, "loss": 2.5} for record in HISTORY])
+    assert figure.axes[0].get_lines()[1].get_ydata() == pytest.approx(np.full(30, 2.5))
+
+
+def test_one_step_and_none():
+    assert len(plot_training_curves(HISTORY[:1]).axes) == 3
+    with pytest.raises(ValueError, match="history: got no records"):
+        plot_training_curves([])
+
+
+def test_log_is_read_up_to_a_cut_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [json.dumps(record) for record in HISTORY]
+    path.write_text("\n".join([*lines[:5], lines[5][:20]]))
+    assert read_log(path) == HISTORY[:5]
+    path.write_text("\n".join([lines[0], "half", lines[1]]))
+    with pytest.raises(ValueError, match="line 2 is 'half'"):
+        read_log(path)
