@@ -1,0 +1,49 @@
+"""Every code block of the README runs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+# what stands behind each command, so that the test of the README does not run the tests of everything
+SHORTENED = {
+    "make demo": ["make", "demo", "ARGS=--steps 2 --batch-size 16 --output {tmp}/demo"],
+    "make test": ["make", "test", "ARGS=--collect-only -q"],
+    "pip install .": [
+        *("{root}/.venv/bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
+        *("--target", "{tmp}/site", "."),
+    ],
+}
+
+
+def test_blocks_are_of_two_kinds() -> None:
+    assert {kind for kind, _ in BLOCKS} == {"python", "console"}
+    commands = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
+    assert sorted(commands) == sorted(SHORTENED)
+
+
+@pytest.mark.slow
+def test_python_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for kind, text in BLOCKS:
+        if kind == "python":
+            exec(compile(text, "README.md", "exec"), namespace)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", SHORTENED)
+def test_commands(command: str, tmp_path: Path) -> None:
+    if shutil.which("make") is None or not (ROOT / ".venv" / "bin" / "python").exists():
+        pytest.skip("the commands work on a clone with make and its own .venv")
+    arguments = [a.format(root=ROOT, tmp=tmp_path) for a in SHORTENED[command]]
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    expected = {"make demo": "demo/report.html", "pip install .": "site/clipfast/kernels/__init__.py"}.get(command)
+    assert expected is None or (tmp_path / expected).is_file()
