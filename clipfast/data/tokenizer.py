@@ -1,0 +1,267 @@
+"""CLIP's byte-pair tokenizer, token for token that of OpenAI's CLIP and of open_clip's ``SimpleTokenizer``.
+
+A text is cleaned and cut into words at blanks; a word is split into letters, digits and symbols, and each of
+these pieces into tokens by CLIP's merges. Splitting and merging run in Rust (the `tokenizers` library), once
+for every word: captions repeat their words, so their tokens are kept in a dictionary. On one core that is
+four times faster than the library's own `encode_batch`, which spends most of its time on records that CLIP does
+not need (offsets, token strings), and it starts no threads that a forked DataLoader worker would miss.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+from importlib.resources import files
+from itertools import chain
+from typing import Any
+
+import ftfy
+import numpy as np
+import tokenizers
+import torch
+from ftfy.badness import is_bad
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel, Split
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+
+CONTEXT_LENGTH = 77
+SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
+_MERGES = 49152 - 256 - 2  # merges in use; the file holds more
+
+# --- cleaning: text to words ------------------------------------------------------------------------------
+
+# What ftfy and html.unescape change in ASCII: control characters and HTML entities. (They also change line
+# breaks, but into other white space, and words are cut at any white space.)
+_is_clean_ascii = re.compile(r"[\t\n\f\r -%'-~]*").fullmatch
+
+# What ftfy may take for mojibake is made of characters of the old 8-bit character sets, which are these.
+_has_8bit_character = re.compile("[\x80-\u2e7f\uf8ff\ufb01\ufb02\ufffd]").search
+
+
+class _IsStable(dict[str, bool]):
+    """Whether ftfy and html.unescape leave a character as it is wherever it stands."""
+
+    def __missing__(self, character: str) -> bool:
+        stable = self[character] = ftfy.fix_text(character) == character
+        return stable
+
+
+_is_stable = _IsStable({"&": False, "\n": False})  # an entity's start; ftfy looks at each line by itself
+
+
+def _is_clean(text: str) -> bool:
+    """Whether ftfy and html.unescape are known to change nothing in `text`; asking them takes longer.
+
+    ftfy replaces characters one by one, composes them (NFC), and decodes anew what looks like mojibake.
+    """
+    return bool(_is_clean_ascii(text)) or (
+        all(map(_is_stable.__getitem__, set(text)))
+        and unicodedata.is_normalized("NFC", text)
+        and not (_has_8bit_character(text) and is_bad(text))
+    )
+
+
+def clean_words(text: str) -> list[str]:
+    """The words CLIP's tokenizer sees: mojibake and HTML entities undone, lower case, cut at white space."""
+    if not _is_clean(text):
+        text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return text.lower().split()
+
+
+# --- splitting: a word to pieces --------------------------------------------------------------------------
+
+# Letters and numbers that entered Unicode with versions 17 and 18, after the tables of the Rust library's
+# regular expressions (16). Python's `regex`, which open_clip splits with, knows them.
+_NEW_LETTERS = (
+    "558 58b-58c 88f c5c cdc 208f 209d-209f a7ce-a7cf a7d2 a7d4 a7dd a7e2 a7f1 ab6c-ab6d 107bb-107bf "
+    "10940-10959 10ec5-10ec7 10ed9-10eee 11b0a 11db0-11ddb 11df1 16ea0-16eb8 16ebb-16ed3 16ff2-16ff3 "
+    "187f8-187ff 18cd6-18cda 18d09-18d20 18d80-18df2 18e00-19191 191a0-191d2 1b123-1b128 1b168 1d6a6 "
+    "1df1f-1df24 1df2b-1df81 1df90-1df96 1dfcd-1dfff 1e6c0-1e6de 1e6e0-1e6e2 1e6e4-1e6e5 1e6e7-1e6ed "
+    "1e6f0-1e6f4 1e6fe-1e6ff 2b73a-2b73f 2b81e 2cea2-2cead 323b0-33479 3d000-3fc3f"
+)
+_NEW_NUMBERS = "11de0-11de9 1246f 12475-1247f 12550-12686 16ff4-16ff6"
+
+
+def _unicode_pattern() -> str:
+    """CLIP's split as a regular expression for Rust, with what ``regex.IGNORECASE`` adds to it spelt out.
+
+    Ignoring case makes the long s of "'ſ" an s, and makes U+0345, a mark whose upper case is a letter, match
+    neither the letters nor the symbols: it is dropped.
+    """
+
+    def ranges(spans: str) -> str:
+        return "".join("-".join(rf"\x{{{end}}}" for end in span.split("-")) for span in spans.split())
+
+    letters = r"\p{L}" + ranges(_NEW_LETTERS)
+    numbers = r"\p{N}" + ranges(_NEW_NUMBERS)
+    specials = "<[sſ]tart_of_text>|<end_of_text>"
+    return rf"{specials}|'(?:[sſtmd]|re|ve|ll)|[{letters}]+|[{numbers}]|[^\s{letters}{numbers}\x{{345}}]+"
+
+
+# --- merging: a piece to tokens ---------------------------------------------------------------------------
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """GPT-2's printable character for each byte, in the order of CLIP's vocabulary."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+@cache
+def _vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The id of each token, and the merges, first merge first."""
+    packed = (files("clipfast.data") / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : _MERGES + 1]
+    merges = [(left, right) for left, right in (line.split() for line in lines)]
+    letters = list(_byte_alphabet().values())
+    tokens = [*letters, *(c + "</w>" for c in letters), *(a + b for a, b in merges), *SPECIAL_TOKENS]
+    return {token: index for index, token in enumerate(tokens)}, merges
+
+
+@cache
+def _decoding_tables() -> tuple[list[str], dict[str, int]]:
+    """The token of each id, and the byte of each of a token's characters."""
+    return list(_vocabulary()[0]), {character: byte for byte, character in _byte_alphabet().items()}
+
+
+class _TokensOfWord(dict[str, tuple[int, ...]]):
+    """The token ids of every word met so far; Rust splits and merges a word when it is first asked for."""
+
+    MAX_WORDS = 1 << 17  # about 30 MB
+    MAX_LENGTH = 64  # characters; longer words are rarely met twice
+
+    def __init__(self) -> None:
+        super().__init__()
+        vocab, merges = _vocabulary()
+        split = Split(tokenizers.Regex(_unicode_pattern()), behavior="removed", invert=True)
+        self._special = {token: (vocab[token],) for token in SPECIAL_TOKENS}
+        self._bpe = BPE(vocab, merges, end_of_word_suffix="</w>")
+        self._split = PreTokenizers([split, ByteLevel(add_prefix_space=False, use_regex=False)])
+
+    def __missing__(self, word: str) -> tuple[int, ...]:
+        ids: list[int] = []
+        for piece, _ in self._split.pre_tokenize_str(word):
+            # a special token that a text spells out has an id but no merges leading to it
+            ids += self._special.get(piece) or [token.id for token in self._bpe.tokenize(piece)]
+        if len(word) <= self.MAX_LENGTH and len(self) < self.MAX_WORDS:
+            self[word] = tuple(ids)
+        return tuple(ids)
+
+
+# --- the tokenizer ----------------------------------------------------------------------------------------
+
+
+class Tokenizer:
+    """CLIP's tokenizer: texts to token ids `[B, context_length]`, int64.
+
+    Gives the tokens of open_clip's ``SimpleTokenizer`` with its default cleaning (ftfy, HTML entities, white
+    space, lower case). A row is SOT, the text's tokens, EOS, then zeros; of a text that is too long the tail is
+    cut and EOS stays the last token. Safe to share between threads, to pickle, and to fork.
+
+    Args:
+        context_length: tokens in a row, SOT and EOS included; at least 2.
+    """
+
+    sot_id = 49406
+    eos_id = 49407
+    vocab_size = 49408
+
+    def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
+        self.context_length = _checked_length(context_length)
+        self._tokens_of = _TokensOfWord()
+
+    def __call__(self, texts: str | Iterable[str], context_length: int | None = None) -> torch.Tensor:
+        """Token ids of a batch of texts, `[B, context_length]`, int64, on the CPU.
+
+        Args:
+            texts: one text (a batch of one) or several.
+            context_length: tokens in a row, where other than the tokenizer's own.
+
+        Raises:
+            TypeError: `texts` is neither a str nor an iterable of str.
+            ValueError: `context_length` has no room for SOT and EOS.
+        """
+        length = self.context_length if context_length is None else _checked_length(context_length)
+        texts = _checked_texts(texts)
+
+        ids: list[int] = []  # of all texts, one after another
+        counts: list[int] = []
+        for text in texts:
+            kept = self._ids(clean_words(text))[: length - 2]
+            ids += kept
+            counts.append(len(kept))
+
+        tokens = np.zeros((len(texts), length), np.int64)
+        ends = np.array(counts, np.int64) + 1
+        tokens[:, 0] = self.sot_id
+        tokens[:, 1:][np.arange(1, length) < ends[:, None]] = ids
+        tokens[np.arange(len(texts)), ends] = self.eos_id
+        return torch.from_numpy(tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of one text, without SOT, EOS, padding or truncation."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a str, got {type(text).__name__}")
+        return self._ids(clean_words(text))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids: lower case, a blank after every word; undecodable bytes become U+FFFD.
+
+        Raises:
+            ValueError: an id outside the vocabulary.
+        """
+        tokens, byte_of = _decoding_tables()
+        ids = [int(index) for index in ids]
+        for index in ids:
+            if not 0 <= index < self.vocab_size:
+                raise ValueError(f"ids must lie in [0, {self.vocab_size}), got {index}")
+        text = bytes(byte_of[character] for index in ids for character in tokens[index])
+        return text.decode("utf-8", errors="replace").replace("</w>", " ")
+
+    def _ids(self, words: list[str]) -> list[int]:
+        return list(chain.from_iterable(map(self._tokens_of.__getitem__, words)))
+
+    def __repr__(self) -> str:
+        return f"Tokenizer(context_length={self.context_length})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.context_length,)
+
+
+def _checked_length(context_length: int) -> int:
+    if not isinstance(context_length, int) or isinstance(context_length, bool):
+        raise TypeError(f"context_length must be an int, got {type(context_length).__name__}")
+    if context_length < 2:
+        raise ValueError(f"context_length must be at least 2 (SOT and EOS), got {context_length}")
+    return context_length
+
+
+def _checked_texts(texts: str | Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        return [texts]
+    if isinstance(texts, bytes | bytearray | dict) or not isinstance(texts, Iterable):
+        raise TypeError(f"texts must be a str or a list of str, got {type(texts).__name__}")
+    texts = list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts[{index}] must be a str, got {type(text).__name__}")
+    return texts
+
+
+@cache
+def _shared_tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+def tokenize(texts: str | Iterable[str], context_length: int = CONTEXT_LENGTH) -> torch.Tensor:
+    """Token ids `[B, context_length]`, int64, of one text or several, by a shared :class:`Tokenizer`."""
+    return _shared_tokenizer()(texts, context_length)
