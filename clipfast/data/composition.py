@@ -17,7 +17,7 @@ import numpy as np
 
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 SUBJECTS = ("woman", "man", "person", "women", "men", "people", "girl", "boy", "child")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "grey", "pink")
+COLOURS = ("blond", "red", "orange", "yellow", "green", "blue", "purple", "brown", "black", "white", "grey", "pink")
 DIRECTIONS = ("facing right",)
 
 _TONE = re.compile(rf"\b({'|'.join(sorted(SKIN_TONES, key=len, reverse=True))}) skin tone\b")

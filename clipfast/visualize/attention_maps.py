@@ -70,7 +70,9 @@ def plot_attention_maps(
         plain, overlaid = pairs_of_axes[i]
         plain.imshow(picture)
         overlaid.imshow(picture.mean(axis=-1), cmap="gray", vmin=-160, vmax=255)
-        overlaid.imshow(map_, cmap="inferno", alpha=0.6)
+        # see-through where little attention goes
+        opacity = 0.75 * np.clip((map_ - map_.min()) / max(np.ptp(map_), 1e-12), 0, 1)
+        overlaid.imshow(map_, cmap="inferno", alpha=opacity)
         if captions is not None:
             plain.set_title(captions[i], fontsize=7, loc="left")
     return figure

@@ -74,7 +74,7 @@ def figure_svg(figure: Figure, label: str) -> str:
     """
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

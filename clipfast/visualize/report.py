@@ -34,7 +34,7 @@ th { font-weight: 600; }
 td + td, th + th { text-align: right; white-space: nowrap; }
 table.words td { white-space: normal; text-align: left; }
 table.words td:first-child { white-space: nowrap; color: var(--soft); }
-.plot svg { display: block; width: 100%; height: auto; max-width: 44rem; }
+.plot svg { display: block; width: 100%; height: auto; max-width: 38rem; }
 .plot svg text { font-family: system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif !important; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: .75rem; }
 .card { display: flex; gap: .9rem; align-items: flex-start; margin: 0; padding: .75rem; background: var(--panel);
