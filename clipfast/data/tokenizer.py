@@ -3,7 +3,7 @@
 A text is cleaned and cut into words at blanks; a word is split into letters, digits and symbols, and each of
 these pieces into tokens by CLIP's merges. Splitting and merging run in Rust (the `tokenizers` library), once
 for every word: captions repeat their words, so their tokens are kept in a dictionary. On one core that is
-four times faster than the library's own `encode_batch`, which spends most of its time on records that CLIP does
+several times faster than the library's own `encode_batch`, which spends most of its time on records that CLIP does
 not need (offsets, token strings), and it starts no threads that a forked DataLoader worker would miss.
 """
 
