@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
-import tempfile
-import zipfile
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -24,6 +23,8 @@ _NAMES_IN_FOLDERS = (
     "open_clip_pytorch_model.bin",
 )
 _WRAPPING_KEYS = ("state_dict", "model")
+# transformers' names of the GELUs, as this project's ``approximate``
+_ACTIVATIONS = {"quick_gelu": "quick", "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -40,59 +41,116 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         FileNotFoundError: There is no such file, or none of the known names in the folder.
         ValueError: The file is corrupt or truncated, holds something else than tensors, or no state dict.
     """
-    path = _file_of(Path(path))
+    file = _file_of(Path(path))
+    return tensors_of(read_content(file), str(file))
+
+
+def read_content(file: Path) -> Any:
+    """Return what a file of :func:`read_state_dict`'s formats holds: tensors, containers and plain values.
+
+    Raises:
+        ValueError: The file is corrupt or truncated, or refers to anything else; its code is not run.
+    """
     try:
-        if is_torchscript_archive(path):
-            content = read_torchscript_archive(path)
-        elif _is_safetensors(path):
-            content = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path}: corrupt, truncated, or holds more than tensors (which is never loaded): {first_line}"
-        ) from error
-    return _tensors_of(content, path)
+        if _is_safetensors(file):
+            return safetensors.torch.load_file(file)
+        if is_torchscript_archive(file):
+            return read_torchscript_archive(file)
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except Exception as error:  # there is nothing that a damaged pickle does not make its readers raise
+        raise ValueError(f"{file}: {_reason(error)}") from error
+
+
+def tensors_of(content: Any, source: str) -> dict[str, Tensor]:
+    """Return the state dict that ``content`` is or, as training checkpoints do, holds.
+
+    Raises:
+        ValueError: It is no state dict: no mapping, empty, or with entries that are no dense tensors by name.
+    """
+    for key in _WRAPPING_KEYS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{source}: got {type(content).__name__}, expected a state dict")
+    if not content:
+        raise ValueError(f"{source}: got no entries, expected a state dict")
+    wrong = [f"{k!r}: {_kind(v)}" for k, v in content.items() if not isinstance(k, str) or _kind(v) != "tensor"]
+    if wrong:
+        some = ", ".join(wrong[:5]) + (", …" if len(wrong) > 5 else "")
+        raise ValueError(f"{source}: got {some}, expected a state dict: dense tensors by name")
+    return dict(content)
+
+
+def stated_gelus(path: str | os.PathLike[str]) -> frozenset[str]:
+    """Return what ``approximate`` may be by the configuration beside weights; empty where there is none.
+
+    Keys do not tell which GELU a model was trained with, but transformers' ``config.json`` and open_clip's
+    ``open_clip_config.json`` do.
+
+    Raises:
+        ValueError: The configuration is not JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = path
+    elif path.name in _NAMES_IN_FOLDERS:
+        folder = path.parent
+    else:
+        return frozenset()
+    config = _read_config(folder / "config.json")
+    if str(config.get("model_type")).startswith("clip"):
+        parts = [config[name] for name in ("vision_config", "text_config") if isinstance(config.get(name), dict)]
+        names = [part.get("hidden_act", "quick_gelu") for part in parts or [config]]
+        return frozenset(_ACTIVATIONS.get(name, name) for name in names)
+    sizes = _read_config(folder / "open_clip_config.json").get("model_cfg")
+    if not isinstance(sizes, dict):
+        return frozenset()
+    return frozenset({"quick"} if sizes.get("quick_gelu") else {"none", "tanh"})
+
+
+def check_target(path: str | os.PathLike[str]) -> None:
+    """Raise ValueError unless :func:`write_state_dict` knows the ending of ``path``."""
+    if Path(path).suffix not in (".safetensors", ".pt", ".bin"):
+        raise ValueError(f"path: got {os.fspath(path)!r}, expected a name that ends with .safetensors, .pt or .bin")
 
 
 def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
     """Write a state dict to a ``.safetensors``, ``.pt`` or ``.bin`` file, at once or not at all.
 
+    Tensors that share memory are written as if they did not.
+
     Raises:
         ValueError: ``path`` has another ending.
     """
+    check_target(path)
     path = Path(path)
-    state = {k: v.detach().contiguous() for k, v in state.items()}
+    state = _apart(state)
     if path.suffix == ".safetensors":
         data = safetensors.torch.save(state, metadata={"format": "pt"})
         write_atomically(path, lambda file: file.write(data))
-    elif path.suffix in (".pt", ".bin"):
-        write_atomically(path, lambda file: torch.save(state, file))
     else:
-        raise ValueError(f"path: got {path.name!r}, expected a name that ends with .safetensors, .pt or .bin")
+        write_atomically(path, lambda file: torch.save(state, file))
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file that takes the place of ``path`` once it is whole and on disk."""
+    """Let ``write`` fill a file that takes the place of ``path`` once it is whole and on disk.
+
+    Whatever goes wrong before leaves ``path`` as it was. Folders on the way are made.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".part", delete=False) as file:
-        try:
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    opened = part.open("xb")
+    try:
+        with opened as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, 0o666 & ~_umask())
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-
-
-def _umask() -> int:
-    # it can only be read by being set
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _file_of(path: Path) -> Path:
@@ -106,19 +164,50 @@ def _file_of(path: Path) -> Path:
     return path
 
 
-def _is_safetensors(path: Path) -> bool:
-    """Tell by the header: eight bytes of length, then JSON."""
-    with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+def _is_safetensors(file: Path) -> bool:
+    """Tell by the name, or by the header: eight bytes of length, then JSON."""
+    with file.open("rb") as opened:
+        return file.suffix == ".safetensors" or opened.read(9)[8:] == b"{"
 
 
-def _tensors_of(content: Any, path: Path) -> dict[str, Tensor]:
-    for key in _WRAPPING_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not content:
-        raise ValueError(f"{path}: got {type(content).__name__} without entries, expected a state dict")
-    wrong = [f"{k!r}: {type(v).__name__}" for k, v in content.items() if not isinstance(v, Tensor)]
-    if wrong:
-        raise ValueError(f"{path}: got entries that are no tensors ({', '.join(wrong[:5])}), expected a state dict")
-    return dict(content)
+def _reason(error: Exception) -> str:
+    """Say in one line what is wrong with a file, without PyTorch's advice to trust it."""
+    foreign = re.search(r"GLOBAL (\S+\.\w+)", str(error))
+    if foreign:
+        return f"refers to {foreign[1]}, expected tensors and plain values only: code in a file is never run"
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    first_line = text.splitlines()[0] if text else "ends too early"
+    return f"corrupt, truncated, or no file of weights ({type(error).__name__}: {first_line})"
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    if value.is_meta or value.is_quantized or value.layout != torch.strided:
+        return f"{'quantized' if value.is_quantized else value.layout} tensor on {value.device}"
+    return "tensor"
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: corrupt, expected a configuration in JSON ({error})") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors in host memory, each of which is all of its storage."""
+    taken: set[int] = set()
+    apart = {}
+    for key, value in state.items():
+        value = value.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        # safetensors refuses shared memory, and torch.save would write a view's whole storage
+        if storage.data_ptr() in taken or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        apart[key] = value
+    return apart

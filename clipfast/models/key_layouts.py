@@ -1,6 +1,6 @@
 """The key layouts that CLIP weights come in, and the ways between them.
 
-OpenAI's layout is open_clip's and this project's own. The others are described by what they rename; all of them
+OpenAI's layout is open_clip's and this project's own; the others are described by how they rename it. All of them
 hold the same numbers, so a way there and back is bitwise.
 """
 
@@ -16,6 +16,29 @@ from torch import Tensor
 State = dict[str, Tensor]
 
 LAYOUTS = ("openai", "transformers", "timm")
+
+_OPENAI_KEY = re.compile(
+    r"""logit_(scale|bias) | positional_embedding | text_projection | token_embedding\.weight | ln_final\.(weight|bias)
+    | visual\.(class_embedding | positional_embedding | proj | conv1\.weight | ln_(pre|post)\.(weight|bias))
+    | (visual\.)?transformer\.resblocks\.\d+\.
+        (attn\.in_proj_(weight|bias) | (ln_[12] | attn\.out_proj | mlp\.c_(fc|proj))\.(weight|bias))
+    | visual\.(layer[1-4]\.\d+\.)?
+        (conv[123]\.weight | (bn[123] | downsample\.[01])\.(weight|bias|running_(mean|var)|num_batches_tracked))
+    | visual\.attnpool\.(positional_embedding | [qkvc]_proj\.(weight|bias))""",
+    re.VERBOSE,
+)
+# the beginnings of one tower's keys, those of other layouts too, for keys that found no name in OpenAI's
+_IMAGE_KEYS = ("visual.", "vision_model.")
+_TEXT_KEYS = (
+    "positional_embedding",
+    "text_projection",
+    "token_embedding.",
+    "transformer.",
+    "ln_final.",
+    "text.",
+    "text_model.",
+)
+_KEYS_OF_BOTH = ("logit_scale", "logit_bias")
 
 # what OpenAI's archives hold beside weights, and masks that older open_clip and transformers kept in the state dict
 _OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
@@ -106,8 +129,9 @@ def detect_layout(state: Mapping[str, Tensor]) -> str:
         return "timm"
     if any(k.startswith(("visual.", "transformer.resblocks.", "text.transformer.", "layer1.0.")) for k in state):
         return "openai"
-    some = ", ".join(list(state)[:5]) or "none"
-    raise ValueError(f"state dict: got keys of no known layout ({some}, …), expected those of {', '.join(LAYOUTS)}")
+    raise ValueError(
+        f"state dict: got keys of no known layout ({_listed(list(state), 5)}), expected those of {', '.join(LAYOUTS)}"
+    )
 
 
 def is_from_openai(state: Mapping[str, Tensor]) -> bool:
@@ -115,26 +139,32 @@ def is_from_openai(state: Mapping[str, Tensor]) -> bool:
     return all(name in state for name in _OPENAI_SIZES)
 
 
+def check_layout(layout: str) -> None:
+    """Raise ValueError unless ``layout`` is one of :data:`LAYOUTS`."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
+
+
 def to_openai(state: Mapping[str, Tensor]) -> State:
     """Bring a state dict of any layout into OpenAI's; image towers get the prefix ``visual.``.
 
-    Tensors are views of those that came, or joined from them. Keys that no layout has are kept as they are.
+    Prefixes of DDP and torch.compile, OpenAI's sizes and buffers that are no weights are left out. Tensors are views
+    of those that came, or joined from them. Keys that CLIP has no place for keep their names.
 
     Raises:
-        ValueError: Keys of no known layout, a projection bias that CLIP has no place for, or an incomplete QKV.
+        ValueError: Keys of no known layout, a projection bias that CLIP has no place for, or parts of a QKV
+            projection that are missing or differ in shape or dtype.
     """
     state = {k: v for k, v in _without_wrappers(state).items() if not _NOT_WEIGHTS.search(k)}
     layout = detect_layout(state)
     if layout == "openai":
         return _normalised_openai(state)
     if layout == "transformers":
-        state = _with_tower_prefix(state)
-    if layout == "timm":
-        bias = state.pop("head.bias", None)
-        # a bias of zeros, which timm's own conversions of CLIP hold, is no bias
-        if bias is not None and bias.count_nonzero():
-            raise ValueError("state dict: got head.bias with values, expected none: CLIP's projection has no bias")
-    return _from_other(state, _OTHERS[layout])
+        return _from_other(_with_tower_prefix(state), _TRANSFORMERS)
+    bias = state.pop("head.bias", None)
+    if bias is not None and bias.count_nonzero():
+        raise ValueError("state dict: got head.bias with values, expected none or zeros: CLIP's projection has no bias")
+    return _from_other(state, _TIMM)
 
 
 def from_openai(state: Mapping[str, Tensor], layout: str) -> State:
@@ -142,59 +172,94 @@ def from_openai(state: Mapping[str, Tensor], layout: str) -> State:
 
     Args:
         state: Keys as of :func:`to_openai`.
-        layout: ``"openai"``, ``"transformers"`` (a whole model or one tower of it) or ``"timm"`` (an image tower).
+        layout: ``"openai"``; ``"transformers"``, a whole model or one tower of it, with the prefixes that a whole
+            model's keys have; or ``"timm"``, an image tower, whose projection gets a bias of zeros as in timm's own
+            conversions.
+
+    Returns:
+        Contiguous tensors, views of those that came where they can be.
 
     Raises:
-        ValueError: ``layout`` is none of these, or has no place for one of the keys.
+        ValueError: ``layout`` is none of these or has no place for one of the keys, or a QKV projection is not
+            three of equal size.
     """
+    check_layout(layout)
     if layout == "openai":
-        return dict(state)
-    if layout not in _OTHERS:
-        raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(map(repr, LAYOUTS))}")
-    other = _OTHERS[layout]
+        converted, homeless = dict(state), [k for k in state if not _OPENAI_KEY.fullmatch(k)]
+    else:
+        converted, homeless = _to_other(state, _OTHERS[layout])
+    if homeless:
+        raise ValueError(f"layout {layout!r}: got keys that it has no place for: {_listed(homeless, 10)}")
+    if layout == "timm" and "head.weight" in converted:
+        converted["head.bias"] = converted["head.weight"].new_zeros(converted["head.weight"].shape[0])
+    return {k: v.contiguous() for k, v in converted.items()}
+
+
+def image_tower_of(state: Mapping[str, Tensor]) -> State:
+    """Return the image tower's share of weights in OpenAI's layout, and whatever is of no known place."""
+    return {k: v for k, v in state.items() if not k.startswith(_TEXT_KEYS + _KEYS_OF_BOTH)}
+
+
+def text_tower_of(state: Mapping[str, Tensor]) -> State:
+    """Return the text tower's share of weights in OpenAI's layout, and whatever is of no known place."""
+    return {k: v for k, v in state.items() if not k.startswith(_IMAGE_KEYS + _KEYS_OF_BOTH)}
+
+
+def _to_other(state: Mapping[str, Tensor], other: _Layout) -> tuple[State, list[str]]:
+    """Return the weights in another layout, and the keys that it has no place for."""
     converted: State = {}
     homeless = []
     for key, value in state.items():
-        if re.search(r"\.attn\.in_proj_(weight|bias)$", key):
-            stem, kind = key.rsplit(".attn.in_proj_", 1)
-            block = _rename(stem + ".", other.stacks)
-            if block is not None:
-                parts = value.chunk(len(other.qkv)) if len(other.qkv) > 1 else (value,)
-                converted |= {block + name + kind: part for name, part in zip(other.qkv, parts, strict=True)}
-                continue
+        found = re.fullmatch(r"(.*\.\d+\.)attn\.in_proj_(weight|bias)", key)
+        if found and (block := _rename(found[1], other.stacks)) is not None:
+            names = [block + name + found[2] for name in other.qkv]
+            converted.update(zip(names, _split(key, value, len(names)), strict=True))
+            continue
         name = _rename_key(key, other.names, other.stacks, other.in_block)
         if name is None:
             homeless.append(key)
             continue
         if key in other.transposed:
-            value = value.T
-        for _ in range(other.leading_ones.get(key, 0)):
-            value = value[None]
-        converted[name] = value
-    if homeless:
-        raise ValueError(f"layout {layout!r}: got keys that it has no place for: {_listed(homeless)}")
-    return {k: v.contiguous() for k, v in converted.items()}
+            value = _transposed(value)
+        converted[name] = value[(None,) * other.leading_ones.get(key, 0)]
+    return converted, homeless
 
 
 def _from_other(state: State, other: _Layout) -> State:
     names, stacks, in_block = (_inverted(m) for m in (other.names, other.stacks, other.in_block))
     converted: State = {}
-    parts: dict[str, dict[int, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         found = re.fullmatch(rf"(.*\.\d+\.)({'|'.join(map(re.escape, other.qkv))})(weight|bias)", key)
         if found and (block := _rename(found[1], stacks)) is not None:
-            parts.setdefault(f"{block}attn.in_proj_{found[3]}", {})[other.qkv.index(found[2])] = value
+            parts.setdefault(f"{block}attn.in_proj_{found[3]}", {})[found[2]] = value
             continue
         name = _rename_key(key, names, stacks, in_block) or key
         for _ in range(other.leading_ones.get(name, 0)):
-            value = value[0]
-        converted[name] = value.T if name in other.transposed else value
-    for name, values in parts.items():
-        if len(values) < len(other.qkv):
-            missing = [other.qkv[i].rstrip(".") for i in range(len(other.qkv)) if i not in values]
-            raise ValueError(f"state dict: {name} lacks {', '.join(missing)}")
-        converted[name] = torch.cat([values[i] for i in range(len(other.qkv))])
-    return converted
+            # what has another shape keeps it and is refused by whoever knows the model's
+            value = value[0] if value.dim() > 1 and value.shape[0] == 1 else value
+        converted[name] = _transposed(value) if name in other.transposed else value
+    return converted | {name: _join(name, values, other.qkv) for name, values in parts.items()}
+
+
+def _split(key: str, value: Tensor, parts: int) -> tuple[Tensor, ...]:
+    if value.dim() == 0 or value.shape[0] % parts:
+        raise ValueError(f"{key}: got shape {tuple(value.shape)}, expected {parts} equal parts in the first dimension")
+    return value.chunk(parts)
+
+
+def _join(key: str, parts: Mapping[str, Tensor], names: tuple[str, ...]) -> Tensor:
+    kinds = {
+        name.rstrip("."): (tuple(parts[name].shape), parts[name].dtype) if name in parts else None for name in names
+    }
+    if None in kinds.values() or len(set(kinds.values())) > 1:
+        came = ", ".join(f"{name} {kind or 'missing'}" for name, kind in kinds.items())
+        raise ValueError(f"state dict: got {came} for {key}, expected all of one shape and dtype")
+    return torch.cat([parts[name] for name in names])
+
+
+def _transposed(value: Tensor) -> Tensor:
+    return value.T if value.dim() == 2 else value
 
 
 def _without_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -208,8 +273,7 @@ def _without_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 def _normalised_openai(state: State) -> State:
     if any(k.startswith("text.transformer.") for k in state):  # open_clip's CustomTextCLIP
         state = {k.removeprefix("text."): v for k, v in state.items()}
-    alone = ("class_embedding" in state or "layer1.0.conv1.weight" in state) and "visual.proj" not in state
-    if alone:
+    if "class_embedding" in state or "layer1.0.conv1.weight" in state:  # an image tower alone
         state = {f"visual.{k}": v for k, v in state.items()}
     return {k: v for k, v in state.items() if k not in _OPENAI_SIZES}
 
@@ -219,7 +283,7 @@ def _with_tower_prefix(state: State) -> State:
     if any(k.startswith(("vision_model.", "text_model.")) for k in state):
         return state
     tower = "text_model." if "embeddings.token_embedding.weight" in state else "vision_model."
-    return {k if k.endswith("_projection.weight") else tower + k: v for k, v in state.items()}
+    return {tower + k: v for k, v in state.items()}
 
 
 def _rename(key: str, prefixes: Mapping[str, str]) -> str | None:
@@ -246,5 +310,5 @@ def _inverted(mapping: Mapping[str, str]) -> dict[str, str]:
     return {new: old for old, new in mapping.items()}
 
 
-def _listed(keys: list[str], most: int = 10) -> str:
+def _listed(keys: list[str], most: int) -> str:
     return ", ".join(keys[:most]) + (f", … ({len(keys)} in all)" if len(keys) > most else "")

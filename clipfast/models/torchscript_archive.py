@@ -31,7 +31,7 @@ def read_torchscript_archive(path: Path) -> dict[str, Tensor]:
 
     Raises:
         pickle.UnpicklingError: The archive refers to anything but tensors, containers and its own classes.
-        zipfile.BadZipFile: It is truncated.
+        Exception: Whatever a damaged zip file or pickle makes their readers raise.
     """
     with zipfile.ZipFile(path) as archive:
         root = next(n for n in archive.namelist() if n.endswith("/data.pkl")).removesuffix("data.pkl")
@@ -49,13 +49,7 @@ class _ScriptObject:
         self.attributes = attributes if isinstance(attributes, dict) else {}
 
 
-class _StorageType:
-    """Stands in for a storage class, of which only the dtype matters."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-
+# a storage class is read as the dtype that it stands for
 _STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
@@ -74,16 +68,18 @@ def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride:
     return storage.as_strided(size, stride, offset)
 
 
-def _same(value: Any) -> Any:
+def _untyped(value: Any, _type: str = "") -> Any:
     return value
 
+
+# TorchScript wraps lists and dicts in calls that tell their type, which tensors need not
+_TYPE_MARKS = ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag")
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
-    # TorchScript marks typed lists by the functions that build them
-    **{("torch.jit._pickle", f"build_{kind}list"): _same for kind in ("int", "double", "bool", "tensor")},
-    **{("torch", name): _StorageType(dtype) for name, dtype in _STORAGES.items()},
+    **{("torch.jit._pickle", name): _untyped for name in _TYPE_MARKS},
+    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
 }
 
 
@@ -97,14 +93,14 @@ class _Unpickler(pickle.Unpickler):
         if module == "__torch__" or module.startswith("__torch__."):
             return _ScriptObject
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"the archive refers to {module}.{name}, which is not read")
+            raise pickle.UnpicklingError(f"unsupported GLOBAL {module}.{name}")
         return _ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> Tensor:
-        _, kind, key, _, _ = pid
+        _, dtype, key, _, _ = pid
         if key not in self._storages:
             data = bytearray(self._read(key))
-            self._storages[key] = torch.frombuffer(data, dtype=kind.dtype) if data else torch.empty(0, dtype=kind.dtype)
+            self._storages[key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return self._storages[key]
 
 

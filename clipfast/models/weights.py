@@ -9,8 +9,21 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipfast.models.checkpoint_files import read_state_dict, write_state_dict
-from clipfast.models.key_layouts import from_openai, is_from_openai, to_openai
+from clipfast.models.checkpoint_files import (
+    check_target,
+    read_state_dict,
+    stated_gelus,
+    tensors_of,
+    write_state_dict,
+)
+from clipfast.models.key_layouts import (
+    check_layout,
+    from_openai,
+    image_tower_of,
+    is_from_openai,
+    text_tower_of,
+    to_openai,
+)
 from clipfast.modules.resnet import ModifiedResNet
 from clipfast.modules.text import TextTransformer
 from clipfast.modules.transformer import MLP
@@ -27,38 +40,42 @@ def load_weights(
 ) -> Model:
     """Load weights of OpenAI's, open_clip's, transformers' or timm's key layout, told apart by their keys.
 
+    Keys do not tell which GELU weights were trained with. OpenAI's archives (QuickGELU) and the configurations that
+    transformers and open_clip keep in a folder beside the weights do, and then it must be the model's; for any other
+    file or state dict, give the model the right one: OpenAI's weights need one of the models named …-quickgelu.
+
     Args:
         model: A ``CLIP``, ``ViT``, ``ModifiedResNet`` or ``TextTransformer``. A tower takes its share of a whole
             model's weights.
         path_or_state_dict: A state dict, or a file of one: safetensors, ``.pt``/``.bin`` as ``torch.save`` writes
             (tensors only; code in a file is never run), or OpenAI's TorchScript archive; or a folder with one of
-            transformers' or open_clip's weight files.
+            transformers' or open_clip's weight files. Nothing is downloaded.
         interpolate_image_positions: Whether a ViT of another resolution gets its position embeddings resampled
             (:func:`~clipfast.modules.vit.interpolate_positions`, square grids) instead of an error.
 
     Returns:
-        ``model``, its parameters and buffers overwritten in their own dtype and device.
+        ``model``, its parameters and buffers overwritten. They keep their own dtype and device: weights of another
+        dtype are rounded or widened to it, as ``Tensor.copy_`` does.
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: ``model`` is no module.
         ValueError: The file is corrupt or holds more than tensors; the keys are of no known layout; keys are
-            missing, unexpected or misshapen (all listed); or the weights are OpenAI's, trained with QuickGELU, and
-            the model has another GELU. The model is then as it was.
+            missing, unexpected or misshapen (all listed); the weights were trained with another GELU than the
+            model's; or the model is on the meta device. The model is then as it was.
     """
-    state = path_or_state_dict
-    if not isinstance(state, Mapping):
-        state = read_state_dict(state)
-    from_openai_archive = is_from_openai(state)
-    state = _share_of(model, to_openai(state))
-    if from_openai_archive:
-        _require_quick_gelu(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: got {type(model).__name__}, expected a CLIP, ViT, ModifiedResNet or TextTransformer")
+    state, gelus = _read(path_or_state_dict)
+    share = _share_of(model, to_openai(state))
+    _check_gelu(model, gelus)
     if interpolate_image_positions:
-        _fit_positions(model, state)
-    _check_fit(model, state)
+        _fit_positions(model, share)
+    _check_fit(model, share)
     with torch.no_grad():
         for name, target in model.state_dict(keep_vars=True).items():
-            if name in state:
-                target.copy_(state[name])
+            if name in share:
+                target.copy_(share[name])
     return model
 
 
@@ -67,71 +84,89 @@ def convert_weights(
 ) -> None:
     """Write weights in another key layout; a way there and back is bitwise.
 
+    Weights alone are written: OpenAI's archives lose the sizes that mark them as trained with QuickGELU.
+
     Args:
         source: As for :func:`load_weights`.
-        target: A ``.safetensors`` or ``.pt`` file; it is replaced at once or not at all.
+        target: A ``.safetensors``, ``.pt`` or ``.bin`` file; it is replaced at once or not at all.
         layout: ``"openai"`` (open_clip's too), ``"transformers"``, or ``"timm"``, which takes the image tower of
-            the source.
+            the source. See :func:`~clipfast.models.key_layouts.from_openai`.
 
     Raises:
         FileNotFoundError: There is no such source.
         ValueError: The source is corrupt or of no known layout, ``layout`` is none of these or has no place for one
             of the keys, or ``target`` has another ending.
     """
-    state = source if isinstance(source, Mapping) else read_state_dict(source)
+    check_layout(layout)
+    check_target(target)
+    state, _ = _read(source)
     state = to_openai(state)
     if layout == "timm":
-        state = {k: v for k, v in state.items() if k.startswith("visual.")}
+        state = image_tower_of(state)
         if not state:
             raise ValueError("layout 'timm': got weights without an image tower, expected one: timm has no text towers")
     write_state_dict(from_openai(state, layout), target)
 
 
+def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
+    """Return a state dict and the GELUs that it may have been trained with; none if that is not known."""
+    if isinstance(source, Mapping):
+        state, gelus = tensors_of(source, "state dict"), frozenset[str]()
+    else:
+        state, gelus = read_state_dict(source), stated_gelus(source)
+    return state, frozenset({"quick"}) if is_from_openai(state) else gelus
+
+
 def _share_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights that are meant for ``model``, under its own keys."""
     if isinstance(model, (ViT, ModifiedResNet)):
-        return {k.removeprefix("visual."): v for k, v in state.items() if k.startswith("visual.")}
+        return {k.removeprefix("visual."): v for k, v in image_tower_of(state).items()}
     if isinstance(model, TextTransformer):
-        return {k: v for k, v in state.items() if not k.startswith(("visual.", "logit_"))}
+        return text_tower_of(state)
     return state
 
 
-def _require_quick_gelu(model: nn.Module) -> None:
-    wrong = {m.approximate for m in model.modules() if isinstance(m, MLP)} - {"quick"}
-    if wrong:
+def _check_gelu(model: nn.Module, gelus: frozenset[str]) -> None:
+    wrong = {m.approximate for m in model.modules() if isinstance(m, MLP)} - gelus
+    if gelus and wrong:
         raise ValueError(
-            f"model: got approximate={wrong.pop()!r}, expected 'quick' for OpenAI's weights; the models named "
-            f"…-quickgelu have it"
+            f"model: got approximate={wrong.pop()!r}, expected {' or '.join(map(repr, sorted(gelus)))}, which the "
+            f"weights were trained with; models named …-quickgelu have 'quick', the others 'none'"
         )
 
 
 def _fit_positions(model: nn.Module, state: dict[str, Tensor]) -> None:
     tower, key = (model, "") if isinstance(model, ViT) else (getattr(model, "visual", None), "visual.")
     key += "positional_embedding"
-    if not isinstance(tower, ViT) or key not in state:
+    if not isinstance(tower, ViT) or key not in state or state[key].dim() != 2:
         return
-    side = round((state[key].shape[0] - 1) ** 0.5)
-    state[key] = interpolate_positions(state[key], (side, side), tower.grid_size)
+    rows = state[key].shape[0]
+    if rows != tower.positional_embedding.shape[0]:
+        side = round(max(0, rows - 1) ** 0.5)
+        state[key] = interpolate_positions(state[key], (side, side), tower.grid_size)
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
-    # BatchNorm's step counters came later than some checkpoints, and nothing reads them
-    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in own]
-    misshapen = [
-        f"{k} (got {tuple(state[k].shape)}, expected {tuple(own[k].shape)})"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    not_float = [
-        f"{k} (got {state[k].dtype})"
-        for k in own
-        if k in state and own[k].is_floating_point() and not state[k].is_floating_point()
-    ]
-    faults = {"missing": missing, "unexpected": unexpected, "misshapen": misshapen, "not floating point": not_float}
+    shared = [k for k in own if k in state]
+    faults = {
+        # BatchNorm's step counters came later than some checkpoints, and nothing reads them
+        "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+        "unexpected": [k for k in state if k not in own],
+        "misshapen": [
+            f"{k} (got {tuple(state[k].shape)}, expected {tuple(own[k].shape)})"
+            for k in shared
+            if state[k].shape != own[k].shape
+        ],
+        "not floating point": [
+            f"{k} (got {state[k].dtype}, expected {own[k].dtype})"
+            for k in shared
+            if own[k].is_floating_point() and not state[k].is_floating_point()
+        ],
+        "on the meta device, where nothing can be loaded": [k for k, v in own.items() if v.is_meta],
+    }
     if any(faults.values()):
-        lines = [f"  {what}: {', '.join(keys)}" for what, keys in faults.items() if keys]
+        lines = [f"  {len(keys)} {what}: {', '.join(keys)}" for what, keys in faults.items() if keys]
         raise ValueError(
             f"weights do not fit this {type(model).__name__}; nothing was loaded (keys in OpenAI's layout)\n"
             + "\n".join(lines)
