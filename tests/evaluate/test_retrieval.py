@@ -49,6 +49,13 @@ def test_constant_features_find_nothing(n, dtype):
     assert retrieval_recall(torch.zeros(n, 4), torch.zeros(n, 4))["text_to_image_recall@5"] == 0
 
 
+def test_equal_cosines_that_round_differently_are_ties():
+    numbers = features(1, dim=77)[0]
+    shuffled = torch.stack([numbers[torch.randperm(77, generator=torch.Generator().manual_seed(i))] for i in range(50)])
+    result = retrieval_recall(torch.ones(50, 77), shuffled)
+    assert result["image_to_text_recall@5"] == result["text_to_image_recall@5"] == 0
+
+
 def test_random_features_score_chance():
     result = retrieval_recall(features(4000, seed=1), features(4000, seed=2), ks=(40,))
     for way in ("image_to_text", "text_to_image"):
@@ -75,9 +82,10 @@ def test_several_texts_an_image():
 
 def test_an_image_without_text_is_a_candidate_only():
     images = torch.eye(3)
-    result = retrieval_recall(images, images[:2], ks=(1,), image_of_text=torch.tensor([0, 2]))
-    assert result["image_to_text_recall@1"] == 0.5  # images 0 and 2 are asked, 1 is not
-    assert result["text_to_image_recall@1"] == 0.5
+    result = retrieval_recall(images, images[[0, 2]], ks=(1,), image_of_text=torch.tensor([0, 2]))
+    # images 0 and 2 are asked, image 1 is not
+    assert result["image_to_text_recall@1"] == result["text_to_image_recall@1"] == 1
+    assert result["image_to_text_chance@1"] == pytest.approx(1 / 2)
     assert result["text_to_image_chance@1"] == pytest.approx(1 / 3)
 
 
