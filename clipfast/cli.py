@@ -66,3 +66,23 @@ def demo(
     except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file of weights, or a folder of transformers' or open_clip's.")],
+    target: Annotated[Path, typer.Argument(help="A .safetensors, .pt or .bin file; replaced if it exists.")],
+    layout: Annotated[str, typer.Option(help="openai (open_clip's too), transformers, or timm (the image tower).")],
+) -> None:
+    """Write CLIP weights with the keys of another library, bit for bit.
+
+    The layout of SOURCE is told by its keys. OpenAI's TorchScript archives are read, but their code is not run.
+    """
+    try:
+        from clipfast.models.weights import convert_weights
+
+        convert_weights(source, target, layout)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo(f"wrote {target} in the layout of {layout}")
