@@ -19,8 +19,9 @@ from types import ModuleType
 import numpy as np
 from PIL import Image
 
-from clipfast.data.cache import atomic_write, cache_folder
+from clipfast.data.cache import cache_folder
 from clipfast.data.composition import hold_out_compositions, parse_caption
+from clipfast.files import write_atomically
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 
@@ -109,8 +110,7 @@ def _cached_pairs(size: int) -> tuple[np.ndarray, list[str]]:
         pass  # not there, or not whole: draw again
     pictures, captions = _draw_pairs(size)
     try:
-        with atomic_write(path) as file:
-            np.savez_compressed(file, pictures=pictures, captions=np.array(captions))
+        write_atomically(path, lambda file: np.savez_compressed(file, pictures=pictures, captions=np.array(captions)))
     except OSError as error:
         _warn_not_kept(error)
     return pictures, captions

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from clipfast.files import write_atomically
 from clipfast.models.torchscript_archive import is_torchscript_archive, read_torchscript_archive
 
 _NAMES_IN_FOLDERS = (
@@ -132,25 +132,6 @@ def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
         write_atomically(path, lambda file: file.write(data))
     else:
         write_atomically(path, lambda file: torch.save(state, file))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file that takes the place of ``path`` once it is whole and on disk.
-
-    Whatever goes wrong before leaves ``path`` as it was. Folders on the way are made.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    opened = part.open("xb")
-    try:
-        with opened as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _file_of(path: Path) -> Path:

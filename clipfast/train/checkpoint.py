@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast.models.checkpoint_files import write_atomically
+from clipfast.files import write_atomically
 from clipfast.models.clip import CLIP
 
 _FORMAT = "clipfast.checkpoint.1"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from clipfast.data.cache import atomic_write, cache_folder
+from clipfast.data.cache import cache_folder
 
 
 def test_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -28,20 +28,3 @@ def test_no_home_is_an_os_error(monkeypatch):
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(OSError, match="CLIPFAST_CACHE"):
         cache_folder()
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = tmp_path / "new" / "file"
-    with atomic_write(path) as file:
-        file.write(b"old")
-    assert path.read_bytes() == b"old"
-
-    def fail_half_way() -> None:
-        with atomic_write(path) as file:
-            file.write(b"ne")
-            raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        fail_half_way()
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in path.parent.iterdir()] == ["file"]
