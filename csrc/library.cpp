@@ -30,6 +30,35 @@ std::string build_info() {
 
 STABLE_TORCH_LIBRARY(clipfast, m) {
     m.def("build_info() -> str");
+
+    // image [M, D], text [N, D]: float64, float32, bfloat16 or float16, with a contiguous last dimension. Logits are
+    // x_ij = s · f_i · g_j · (image_i · text_j), where logit_scale s is a scalar on the features' device and the
+    // factors f [M], g [N] (1 where absent) stand for the inverse norms of features that are not normalised. Row i's
+    // label is column i + first_label; a label outside 0..N-1 is a row without one. Everything but the features and
+    // their gradients is float32 (float64 for float64 features).
+    //
+    // Log-sum-exp of every row and column of logits, the label's logit (0 without one), and the largest logit beside
+    // the labels' (-inf where there is none), all from one pass over the tiles.
+    m.def(
+        "contrastive_statistics(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
+        "Tensor? text_factor, int first_label) -> "
+        "(Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_rival, Tensor col_rival)");
+    // With G_ij = u_i · (exp(x_ij - row_lse_i) - [j is i's label]) + v_j · (exp(x_ij - col_lse_j) - [j is i's label])
+    // for the weights u [M], v [N]: d_image_i = Σ_j G_ij s f_i g_j text_j, d_text_j = Σ_i G_ij s f_i g_j image_i,
+    // d_scale = Σ_ij G_ij f_i g_j (image_i · text_j). The factors count as constants.
+    m.def(
+        "contrastive_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
+        "Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, Tensor col_weight, int first_label) "
+        "-> (Tensor d_image, Tensor d_text, Tensor d_scale)");
+    // SigLIP: with z_ij = 1 at the label and -1 beside it, row_loss_i = Σ_j log(1 + exp(-z_ij · (x_ij + b))).
+    m.def(
+        "siglip_statistics(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "
+        "Tensor? text_factor, int first_label) -> Tensor");
+    // As contrastive_gradients with G_ij = -u_i · z_ij · σ(-z_ij · (x_ij + b)), and d_bias = Σ_ij G_ij.
+    m.def(
+        "siglip_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "
+        "Tensor? text_factor, Tensor row_weight, int first_label) "
+        "-> (Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CompositeExplicitAutograd, m) {
