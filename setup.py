@@ -31,6 +31,8 @@ ROOT = Path(__file__).parent
 LIBRARY = "libclipfast.so"
 # the oldest PyTorch whose stable ABI the library may use: 2.10
 TORCH_TARGET_VERSION = "0x020a000000000000ull"
+# what lets the compiler turn the loops of csrc/cpu/tile.h into vectors, none of which changes a result but by rounding
+VECTORISED = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 
 
 class CannotBuild(Exception):
@@ -81,13 +83,14 @@ def build_library(target: Path, temporary: Path) -> None:
     temporary.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+    flags += VECTORISED
     includes = [f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
     objects = []
     for source in sources():
         objects.append(str(temporary / (Path(source).stem + ".o")))
         run([*compiler, *flags, *includes, "-c", source, "-o", objects[-1]])
     # found by its name in the process, whichever PyTorch that loaded: no path is kept
-    links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-Wl,-z,relro,-z,now"]
+    links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl", "-Wl,-z,relro,-z,now"]
     run([*compiler, "-shared", *objects, "-o", str(target), *links])
 
 

@@ -1,0 +1,221 @@
+// What the losses do with one tile of logits, in plain loops that the compiler turns into vectors.
+//
+// A tile holds raw products (image_i · text_j), `columns` of its `stride` columns in use. Row vectors (a, u, …) start at
+// the tile's first row, column vectors (g, v, …) at its first column. label(r) is the column of row r's label within
+// the tile, or outside 0..columns-1.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "convert.h"
+
+// compiled once for each of these and chosen when the library is loaded
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define CLIPFAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CLIPFAST_VECTORISED
+#endif
+#define CLIPFAST_INLINE inline __attribute__((always_inline))
+
+namespace clipfast::cpu {
+
+// ---------------------------------------------------------------------------------------------------------------
+// exp and log1p in float32 without a call: within 2 units of rounding, NaN stays NaN
+
+CLIPFAST_INLINE double exp_(double x) { return std::exp(x); }
+
+CLIPFAST_INLINE float exp_(float x) {
+    // below -87 the result is under float's normal range: 0 (sums of exponentials never see the difference)
+    const float low = -87.f, clamped = x < low ? low : x > 88.f ? 88.f : x;
+    // adding 1.5·2^23 leaves the nearest integer in the low bits
+    const float magic = 12582912.f, shifted = clamped * 1.44269504f + magic, n = shifted - magic;
+    // x - n·ln 2 in two steps, the first exact
+    const float r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    const float power = from_bits((to_bits(shifted) << 23) + 0x3f800000u);
+    return x < low ? 0.f : p * power;
+}
+
+CLIPFAST_INLINE double log1p_(double x) { return std::log1p(x); }
+
+// for x in 0..1: log(1 + x) = 2 artanh(x / (2 + x)), whose argument is at most 1/3
+CLIPFAST_INLINE float log1p_(float x) {
+    const float u = x / (2.f + x), v = u * u;
+    float p = 1.f / 15;
+    for (float c : {1.f / 13, 1.f / 11, 1.f / 9, 1.f / 7, 1.f / 5, 1.f / 3, 1.f}) p = p * v + c;
+    return x != x ? x : 2.f * u * p;
+}
+
+template <class Real>
+constexpr Real lowest = -std::numeric_limits<Real>::infinity();
+
+// A running log-sum-exp: Σ exp(x) = sum · exp(most).
+template <class Real>
+struct Running {
+    Real most = lowest<Real>, sum = 0, rival = lowest<Real>;
+
+    void merge(Real other_most, Real other_sum, Real other_rival) {
+        rival = std::max(rival, other_rival);
+        const Real high = std::max(most, other_most);
+        // before anything was seen both are -inf
+        const Real mine = sum == 0 ? Real(0) : sum * std::exp(most - high);
+        sum = other_sum == 0 ? mine : mine + other_sum * std::exp(other_most - high);
+        most = high;
+    }
+    Real lse() const { return most + std::log(sum); }
+};
+
+template <class Real>
+struct Tile {
+    Real* x;
+    int64_t rows, columns, stride;
+    int64_t first_label;  // label of row r: column r + first_label of the tile
+
+    int64_t label(int64_t r) const {
+        const int64_t c = r + first_label;
+        return c >= 0 && c < columns ? c : -1;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------------------
+// CLIP
+
+// x_ij = a_i · g_j · product; updates the rows' and columns' running sums. `positive` gets the labels' logits.
+template <class Real>
+CLIPFAST_INLINE void statistics_(const Tile<Real>& t, const Real* a, const Real* g, Real* positive, Real* row_most,
+                                 Real* row_sum, Real* row_rival, Real* col_most, Real* col_sum, Real* col_rival,
+                                 Real* scratch) {
+    const int64_t columns = t.columns;
+    Real* most = scratch;  // the columns' new maxima
+    for (int64_t c = 0; c < columns; ++c) most[c] = col_most[c];
+    for (int64_t r = 0; r < t.rows; ++r) {
+        Real* x = t.x + r * t.stride;
+        const Real factor = a[r];
+        for (int64_t c = 0; c < columns; ++c) x[c] *= factor * g[c];
+        // the label's logit stands aside while rivals are sought
+        const int64_t label = t.label(r);
+        const Real own = label < 0 ? lowest<Real> : x[label];
+        if (label >= 0) positive[r] = own, x[label] = lowest<Real>;
+        Real rival = lowest<Real>;
+#pragma omp simd reduction(max : rival)
+        for (int64_t c = 0; c < columns; ++c) rival = x[c] > rival ? x[c] : rival;
+        for (int64_t c = 0; c < columns; ++c) col_rival[c] = x[c] > col_rival[c] ? x[c] : col_rival[c];
+        if (label >= 0) x[label] = own, most[label] = own > most[label] ? own : most[label];
+        row_rival[r] = rival;
+        row_most[r] = rival > own ? rival : own;
+    }
+    for (int64_t c = 0; c < columns; ++c) {
+        most[c] = col_rival[c] > most[c] ? col_rival[c] : most[c];
+        // a column without a sum has a maximum of -inf, whose difference is no number
+        col_sum[c] = col_sum[c] == 0 ? Real(0) : col_sum[c] * exp_(col_most[c] - most[c]);
+        col_most[c] = most[c];
+    }
+    for (int64_t r = 0; r < t.rows; ++r) {
+        const Real* x = t.x + r * t.stride;
+        const Real high = row_most[r];
+        Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < columns; ++c) {
+            sum += exp_(x[c] - high);
+            col_sum[c] += exp_(x[c] - most[c]);
+        }
+        row_sum[r] = sum;
+    }
+}
+
+// The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product.
+template <class Real>
+CLIPFAST_INLINE double gradient_(const Tile<Real>& t, Real s, const Real* f, const Real* g, const Real* row_lse,
+                                 const Real* col_lse, const Real* u, const Real* v) {
+    double total = 0;
+    for (int64_t r = 0; r < t.rows; ++r) {
+        Real* x = t.x + r * t.stride;
+        const Real a = s * f[r], of_row = f[r], lse = row_lse[r], weight = u[r];
+        const int64_t label = t.label(r);
+        const Real product = label < 0 ? Real(0) : x[label];
+        Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < t.columns; ++c) {
+            const Real logit = x[c] * (a * g[c]);
+            const Real p = weight * exp_(logit - lse) + v[c] * exp_(logit - col_lse[c]);
+            const Real d = p * (of_row * g[c]);
+            sum += d * x[c];
+            x[c] = d;
+        }
+        if (label >= 0) {
+            const Real d = (weight + v[label]) * (of_row * g[label]);
+            x[label] -= d;
+            sum -= d * product;
+        }
+        total += sum;
+    }
+    return total;
+}
+
+// ---------------------------------------------------------------------------------------------------------------
+// SigLIP
+
+// row_loss[r] += Σ_c log(1 + exp(-z · (x + b)))
+template <class Real>
+CLIPFAST_INLINE void sigmoid_statistics_(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,
+                                         double* row_loss) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+        const Real* x = t.x + r * t.stride;
+        const Real a = s * f[r];
+        Real sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t c = 0; c < t.columns; ++c) {
+            const Real y = x[c] * (a * g[c]) + b, size = y < 0 ? -y : y;
+            sum += (y > 0 ? y : Real(0)) + log1p_(exp_(-size));
+        }
+        const int64_t label = t.label(r);
+        // log(1 + exp(-y)) is log(1 + exp(y)) less y
+        row_loss[r] += label < 0 ? double(sum) : double(sum) - double(x[label] * (a * g[label]) + b);
+    }
+}
+
+// The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product and adds Σ G_ij to d_bias.
+template <class Real>
+CLIPFAST_INLINE double sigmoid_gradient_(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,
+                                         const Real* u, double* d_bias) {
+    double total = 0;
+    for (int64_t r = 0; r < t.rows; ++r) {
+        Real* x = t.x + r * t.stride;
+        const Real a = s * f[r], of_row = f[r], weight = u[r];
+        const int64_t label = t.label(r);
+        const Real product = label < 0 ? Real(0) : x[label];
+        Real sum = 0, bias = 0;
+#pragma omp simd reduction(+ : sum, bias)
+        for (int64_t c = 0; c < t.columns; ++c) {
+            const Real y = x[c] * (a * g[c]) + b, e = exp_(y < 0 ? y : -y);
+            // σ(y), by the exponential that cannot overflow
+            const Real p = weight * ((y < 0 ? e : Real(1)) / (1 + e));
+            const Real d = p * (of_row * g[c]);
+            bias += p;
+            sum += d * x[c];
+            x[c] = d;
+        }
+        if (label >= 0) {
+            // -σ(-y) = σ(y) - 1, taken from the exponential itself: it is tiny where the pair is learned
+            const Real y = product * (a * g[label]) + b, e = std::exp(y < 0 ? y : -y);
+            const Real d = -weight * ((y < 0 ? Real(1) : e) / (1 + e)) * (of_row * g[label]);
+            bias -= weight;
+            sum += (d - x[label]) * product;
+            x[label] = d;
+        }
+        total += sum;
+        *d_bias += bias;
+    }
+    return total;
+}
+
+}  // namespace clipfast::cpu
