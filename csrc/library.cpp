@@ -37,13 +37,16 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
     // label is column i + first_label; a label outside 0..N-1 is a row without one. Everything but the features and
     // their gradients is float32 (float64 for float64 features).
     //
-    // Log-sum-exp of every row and column of logits, the label's logit (0 without one), and the largest logit beside
-    // the labels' (-inf where there is none), all from one pass over the tiles.
+    // All from one pass over the tiles: the log-sum-exp of every row and column of logits in two parts, [2, M] and
+    // [2, N] (the largest logit, and the logarithm of the sum of exponentials beside it: their sum would lose digits
+    // where it is large); the label's logit (0 without one), and the largest logit beside the labels' (-inf where
+    // there is none).
     m.def(
         "contrastive_statistics(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
         "Tensor? text_factor, int first_label) -> "
         "(Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_rival, Tensor col_rival)");
     // With G_ij = u_i · (exp(x_ij - row_lse_i) - [j is i's label]) + v_j · (exp(x_ij - col_lse_j) - [j is i's label])
+    // (the log-sum-exps in two parts, as above; x_ij must come out in the very bits of the statistics' pass)
     // for the weights u [M], v [N]: d_image_i = Σ_j G_ij s f_i g_j text_j, d_text_j = Σ_i G_ij s f_i g_j image_i,
     // d_scale = Σ_ij G_ij f_i g_j (image_i · text_j). The factors count as constants.
     m.def(

@@ -119,6 +119,14 @@ def _announce(op: str, reason: str) -> None:
         )
 
 
+def announce_slower(what: str, how: str) -> None:
+    """Warn, once a process, that ``auto`` has to do with a slower implementation."""
+    key = (what, _wanted, how)
+    if _wanted == "auto" and key not in _announced and not torch.compiler.is_compiling():
+        _announced.add(key)
+        warnings.warn(f"clipfast: {what} {how}", FallbackWarning, stacklevel=5)
+
+
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Say which implementation serves a call of an op, and why.
 

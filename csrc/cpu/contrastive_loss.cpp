@@ -29,9 +29,9 @@ namespace clipfast::cpu {
                                         Real* col_sum, Real* col_rival, Real* scratch) {                             \
         statistics_(t, a, g, positive, row_most, row_sum, row_rival, col_most, col_sum, col_rival, scratch);         \
     }                                                                                                                \
-    CLIPFAST_VECTORISED double gradient(const Tile<Real>& t, Real s, const Real* f, const Real* g,                   \
-                                        const Real* row_lse, const Real* col_lse, const Real* u, const Real* v) {    \
-        return gradient_(t, s, f, g, row_lse, col_lse, u, v);                                                        \
+    CLIPFAST_VECTORISED double gradient(const Tile<Real>& t, Real s, const Real* f, const Real* g, Lse<Real> row,    \
+                                        Lse<Real> col, const Real* u, const Real* v, Real* logit) {                  \
+        return gradient_(t, s, f, g, row, col, u, v, logit);                                                         \
     }                                                                                                                \
     CLIPFAST_VECTORISED void sigmoid_statistics(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,   \
                                                 double* row_loss) {                                                  \
@@ -111,6 +111,20 @@ struct Problem {
 template <class Real>
 Tensor vector_like(const Tensor& t, int64_t size) {
     return torch::stable::new_empty(t, {size}, std::make_optional(scalar_type<Real>));
+}
+
+template <class Real>
+Tensor lse_like(const Tensor& t, int64_t size) {
+    return torch::stable::new_empty(t, {2, size}, std::make_optional(scalar_type<Real>));
+}
+
+template <class Real>
+Lse<Real> lse_of(const char* op, const char* name, const Tensor& t, int64_t size) {
+    STD_TORCH_CHECK(t.scalar_type() == scalar_type<Real> && t.dim() == 2 && t.size(0) == 2 && t.size(1) == size &&
+                        t.is_contiguous(),
+                    op, "(", name, "): expected contiguous [2, ", size, "] in the precision of the sums");
+    const Real* data = t.const_data_ptr<Real>();
+    return {data, data + size};
 }
 
 template <class Real>
@@ -194,7 +208,7 @@ auto contrastive_statistics_(const Tensor& image, const Problem<Real>& p) {
     const int64_t m = p.image.rows, n = p.text.rows, parts = parts_for(p);
     const Gemm<Real>& gemm = choose_gemm<Real>(p.image.dtype);
     const int64_t tiles = (n + gemm.tile_columns - 1) / gemm.tile_columns, block_rows = std::min(gemm.block_rows, m);
-    Tensor row_lse = vector_like<Real>(image, m), col_lse = vector_like<Real>(image, n);
+    Tensor row_lse = lse_like<Real>(image, m), col_lse = lse_like<Real>(image, n);
     Tensor positive = vector_like<Real>(image, m), row_rival = vector_like<Real>(image, m);
     Tensor col_rival = vector_like<Real>(image, n);
     Real* positive_of = positive.template mutable_data_ptr<Real>();
@@ -202,7 +216,11 @@ auto contrastive_statistics_(const Tensor& image, const Problem<Real>& p) {
     std::fill(positive_of, positive_of + m, Real(0));
     std::fill(rival_of_column, rival_of_column + n, lowest<Real>);
 
-    std::vector<Real> a(m), col_most(n, lowest<Real>), col_sum(n), scratch(parts * gemm.tile_columns);
+    Real* col_most = col_lse.template mutable_data_ptr<Real>();
+    Real* col_sum = col_most + n;
+    std::fill(col_most, col_sum, lowest<Real>);
+    std::fill(col_sum, col_sum + n, Real(0));
+    std::vector<Real> a(m), scratch(parts * gemm.tile_columns);
     for (int64_t i = 0; i < m; ++i) a[i] = p.scale * p.f[i];
     std::vector<Real> most(tiles * block_rows), sum(tiles * block_rows), rival(tiles * block_rows);
     walk(
@@ -210,8 +228,8 @@ auto contrastive_statistics_(const Tensor& image, const Problem<Real>& p) {
         [&](const Place& at, const Tile<Real>& tile, Products<Real>&) {
             const int64_t rows = at.tile * block_rows + at.row, first = at.block + at.row;
             statistics(tile, a.data() + first, p.g.data() + at.column, positive_of + first, most.data() + rows,
-                       sum.data() + rows, rival.data() + rows, col_most.data() + at.column,
-                       col_sum.data() + at.column, rival_of_column + at.column,
+                       sum.data() + rows, rival.data() + rows, col_most + at.column, col_sum + at.column,
+                       rival_of_column + at.column,
                        scratch.data() + at.part * gemm.tile_columns);
         },
         [&](int64_t block, int64_t rows) {
@@ -223,12 +241,12 @@ auto contrastive_statistics_(const Tensor& image, const Problem<Real>& p) {
                     const int64_t i = tile * block_rows + r;
                     row.merge(most[i], sum[i], rival[i]);
                 }
-                lse[r] = row.lse();
+                lse[r] = row.most;
+                lse[m + r] = std::log(row.sum);
                 largest[r] = row.rival;
             }
         });
-    Real* lse = col_lse.template mutable_data_ptr<Real>();
-    for (int64_t j = 0; j < n; ++j) lse[j] = col_most[j] + std::log(col_sum[j]);
+    for (int64_t j = 0; j < n; ++j) col_sum[j] = std::log(col_sum[j]);
     return std::make_tuple(row_lse, col_lse, positive, row_rival, col_rival);
 }
 
@@ -322,13 +340,15 @@ template <class Real>
 auto contrastive_gradients_(const Tensor& image, const Problem<Real>& p, const Tensor& row_lse, const Tensor& col_lse,
                             const Tensor& row_weight, const Tensor& col_weight) {
     const int64_t m = p.image.rows, n = p.text.rows;
-    const auto lse = vector_of<Real>(p.op, "row_lse", row_lse, m), of_col = vector_of<Real>(p.op, "col_lse", col_lse, n);
+    const auto row = lse_of<Real>(p.op, "row_lse", row_lse, m), col = lse_of<Real>(p.op, "col_lse", col_lse, n);
     const auto u = vector_of<Real>(p.op, "row_weight", row_weight, m);
     const auto v = vector_of<Real>(p.op, "col_weight", col_weight, n);
-    auto [d_image, d_text, d_scale] = gradients_(image, p, parts_for(p), [&](const Place& at, const Tile<Real>& tile) {
+    const int64_t parts = parts_for(p), columns = choose_gemm<Real>(p.image.dtype).tile_columns;
+    std::vector<Real> logits(parts * columns);
+    auto [d_image, d_text, d_scale] = gradients_(image, p, parts, [&](const Place& at, const Tile<Real>& tile) {
         const int64_t i = at.block + at.row, j = at.column;
-        return gradient(tile, p.scale, p.f.data() + i, p.g.data() + j, lse.data() + i, of_col.data() + j,
-                        u.data() + i, v.data() + j);
+        return gradient(tile, p.scale, p.f.data() + i, p.g.data() + j, row + i, col + j, u.data() + i, v.data() + j,
+                        logits.data() + at.part * columns);
     });
     return std::make_tuple(d_image, d_text, scalar_like<Real>(image, d_scale));
 }

@@ -71,7 +71,13 @@ struct Running {
         sum = other_sum == 0 ? mine : mine + other_sum * std::exp(other_most - high);
         most = high;
     }
-    Real lse() const { return most + std::log(sum); }
+};
+
+// Log-sum-exps in two parts: the largest logit, and the logarithm of the sum of exponentials beside it.
+template <class Real>
+struct Lse {
+    const Real *most, *rest;
+    Lse operator+(int64_t i) const { return {most + i, rest + i}; }
 };
 
 template <class Real>
@@ -85,6 +91,13 @@ struct Tile {
         return c >= 0 && c < columns ? c : -1;
     }
 };
+
+// Calls f(begin, end) for the columns before and after a row's label, or for all of them where it has none.
+template <class F>
+CLIPFAST_INLINE void beside(int64_t label, int64_t columns, const F& f) {
+    f(0, label < 0 ? columns : label);
+    if (label >= 0) f(label + 1, columns);
+}
 
 // ---------------------------------------------------------------------------------------------------------------
 // CLIP
@@ -132,31 +145,38 @@ CLIPFAST_INLINE void statistics_(const Tile<Real>& t, const Real* a, const Real*
     }
 }
 
-// The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product.
+// The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product. `logit` has room for one row.
 template <class Real>
-CLIPFAST_INLINE double gradient_(const Tile<Real>& t, Real s, const Real* f, const Real* g, const Real* row_lse,
-                                 const Real* col_lse, const Real* u, const Real* v) {
+CLIPFAST_INLINE double gradient_(const Tile<Real>& t, Real s, const Real* f, const Real* g, Lse<Real> row,
+                                 Lse<Real> col, const Real* u, const Real* v, Real* logit) {
     double total = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
         Real* x = t.x + r * t.stride;
-        const Real a = s * f[r], of_row = f[r], lse = row_lse[r], weight = u[r];
+        const Real a = s * f[r], of_row = f[r], most = row.most[r], rest = row.rest[r], weight = u[r];
+        for (int64_t c = 0; c < t.columns; ++c) logit[c] = x[c] * (a * g[c]);
+        // the logits must be rounded as in the statistics, not joined with the subtraction that follows
+        asm volatile("" ::: "memory");
         const int64_t label = t.label(r);
-        const Real product = label < 0 ? Real(0) : x[label];
-        Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < t.columns; ++c) {
-            const Real logit = x[c] * (a * g[c]);
-            const Real p = weight * exp_(logit - lse) + v[c] * exp_(logit - col_lse[c]);
-            const Real d = p * (of_row * g[c]);
-            sum += d * x[c];
-            x[c] = d;
-        }
         if (label >= 0) {
-            const Real d = (weight + v[label]) * (of_row * g[label]);
-            x[label] -= d;
-            sum -= d * product;
+            // exp - 1 at once: the difference would lose the digits of a pair that is learned
+            const Real product = x[label], p = weight * std::expm1(logit[label] - most - rest) +
+                                               v[label] * std::expm1(logit[label] - col.most[label] - col.rest[label]);
+            const Real d = p * (of_row * g[label]);
+            total += double(d) * product;
+            x[label] = d;
         }
-        total += sum;
+        beside(label, t.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t c = begin; c < end; ++c) {
+                const Real p =
+                    weight * exp_(logit[c] - most - rest) + v[c] * exp_(logit[c] - col.most[c] - col.rest[c]);
+                const Real d = p * (of_row * g[c]);
+                sum += d * x[c];
+                x[c] = d;
+            }
+            total += sum;
+        });
     }
     return total;
 }
@@ -171,15 +191,22 @@ CLIPFAST_INLINE void sigmoid_statistics_(const Tile<Real>& t, Real s, Real b, co
     for (int64_t r = 0; r < t.rows; ++r) {
         const Real* x = t.x + r * t.stride;
         const Real a = s * f[r];
-        Real sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < t.columns; ++c) {
-            const Real y = x[c] * (a * g[c]) + b, size = y < 0 ? -y : y;
-            sum += (y > 0 ? y : Real(0)) + log1p_(exp_(-size));
-        }
+        double total = 0;
         const int64_t label = t.label(r);
-        // log(1 + exp(-y)) is log(1 + exp(y)) less y
-        row_loss[r] += label < 0 ? double(sum) : double(sum) - double(x[label] * (a * g[label]) + b);
+        if (label >= 0) {
+            const Real y = -(x[label] * (a * g[label]) + b);
+            total = double(y > 0 ? y : Real(0)) + std::log1p(std::exp(y > 0 ? -y : y));
+        }
+        beside(label, t.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+            double sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t c = begin; c < end; ++c) {
+                const Real y = x[c] * (a * g[c]) + b;
+                sum += (y > 0 ? y : Real(0)) + log1p_(exp_(y > 0 ? -y : y));
+            }
+            total += sum;
+        });
+        row_loss[r] += total;
     }
 }
 
@@ -187,34 +214,34 @@ CLIPFAST_INLINE void sigmoid_statistics_(const Tile<Real>& t, Real s, Real b, co
 template <class Real>
 CLIPFAST_INLINE double sigmoid_gradient_(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,
                                          const Real* u, double* d_bias) {
-    double total = 0;
+    double total = 0, of_bias = 0;
     for (int64_t r = 0; r < t.rows; ++r) {
         Real* x = t.x + r * t.stride;
         const Real a = s * f[r], of_row = f[r], weight = u[r];
         const int64_t label = t.label(r);
-        const Real product = label < 0 ? Real(0) : x[label];
-        Real sum = 0, bias = 0;
-#pragma omp simd reduction(+ : sum, bias)
-        for (int64_t c = 0; c < t.columns; ++c) {
-            const Real y = x[c] * (a * g[c]) + b, e = exp_(y < 0 ? y : -y);
-            // σ(y), by the exponential that cannot overflow
-            const Real p = weight * ((y < 0 ? e : Real(1)) / (1 + e));
-            const Real d = p * (of_row * g[c]);
-            bias += p;
-            sum += d * x[c];
-            x[c] = d;
-        }
         if (label >= 0) {
-            // -σ(-y) = σ(y) - 1, taken from the exponential itself: it is tiny where the pair is learned
-            const Real y = product * (a * g[label]) + b, e = std::exp(y < 0 ? y : -y);
-            const Real d = -weight * ((y < 0 ? Real(1) : e) / (1 + e)) * (of_row * g[label]);
-            bias -= weight;
-            sum += (d - x[label]) * product;
+            const Real product = x[label], y = product * (a * g[label]) + b, e = std::exp(y < 0 ? y : -y);
+            const Real p = -weight * ((y < 0 ? Real(1) : e) / (1 + e)), d = p * (of_row * g[label]);
+            of_bias += p;
+            total += double(d) * product;
             x[label] = d;
         }
-        total += sum;
-        *d_bias += bias;
+        beside(label, t.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+            double sum = 0, bias = 0;
+#pragma omp simd reduction(+ : sum, bias)
+            for (int64_t c = begin; c < end; ++c) {
+                // σ by the exponential that cannot overflow
+                const Real y = x[c] * (a * g[c]) + b, e = exp_(y < 0 ? y : -y);
+                const Real p = weight * ((y < 0 ? e : Real(1)) / (1 + e)), d = p * (of_row * g[c]);
+                bias += p;
+                sum += d * x[c];
+                x[c] = d;
+            }
+            total += sum;
+            of_bias += bias;
+        });
     }
+    *d_bias += of_bias;
     return total;
 }
 

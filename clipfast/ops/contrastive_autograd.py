@@ -1,0 +1,246 @@
+"""The contrastive losses from tile kernels, on one rank or several, with their gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from clipfast.ops.contrastive_kernels import Kernels, accumulation_dtype, join_lse
+from clipfast.ops.contrastive_ranks import Ranks
+
+
+class Plan(NamedTuple):
+    """How a loss is computed: the kernels, the ranks (None for one process), and what the caller asked for."""
+
+    kernels: Kernels
+    ranks: Ranks | None = None
+    ring: bool = False
+    normalize: bool = False
+
+
+def contrastive_losses(image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each pair's loss ``[b]`` and whether each image and each text finds its own first (bool ``[b]``)."""
+    return _Contrastive.apply(image, text, logit_scale, plan)
+
+
+def siglip_losses(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, plan: Plan) -> Tensor:
+    """Return each image's loss ``[b]``, summed over all texts."""
+    return _SigLip.apply(image, text, logit_scale, logit_bias, plan)
+
+
+def joined_mean(losses: Tensor, ranks: Ranks | None) -> Tensor:
+    """Return the mean over the joined batch, the same on every rank."""
+    return losses.mean() if ranks is None else _JoinedMean.apply(losses, ranks)
+
+
+class _JoinedMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, losses: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(losses.sum()) / ranks.total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # every rank's result depends on every rank's losses
+        ranks = ctx.ranks
+        return (ranks.sum(grad) / ranks.total).expand(ranks.sizes[ranks.rank]), None
+
+
+def _factor(features: Tensor, normalize: bool) -> Tensor | None:
+    """Return the inverse norms ``[B]`` by which logits are normalised, with the floor of ``F.normalize``."""
+    if not normalize:
+        return None
+    norms = torch.linalg.vector_norm(features, dim=1, dtype=accumulation_dtype(features.dtype))
+    return norms.clamp_min(1e-12).reciprocal()
+
+
+def _through_norm(grad: Tensor, features: Tensor, normalize: bool) -> Tensor:
+    """Take off what only changes a feature's length; ``grad`` counted its inverse norm as a constant."""
+    factor = _factor(features, normalize)
+    if factor is None:
+        return grad
+    along = (grad * features).sum(1, dtype=factor.dtype) * factor.square()
+    # below the floor the norm is a constant, and so is the factor
+    along = along.masked_fill(factor >= 1e12, 0)
+    return grad.addcmul(features, along[:, None].to(grad.dtype), value=-1)
+
+
+class _Contrastive(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ranks = plan.ranks
+        if ranks is None:
+            others = text
+            statistics = plan.kernels.statistics(
+                image, text, logit_scale, _factor(image, plan.normalize), _factor(text, plan.normalize), 0
+            )
+        elif plan.ring:
+            others = text
+            statistics = _ring_statistics(image, text, logit_scale, plan)
+        else:
+            others = ranks.gather(text)
+            statistics = plan.kernels.statistics(
+                image,
+                others,
+                logit_scale,
+                _factor(image, plan.normalize),
+                _factor(others, plan.normalize),
+                ranks.own.start,
+            )
+        row_lse, col_lse, positive, row_rival, col_rival = statistics
+        own = slice(0, image.shape[0])
+        if ranks is not None:
+            col_lse, col_rival, own = ranks.join_lse(col_lse), ranks.max(col_rival), ranks.own
+        ctx.plan, ctx.own = plan, own
+        ctx.save_for_backward(image, others, logit_scale, row_lse, col_lse)
+        # the large parts first: what is left of them is small, and exact
+        losses = sum((lse[0] - positive + lse[1]) / 2 for lse in (row_lse, col_lse[:, own]))
+        found = positive > row_rival, positive > col_rival[own]
+        ctx.mark_non_differentiable(*found)
+        return losses, *found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
+        image, text, logit_scale, row_lse, col_lse = ctx.saved_tensors
+        plan, ranks = ctx.plan, ctx.plan.ranks
+        row_weight = (grad / 2).contiguous()
+        if ranks is None or not plan.ring:
+            col_weight = row_weight if ranks is None else ranks.gather(row_weight)
+            d_image, d_text, d_scale = plan.kernels.gradients(
+                image,
+                text,
+                logit_scale,
+                _factor(image, plan.normalize),
+                _factor(text, plan.normalize),
+                row_lse,
+                col_lse,
+                row_weight,
+                col_weight,
+                ctx.own.start,
+            )
+            if ranks is not None:
+                d_text, text = ranks.reduce_scatter(d_text), text[ctx.own]
+        else:
+            col_weight = ranks.gather(row_weight)
+
+            def block(texts: Tensor, columns: slice, first_label: int) -> tuple[Tensor, ...]:
+                return plan.kernels.gradients(
+                    image,
+                    texts,
+                    logit_scale,
+                    _factor(image, plan.normalize),
+                    _factor(texts, plan.normalize),
+                    row_lse,
+                    col_lse[:, columns].contiguous(),
+                    row_weight,
+                    col_weight[columns],
+                    first_label,
+                )
+
+            d_image, d_text, (d_scale,) = _ring_gradients(image, text, ranks, block)
+        d_image = _through_norm(d_image, image, plan.normalize)
+        return d_image, _through_norm(d_text, text, plan.normalize), d_scale, None
+
+
+class _SigLip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, plan: Plan) -> Tensor:
+        ranks = plan.ranks
+
+        def block(texts: Tensor, first_label: int) -> Tensor:
+            return plan.kernels.siglip_statistics(
+                image,
+                texts,
+                logit_scale,
+                logit_bias,
+                _factor(image, plan.normalize),
+                _factor(texts, plan.normalize),
+                first_label,
+            )
+
+        others = text
+        if ranks is not None and plan.ring:
+            losses = sum(block(texts, _label(ranks, owner)) for owner, texts in ranks.visit(text))
+        elif ranks is not None:
+            others = ranks.gather(text)
+            losses = block(others, ranks.own.start)
+        else:
+            losses = block(text, 0)
+        ctx.plan = plan
+        ctx.save_for_backward(image, others, logit_scale, logit_bias)
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        image, text, logit_scale, logit_bias = ctx.saved_tensors
+        plan, ranks = ctx.plan, ctx.plan.ranks
+        row_weight = grad.contiguous()
+
+        def block(texts: Tensor, _: slice, first_label: int) -> tuple[Tensor, ...]:
+            return plan.kernels.siglip_gradients(
+                image,
+                texts,
+                logit_scale,
+                logit_bias,
+                _factor(image, plan.normalize),
+                _factor(texts, plan.normalize),
+                row_weight,
+                first_label,
+            )
+
+        if ranks is not None and plan.ring:
+            d_image, d_text, scalars = _ring_gradients(image, text, ranks, block)
+        elif ranks is not None:
+            d_image, d_text, *scalars = block(text, slice(None), ranks.own.start)
+            d_text, text = ranks.reduce_scatter(d_text), text[ranks.own]
+        else:
+            d_image, d_text, *scalars = block(text, slice(None), 0)
+        d_image = _through_norm(d_image, image, plan.normalize)
+        return d_image, _through_norm(d_text, text, plan.normalize), *scalars, None
+
+
+def _label(ranks: Ranks, owner: int) -> int:
+    """Return where the labels of this rank's rows begin in the columns of ``owner``: at 0, or past the end."""
+    return 0 if owner == ranks.rank else ranks.sizes[owner]
+
+
+def _ring_statistics(image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> tuple[Tensor, ...]:
+    """As one call with all texts, holding those of one rank (and the next) at a time."""
+    ranks, image_factor = plan.ranks, _factor(image, plan.normalize)
+    row_lse = row_rival = positive = None
+    dtype = accumulation_dtype(image.dtype)
+    col_lse, col_rival = (image.new_empty(*lead, ranks.total, dtype=dtype) for lead in ((2,), ()))
+    for owner, texts in ranks.visit(text):
+        lse, of_columns, own, rival, rival_of_columns = plan.kernels.statistics(
+            image, texts, logit_scale, image_factor, _factor(texts, plan.normalize), _label(ranks, owner)
+        )
+        col_lse[:, ranks.rows(owner)], col_rival[ranks.rows(owner)] = of_columns, rival_of_columns
+        if row_lse is None:
+            row_lse, row_rival, positive = lse, rival, own
+        else:
+            row_lse, row_rival = join_lse(row_lse, lse), torch.maximum(row_rival, rival)
+    return row_lse, col_lse, positive, row_rival, col_rival
+
+
+def _ring_gradients(image: Tensor, text: Tensor, ranks: Ranks, block: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Add up the blocks of all ranks' texts; every rank's sums travel with its texts, in the precision of sums."""
+    dtype = accumulation_dtype(image.dtype)
+    d_image = torch.zeros_like(image, dtype=dtype)
+    scalars: list[Tensor] = []
+    circling = ranks.carry(text, torch.zeros_like(text, dtype=dtype))
+    for _ in ranks.sizes:
+        owner, texts, sums = next(circling)
+        of_image, of_text, *more = block(texts, ranks.rows(owner), _label(ranks, owner))
+        d_image += of_image
+        sums += of_text
+        scalars = [a + b for a, b in zip(scalars, more, strict=True)] if scalars else more
+    _, _, home = next(circling)
+    return d_image.to(image.dtype), home.to(text.dtype), scalars

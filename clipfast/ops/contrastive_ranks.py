@@ -1,0 +1,169 @@
+"""What travels between ranks for the contrastive losses: one tower's features, and O(B) statistics.
+
+Every rank holds its images against all texts. Rows of logits are then complete on their rank; columns are joined by one
+reduction of a number a text. In the backward pass the images' gradients are complete at once, and the texts' are one
+reduce-scatter, or travel around the ring with their texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a group and how many rows each holds."""
+
+    group: dist.ProcessGroup
+    sizes: tuple[int, ...]
+
+    @property
+    def rank(self) -> int:
+        """This rank, within the group."""
+        return dist.get_rank(self.group)
+
+    @property
+    def total(self) -> int:
+        """The rows of the joined batch."""
+        return sum(self.sizes)
+
+    def rows(self, rank: int) -> slice:
+        """Return where a rank's rows lie in the joined batch."""
+        first = sum(self.sizes[:rank])
+        return slice(first, first + self.sizes[rank])
+
+    @property
+    def own(self) -> slice:
+        """Where this rank's rows lie in the joined batch."""
+        return self.rows(self.rank)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Join the rows ``[b, ...]`` of all ranks to ``[B, ...]``."""
+        if self._equal:
+            out = x.new_empty(self.total, *x.shape[1:])
+            dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+            return out
+        parts = [x.new_empty(max(self.sizes), *x.shape[1:]) for _ in self.sizes]
+        dist.all_gather(parts, self._padded(x), group=self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """Sum ``[B, ...]`` over ranks and return this rank's rows ``[b, ...]``."""
+        out = x.new_empty(max(self.sizes), *x.shape[1:])
+        if self._equal:
+            dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group)
+            return out
+        parts = [self._padded(x[self.rows(rank)]) for rank in range(len(self.sizes))]
+        dist.reduce_scatter(out, parts, group=self.group)
+        return out[: self.sizes[self.rank]]
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of ``x`` over ranks."""
+        x = x.clone()
+        dist.all_reduce(x, group=self.group)
+        return x
+
+    def max(self, x: Tensor) -> Tensor:
+        """Return the largest of ``x`` over ranks."""
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+    def join_lse(self, x: Tensor) -> Tensor:
+        """Join the log-sum-exps ``[2, N]`` of disjoint terms, as ``join_lse`` does for two of them."""
+        most = self.max(x[0])
+        return torch.stack([most, self.sum((x[0] - most + x[1]).exp()).log()])
+
+    def visit(self, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield ``(rank, its rows)`` for every rank, this one first; the next rows arrive meanwhile."""
+        owner = self.rank
+        for step in range(len(self.sizes)):
+            following = (owner - 1) % len(self.sizes)
+            arriving, waiting = ((x,), []) if step == len(self.sizes) - 1 else self._pass_on((x,), following)
+            yield owner, x
+            for work in waiting:
+                work.wait()
+            (x,), owner = arriving, following
+
+    def carry(self, x: Tensor, sums: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield ``(rank, its rows, its sums)`` for every rank, this one first and, with all that was added, last.
+
+        ``sums`` are the caller's to change in place before the next step.
+        """
+        owner = self.rank
+        for _ in self.sizes:
+            yield owner, x, sums
+            owner = (owner - 1) % len(self.sizes)
+            arriving, waiting = self._pass_on((x, sums), owner)
+            for work in waiting:
+                work.wait()
+            x, sums = arriving
+        yield owner, x, sums
+
+    @property
+    def _equal(self) -> bool:
+        return len(set(self.sizes)) == 1
+
+    def _pass_on(self, leaving: tuple[Tensor, ...], following: int) -> tuple[tuple[Tensor, ...], list[dist.Work]]:
+        """Send to the next rank; receive what belongs to rank ``following`` from the one before."""
+        world, rank = len(self.sizes), self.rank
+        if world == 1:
+            return leaving, []
+        peers = [dist.get_global_rank(self.group, (rank + step) % world) for step in (1, -1)]
+        arriving = tuple(t.new_empty(self.sizes[following], *t.shape[1:]) for t in leaving)
+        sends = [dist.P2POp(dist.isend, t.contiguous(), peers[0], self.group) for t in leaving]
+        receives = [dist.P2POp(dist.irecv, t, peers[1], self.group) for t in arriving]
+        return arriving, dist.batch_isend_irecv(sends + receives)
+
+    def _padded(self, x: Tensor) -> Tensor:
+        missing = max(self.sizes) - x.shape[0]
+        return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
+
+
+def meet(
+    image: Tensor, text: Tensor, group: dist.ProcessGroup, *, equal_batches: bool, problem: Exception | None
+) -> Ranks:
+    """Learn what every rank holds: a batch that does not fit is an error on all of them, and none waits forever.
+
+    Args:
+        image: This rank's features ``[b, D]``.
+        text: This rank's features ``[b, D]``.
+        group: The process group.
+        equal_batches: The caller's promise that all ranks hold as much as this one; nothing is exchanged then.
+        problem: What is wrong on this rank already.
+
+    Raises:
+        ValueError: A rank has an empty batch, another width or dtype, or something wrong of its own.
+    """
+    world = dist.get_world_size(group)
+    if equal_batches:
+        if problem is not None:
+            raise problem
+        return Ranks(group, (image.shape[0],) * world)
+    facts = [-1, -1, -1] if problem is not None else [*image.shape, _DTYPES.index(image.dtype)]
+    mine = torch.tensor(facts, device=image.device)
+    gathered = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(gathered, mine, group=group)
+    if problem is not None:
+        raise problem
+    # one wait for the device; `equal_batches` spares it
+    facts_of = torch.stack(gathered).tolist()
+    for rank, (size, width, dtype) in enumerate(facts_of):
+        if size < 1:
+            raise ValueError(
+                f"contrastive_loss(image_features): rank {rank} cannot take part (an empty batch or wrong features), "
+                f"expected at least 1 row on every rank"
+            )
+        if (width, dtype) != tuple(facts_of[0][1:]):
+            raise ValueError(
+                f"contrastive_loss(image_features): got width {width} and {_DTYPES[dtype]} on rank {rank}, expected "
+                f"{facts_of[0][1]} and {_DTYPES[facts_of[0][2]]}, as on rank 0"
+            )
+    return Ranks(group, tuple(size for size, _, _ in facts_of))

@@ -1,0 +1,373 @@
+"""The contrastive losses in tiles, by the op library and by PyTorch, against fp64 and the reference's own error."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from contrastive_oracle import oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from clipfast import ops
+from clipfast.ops import contrastive_kernels
+
+TILED = [
+    "torch",
+    pytest.param(
+        "native",
+        marks=pytest.mark.skipif(
+            contrastive_kernels.native is None, reason=f"no op library: {contrastive_kernels.native_unavailable}"
+        ),
+    ),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BIAS = -3.0
+LOSSES = {"contrastive": ops.contrastive_loss, "siglip": ops.siglip_loss}
+
+
+def features(batch: int, width: int, dtype: torch.dtype, kind: str = "trained", seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Return pairs of features: partly aligned as in training, or one of the hard cases."""
+    generator = torch.Generator().manual_seed(seed)
+    image, noise = (torch.randn(batch, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    text = image + noise
+    if kind == "duplicates":
+        image[1::2], text[1::2] = image[: batch // 2], text[: batch // 2]
+    if kind == "all equal":
+        image, text = image[:1].expand(batch, width), text[:1].expand(batch, width)
+    if kind == "anti-aligned":
+        text = -image
+    if kind != "large":
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    return image.to(dtype), text.to(dtype)
+
+
+def run(loss: object, image: Tensor, text: Tensor, scale: float, **options: object) -> list[Tensor]:
+    """Return a loss and its gradients of both features, the scale and (SigLIP) the bias."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    inputs = [t.detach().clone().requires_grad_() for t in (image, text)]
+    scalars = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in (scale, BIAS)]
+    value = loss(*inputs, scalars[0], logit_bias=scalars[1], **options)
+    value.sum().backward()
+    return [value.detach(), *(t.grad for t in (*inputs, *scalars))]
+
+
+def compare(name: str, backend: str, image: Tensor, text: Tensor, scale: float, **options: object) -> None:
+    """Hold a backend to DESIGN's rule: at most twice the reference's error and two units of rounding."""
+    digits = np.longdouble if image.dtype == torch.float64 else np.float64
+    exact = oracle(name, image, text, scale, BIAS, dtype=digits, **options)
+    with ops.backend("reference"):
+        reference = run(LOSSES[name], image, text, scale, **options)
+    with warnings.catch_warnings(), ops.backend(backend):
+        warnings.simplefilter("error")
+        fast = run(LOSSES[name], image, text, scale, **options)
+    for what, mine, theirs, value in zip(exact._fields, fast, reference, exact, strict=False):
+        assert mine.dtype == theirs.dtype
+        natural = float(np.abs(value).max())
+        if what in exact.scales:
+            natural = exact.scales[what]
+        elif natural < 1e-6 * exact.scales["features"]:
+            natural = exact.scales["features"]
+        error, of_reference = (float(np.abs(in_digits(t, digits) - value).max()) for t in (mine, theirs))
+        allowed = 2 * of_reference + 2 * torch.finfo(mine.dtype).eps * natural
+        assert error <= allowed, (
+            f"{name} {what}: error {error:.3e}, of the reference {of_reference:.3e}, {allowed=:.3e}"
+        )
+
+
+def in_digits(t: Tensor, digits: type) -> np.ndarray:
+    return t.double().numpy().astype(digits)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
+@pytest.mark.parametrize("width", [1, 32, 512, 640, 768, 1024])
+@pytest.mark.parametrize("name", LOSSES)
+def test_small_batches(name: str, width: int, scale: float, dtype: torch.dtype, backend: str) -> None:
+    for batch in (1, 2, 63, 64):
+        compare(name, backend, *features(batch, width, dtype), scale)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_thousand(name: str, dtype: torch.dtype, backend: str) -> None:
+    # the oracle of float64 has no BLAS
+    compare(name, backend, *features(1000, 24 if dtype == torch.float64 else 640, dtype), 100.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("width", "scale"), [(512, 100.0), (1024, 14.3)])
+def test_four_thousand_and_a_tail(width: int, scale: float, dtype: torch.dtype, backend: str) -> None:
+    compare("contrastive", backend, *features(4097, width, dtype), scale)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["duplicates", "all equal", "anti-aligned"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_hard_cases(name: str, kind: str, dtype: torch.dtype, backend: str) -> None:
+    compare(name, backend, *features(130, 48, dtype, kind), 100.0)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits_beyond_ten_thousand(name: str, dtype: torch.dtype, backend: str) -> None:
+    image, text = features(67, 200, dtype, "large")
+    assert float((100 * image.double() @ text.double().T).abs().max()) > 1e4
+    compare(name, backend, image, text, 100.0)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_of_each_pair(name: str, dtype: torch.dtype, backend: str) -> None:
+    compare(name, backend, *features(130, 32, dtype), 14.3, reduction="none")
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_normalised_within_the_tiles(name: str, dtype: torch.dtype, backend: str) -> None:
+    image, text = features(130, 32, dtype, "large")
+    compare(name, backend, image, text, 14.3, normalize=True)
+    # a row of zeros stays what F.normalize makes of it, and gets its gradient
+    image[3] = 0
+    compare(name, backend, image.double(), text.double(), 14.3, normalize=True)
+
+
+@pytest.mark.parametrize("backend", TILED)
+def test_accuracy(backend: str) -> None:
+    image, text = features(300, 16, torch.float32)
+    logits = image @ text.T
+    with ops.backend(backend):
+        _, found = ops.contrastive_loss(image, text, 10.0, return_accuracy=True)
+    label = torch.arange(300)
+    assert found.image_to_text == (logits.argmax(1) == label).float().mean()
+    assert found.text_to_image == (logits.argmax(0) == label).float().mean()
+    assert 0 < found.image_to_text < 1
+    with ops.backend(backend):
+        _, tied = ops.contrastive_loss(image[:1].expand(5, -1), text[:1].expand(5, -1), 10.0, return_accuracy=True)
+        _, alone = ops.contrastive_loss(image[:1], text[:1], 10.0, return_accuracy=True)
+    assert tied == (0, 0), "features that are all the same find nothing"
+    assert alone == (1, 1)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("name", LOSSES)
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 300),
+    width=st.integers(1, 70),
+    scale=st.floats(0, 100),
+    length=st.floats(1e-3, 30),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    backend: str, name: str, batch: int, width: int, scale: float, length: float, dtype: torch.dtype, seed: int
+) -> None:
+    image, text = features(batch, width, dtype, seed=seed)
+    compare(name, backend, image * length, text, scale)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradcheck(name: str, normalize: bool, backend: str) -> None:
+    image, text = (t.requires_grad_() for t in features(5, 3, torch.float64, "large"))
+    scalars = [torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in (3.0, -1.0)]
+
+    def loss(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        with ops.backend(backend):
+            return LOSSES[name](image, text, scale, logit_bias=bias, normalize=normalize)
+
+    assert torch.autograd.gradcheck(loss, (image, text, *scalars))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("kernels", ["chunked", "native"])
+def test_opcheck(kernels: str, name: str) -> None:
+    chosen = getattr(contrastive_kernels, kernels)
+    if chosen is None:
+        pytest.skip(contrastive_kernels.native_unavailable)
+    image, text = features(5, 3, torch.float32)
+    scale, bias, factor, weight = torch.tensor(9.0), torch.tensor(-1.0), torch.rand(5) + 1, torch.rand(5)
+    if name == "contrastive":
+        row_lse, col_lse, *_ = chosen.statistics(image, text, scale, factor, None, 0)
+        torch.library.opcheck(chosen.statistics.default, (image, text, scale, factor, None, 0))
+        arguments = (image, text, scale, factor, None, row_lse, col_lse, weight, weight, 0)
+        torch.library.opcheck(chosen.gradients.default, arguments)
+    else:
+        torch.library.opcheck(chosen.siglip_statistics.default, (image, text, scale, bias, None, factor, 0))
+        torch.library.opcheck(chosen.siglip_gradients.default, (image, text, scale, bias, None, factor, weight, 0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("name", LOSSES)
+def test_compiled_whole(name: str, backend: str) -> None:
+    image, text = features(70, 32, torch.float32)
+    with ops.backend(backend):
+        eager = run(LOSSES[name], image, text, 14.3)
+        torch.compiler.reset()
+        compiled = run(torch.compile(LOSSES[name], fullgraph=True), image, text, 14.3)
+    for mine, theirs in zip(compiled, eager, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("name", LOSSES)
+def test_autocast_changes_nothing(name: str, backend: str) -> None:
+    image, text = features(70, 32, torch.float32)
+    with ops.backend(backend):
+        expected = run(LOSSES[name], image, text, 100.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = run(LOSSES[name], image, text, 100.0)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bitwise_the_same_twice(name: str, dtype: torch.dtype, backend: str) -> None:
+    image, text = features(700, 64, dtype)
+    with ops.backend(backend):
+        first, second = (run(LOSSES[name], image, text, 100.0) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_and_what_lies_around(dtype: torch.dtype, backend: str) -> None:
+    image, text = features(70, 33, dtype)
+    around = torch.full((2, 72, 80), math.nan, dtype=dtype)
+    around[0, 1:71, 20:53], around[1, 1:71, 20:53] = image, text
+    with ops.backend(backend):
+        expected = run(ops.contrastive_loss, image, text, 14.3)
+        slices = [around[k, 1:71, 20:53].requires_grad_() for k in (0, 1)]
+        value = ops.contrastive_loss(*slices, 14.3)
+        value.backward()
+        turned = ops.contrastive_loss(*(t.T.contiguous().T for t in (image, text)), 14.3)
+    assert torch.equal(value, expected[0])
+    assert torch.equal(turned, expected[0])
+    assert torch.equal(slices[0].grad, expected[1])
+    assert torch.equal(slices[1].grad, expected[2])
+    assert around.isnan().sum() == 2 * (72 * 80 - 70 * 33)
+
+
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("name", LOSSES)
+def test_not_a_number_is_not_hidden(name: str, backend: str) -> None:
+    image, text = features(70, 33, torch.float32)
+    image[5, 7] = math.nan
+    with ops.backend(backend):
+        assert LOSSES[name](image, text, 14.3).isnan()
+
+
+PRODUCTS = """
+import torch, sys, torch.nn.functional as F
+from clipfast.ops.contrastive_kernels import native
+from clipfast.ops.contrastive_kernels import chunked
+torch.manual_seed(0)
+dtype = getattr(torch, sys.argv[1])
+shapes = ((1, 1, 1, 0), (3, 2, 7, 1), (131, 300, 33, 5), (300, 131, 96, -9), (1100, 257, 40, 0))
+for rows, columns, width, label in shapes:
+    image, text = (F.normalize(torch.randn(n, width), dim=1).to(dtype) for n in (rows, columns))
+    scale, f, g = torch.tensor(20.0), torch.rand(rows) + 0.5, torch.rand(columns) + 0.5
+    mine, theirs = (k.statistics(image, text, scale, f, g, label) for k in (native, chunked))
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    arguments = (image, text, scale, f, g, *theirs[:2], torch.rand(rows), torch.rand(columns), label)
+    for a, b in zip(native.gradients(*arguments), chunked.gradients(*arguments)):
+        bound = 1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(a, b, atol=bound * float(b.abs().max()) + 1e-6, rtol=0)
+"""
+
+
+@pytest.mark.skipif(contrastive_kernels.native is None, reason="no op library")
+@pytest.mark.parametrize(
+    ("gemm", "dtype"),
+    [
+        ("portable", "float32"),
+        ("blas", "float32"),
+        ("blas", "bfloat16"),
+        ("blas", "float16"),
+        ("mkl_bf16", "bfloat16"),
+        ("avx512_bf16", "bfloat16"),
+    ],
+)
+def test_every_product(gemm: str, dtype: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRODUCTS, dtype],
+        env={**os.environ, "CLIPFAST_CPU_GEMM": gemm},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if "that this CPU and dtype can have" in done.stderr:
+        pytest.skip(f"this CPU has no {gemm}")
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_the_library_chunks_are_announced_once() -> None:
+    code = (
+        "import warnings, torch; from clipfast.ops import library; library.unavailable = lambda: 'it was not built'\n"
+        "from clipfast import ops\n"
+        "x = torch.randn(4, 3)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    ops.contrastive_loss(x, x, 1.0); ops.siglip_loss(x, x, 1.0); ops.contrastive_loss(x, x, 1.0)\n"
+        "messages = [str(w.message) for w in caught]\n"
+        "assert len(messages) == 1 and 'in PyTorch: it was not built' in messages[0], messages\n"
+        "assert ops.explain('contrastive_loss', x, x, 1.0).startswith('contrastive_loss: torch'), messages\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"comm": "pigeon"}, "comm.*'pigeon'"), ({"reduction": "sum"}, r"reduction\): got 'sum'.*'mean', 'none'")],
+)
+def test_wrong_options(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ops.contrastive_loss(*features(3, 2, torch.float32), 1.0, **options)
+
+
+MEMORY = """
+import resource, sys, torch
+from clipfast import ops
+batch, width = 16384, 512
+dtype = getattr(torch, sys.argv[1])
+image, text = (torch.randn(batch, width).to(dtype).requires_grad_() for _ in range(2))
+scale = torch.tensor(14.3, requires_grad=True)
+small = [t.detach()[:256].clone().requires_grad_() for t in (image, text)]
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+with ops.backend(sys.argv[2]):
+    ops.contrastive_loss(*small, scale, normalize=True).backward()
+    before = peak()
+    ops.contrastive_loss(image, text, scale, normalize=True).backward()
+print(peak() - before, 12 * batch * width + 64 * 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", TILED)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_grows_with_the_batch_and_not_its_square(dtype: str, backend: str) -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY, dtype, backend], capture_output=True, text=True, check=True)
+    used, allowed = map(int, done.stdout.split())
+    assert used <= allowed, f"{used / 2**20:.0f} MB, allowed {allowed / 2**20:.0f}"
