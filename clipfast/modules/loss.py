@@ -38,6 +38,8 @@ class ContrastiveLoss(nn.Module):
         rank: This process's rank.
         world_size: The number of processes; with 1, no process group is used.
         use_horovod: Must be False.
+        comm: How texts reach the other ranks, ``"gather"`` or ``"ring"``: see :func:`clipfast.ops.contrastive_loss`.
+        equal_batches: The promise that all ranks hold equally many rows, which spares an exchange of sizes.
 
     Raises:
         ValueError: ``local_loss`` without ``gather_with_grad`` on more than one rank, Horovod, or a rank or size
@@ -54,6 +56,9 @@ class ContrastiveLoss(nn.Module):
         rank: int = 0,
         world_size: int = 1,
         use_horovod: bool = False,
+        *,
+        comm: str = "gather",
+        equal_batches: bool = False,
     ) -> None:
         super().__init__()
         if use_horovod:
@@ -65,6 +70,8 @@ class ContrastiveLoss(nn.Module):
             )
         self.rank = rank
         self.world_size = world_size
+        self.comm = comm
+        self.equal_batches = equal_batches
 
     def forward(
         self,
@@ -90,7 +97,15 @@ class ContrastiveLoss(nn.Module):
             TypeError, ValueError: As :func:`clipfast.ops.contrastive_loss`.
         """
         group = _process_group("ContrastiveLoss", self.rank, self.world_size)
-        loss = ops.contrastive_loss(image_features, text_features, logit_scale, logit_bias=logit_bias, group=group)
+        loss = ops.contrastive_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias=logit_bias,
+            group=group,
+            comm=self.comm,
+            equal_batches=self.equal_batches,
+        )
         return {"contrastive_loss": loss} if output_dict else loss
 
 
@@ -102,6 +117,8 @@ class SigLipLoss(nn.Module):
         rank: This process's rank.
         world_size: The number of processes; with 1, no process group is used.
         dist_impl: Accepted as in open_clip (``bidir``, ``shift``, ``reduce``, ``gather``): all four compute the same.
+        comm: As in :class:`ContrastiveLoss`.
+        equal_batches: As in :class:`ContrastiveLoss`.
 
     Raises:
         ValueError: ``dist_impl`` is none of these, or a rank or size is not torch.distributed's.
@@ -110,7 +127,14 @@ class SigLipLoss(nn.Module):
     """
 
     def __init__(
-        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        *,
+        comm: str = "gather",
+        equal_batches: bool = False,
     ) -> None:
         super().__init__()
         known = ("bidir", "shift", "reduce", "gather")
@@ -118,6 +142,8 @@ class SigLipLoss(nn.Module):
             raise ValueError(f"SigLipLoss(dist_impl): got {dist_impl!r}, expected one of {', '.join(known)}")
         self.rank = rank
         self.world_size = world_size
+        self.comm = comm
+        self.equal_batches = equal_batches
 
     def forward(
         self,
@@ -143,5 +169,13 @@ class SigLipLoss(nn.Module):
             TypeError, ValueError: As :func:`clipfast.ops.siglip_loss`.
         """
         group = _process_group("SigLipLoss", self.rank, self.world_size)
-        loss = ops.siglip_loss(image_features, text_features, logit_scale, logit_bias=logit_bias, group=group)
+        loss = ops.siglip_loss(
+            image_features,
+            text_features,
+            logit_scale,
+            logit_bias=logit_bias,
+            group=group,
+            comm=self.comm,
+            equal_batches=self.equal_batches,
+        )
         return {"contrastive_loss": loss} if output_dict else loss

@@ -59,14 +59,16 @@ def _factor(features: Tensor, normalize: bool) -> Tensor | None:
 
 
 def _through_norm(grad: Tensor, features: Tensor, normalize: bool) -> Tensor:
-    """Take off what only changes a feature's length; ``grad`` counted its inverse norm as a constant."""
+    """Take off, in place, what only changes a feature's length; ``grad`` counted its inverse norm as a constant."""
     factor = _factor(features, normalize)
     if factor is None:
         return grad
-    along = (grad * features).sum(1, dtype=factor.dtype) * factor.square()
+    # a few rows at a time: their products would be as large as the features
+    pairs = zip(grad.split(1024), features.split(1024), strict=True)
+    along = torch.cat([(a * b).sum(1, dtype=factor.dtype) for a, b in pairs]) * factor.square()
     # below the floor the norm is a constant, and so is the factor
     along = along.masked_fill(factor >= 1e12, 0)
-    return grad.addcmul(features, along[:, None].to(grad.dtype), value=-1)
+    return grad.addcmul_(features, along[:, None].to(grad.dtype), value=-1)
 
 
 class _Contrastive(torch.autograd.Function):

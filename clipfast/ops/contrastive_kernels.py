@@ -15,8 +15,8 @@ from torch import Tensor
 
 from clipfast.ops import library
 
-# a tile of PyTorch's has ROWS × COLUMNS float32 logits: 8 MB, and a few of that size at once
-ROWS, COLUMNS = 1024, 2048
+# a tile of PyTorch's has ROWS × COLUMNS float32 logits: 4 MB, and a few of that size at once
+ROWS, COLUMNS = 1024, 1024
 
 
 class Kernels(NamedTuple):

@@ -309,8 +309,9 @@ def _siglip_tiled(
 
 
 def _rows(features: Tensor) -> Tensor:
-    """Return features whose last dimension is contiguous, as the kernels read them."""
-    return features if features.stride(1) == 1 else features.contiguous()
+    """Return features as the kernels read them: the last dimension contiguous, no two rows in one place."""
+    in_place = features.stride(1) == 1 and features.stride(0) >= features.shape[1]
+    return features if in_place else features.contiguous()
 
 
 def _native_refusal(image_features: Tensor, *_: object) -> str | None:

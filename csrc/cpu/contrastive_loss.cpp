@@ -25,9 +25,9 @@ namespace clipfast::cpu {
 // the loops of tile.h, compiled for several instruction sets each
 #define CLIPFAST_INSTANCES(Real)                                                                                     \
     CLIPFAST_VECTORISED void statistics(const Tile<Real>& t, const Real* a, const Real* g, Real* positive,           \
-                                        Real* row_most, Real* row_sum, Real* row_rival, Real* col_most,              \
-                                        Real* col_sum, Real* col_rival, Real* scratch) {                             \
-        statistics_(t, a, g, positive, row_most, row_sum, row_rival, col_most, col_sum, col_rival, scratch);         \
+                                        Real* row_most, Real* row_others, Real* row_rival, Real* col_most,           \
+                                        Real* col_others, Real* col_rival, Real* scratch) {                          \
+        statistics_(t, a, g, positive, row_most, row_others, row_rival, col_most, col_others, col_rival, scratch);   \
     }                                                                                                                \
     CLIPFAST_VECTORISED double gradient(const Tile<Real>& t, Real s, const Real* f, const Real* g, Lse<Real> row,    \
                                         Lse<Real> col, const Real* u, const Real* v, Real* logit) {                  \
@@ -38,7 +38,7 @@ namespace clipfast::cpu {
         sigmoid_statistics_(t, s, b, f, g, row_loss);                                                                \
     }                                                                                                                \
     CLIPFAST_VECTORISED double sigmoid_gradient(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,   \
-                                                const Real* u, double* d_bias) {                                     \
+                                                const Real* u, Sum* d_bias) {                                        \
         return sigmoid_gradient_(t, s, b, f, g, u, d_bias);                                                          \
     }
 CLIPFAST_INSTANCES(float)
@@ -54,8 +54,9 @@ using torch::stable::Tensor;
 // arguments
 
 Matrix matrix_of(const char* op, const char* name, const Tensor& t) {
-    STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1), op, "(", name,
-                    "): expected two dimensions, the last contiguous");
+    STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) &&
+                        (t.stride(0) >= t.size(1) || t.size(0) <= 1),
+                    op, "(", name, "): expected two dimensions, the last contiguous, and rows that do not overlap");
     Dtype dtype;
     switch (t.scalar_type()) {
         case ScalarType::Double: dtype = Dtype::float64; break;
@@ -217,20 +218,20 @@ auto contrastive_statistics_(const Tensor& image, const Problem<Real>& p) {
     std::fill(rival_of_column, rival_of_column + n, lowest<Real>);
 
     Real* col_most = col_lse.template mutable_data_ptr<Real>();
-    Real* col_sum = col_most + n;
-    std::fill(col_most, col_sum, lowest<Real>);
-    std::fill(col_sum, col_sum + n, Real(0));
-    std::vector<Real> a(m), scratch(parts * gemm.tile_columns);
+    Real* col_others = col_most + n;
+    std::fill(col_most, col_others, lowest<Real>);
+    std::fill(col_others, col_others + n, Real(-1));
+    std::vector<Real> a(m), scratch(parts * 2 * gemm.tile_columns);
     for (int64_t i = 0; i < m; ++i) a[i] = p.scale * p.f[i];
-    std::vector<Real> most(tiles * block_rows), sum(tiles * block_rows), rival(tiles * block_rows);
+    std::vector<Real> most(tiles * block_rows), others(tiles * block_rows), rival(tiles * block_rows);
     walk(
         p, parts,
         [&](const Place& at, const Tile<Real>& tile, Products<Real>&) {
             const int64_t rows = at.tile * block_rows + at.row, first = at.block + at.row;
             statistics(tile, a.data() + first, p.g.data() + at.column, positive_of + first, most.data() + rows,
-                       sum.data() + rows, rival.data() + rows, col_most + at.column, col_sum + at.column,
+                       others.data() + rows, rival.data() + rows, col_most + at.column, col_others + at.column,
                        rival_of_column + at.column,
-                       scratch.data() + at.part * gemm.tile_columns);
+                       scratch.data() + at.part * 2 * gemm.tile_columns);
         },
         [&](int64_t block, int64_t rows) {
             Real* lse = row_lse.template mutable_data_ptr<Real>() + block;
@@ -239,14 +240,14 @@ auto contrastive_statistics_(const Tensor& image, const Problem<Real>& p) {
                 Running<Real> row;
                 for (int64_t tile = 0; tile < tiles; ++tile) {
                     const int64_t i = tile * block_rows + r;
-                    row.merge(most[i], sum[i], rival[i]);
+                    row.merge(most[i], others[i], rival[i]);
                 }
                 lse[r] = row.most;
-                lse[m + r] = std::log(row.sum);
+                lse[m + r] = std::log1p(row.others);
                 largest[r] = row.rival;
             }
         });
-    for (int64_t j = 0; j < n; ++j) col_sum[j] = std::log(col_sum[j]);
+    for (int64_t j = 0; j < n; ++j) col_others[j] = std::log1p(col_others[j]);
     return std::make_tuple(row_lse, col_lse, positive, row_rival, col_rival);
 }
 
@@ -290,6 +291,15 @@ void store(const Real* values, int64_t count, Real scale, Dtype dtype, void* to,
     }
 }
 
+double total_of(const std::vector<Sum>& parts) {
+    Sum total;
+    for (const Sum& part : parts) {
+        total.add(part.high);
+        total.add(part.low);
+    }
+    return total.value();
+}
+
 // Both losses' gradients: `at_tile` turns a tile of products into G, and returns its part of d_scale.
 template <class Real, class MakeG>
 std::tuple<Tensor, Tensor, double> gradients_(const Tensor& image, const Problem<Real>& p, int64_t parts,
@@ -301,13 +311,13 @@ std::tuple<Tensor, Tensor, double> gradients_(const Tensor& image, const Problem
     Tensor sums = torch::stable::new_zeros(image, {n, width}, std::make_optional(scalar_type<Real>));
     Real* of_text = sums.template mutable_data_ptr<Real>();
     std::vector<std::vector<Real>> of_rows(parts);
-    std::vector<double> d_scale(parts);
+    std::vector<Sum> d_scale(parts);
     void* out = d_image.mutable_data_ptr();
     walk(
         p, parts,
         [&](const Place& at, const Tile<Real>& tile, Products<Real>& products) {
             if (of_rows[at.part].empty()) of_rows[at.part].resize(block_rows * width);
-            d_scale[at.part] += make_g(at, tile);
+            d_scale[at.part].add(make_g(at, tile));
             products.gradients(at.row, tile.rows, tile.x, of_rows[at.part].data() + at.row * width,
                                of_text + at.column * width);
         },
@@ -331,9 +341,7 @@ std::tuple<Tensor, Tensor, double> gradients_(const Tensor& image, const Problem
         const int64_t begin = n * share / parts * width, end = n * (share + 1) / parts * width;
         store(of_text + begin, end - begin, p.scale, p.text.dtype, to, begin);
     });
-    double total = 0;
-    for (double part : d_scale) total += part;
-    return std::make_tuple(d_image, d_text, total);
+    return std::make_tuple(d_image, d_text, total_of(d_scale));
 }
 
 template <class Real>
@@ -357,15 +365,13 @@ template <class Real>
 auto siglip_gradients_(const Tensor& image, const Problem<Real>& p, Real bias, const Tensor& row_weight) {
     const auto u = vector_of<Real>(p.op, "row_weight", row_weight, p.image.rows);
     const int64_t parts = parts_for(p);
-    std::vector<double> of_bias(parts);
+    std::vector<Sum> of_bias(parts);
     auto [d_image, d_text, d_scale] = gradients_(image, p, parts, [&](const Place& at, const Tile<Real>& tile) {
         const int64_t i = at.block + at.row;
         return sigmoid_gradient(tile, p.scale, bias, p.f.data() + i, p.g.data() + at.column, u.data() + i,
                                 &of_bias[at.part]);
     });
-    double d_bias = 0;
-    for (double part : of_bias) d_bias += part;
-    return std::make_tuple(d_image, d_text, scalar_like<Real>(image, d_scale), scalar_like<Real>(image, d_bias));
+    return std::make_tuple(d_image, d_text, scalar_like<Real>(image, d_scale), scalar_like<Real>(image, total_of(of_bias)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------

@@ -77,36 +77,47 @@ void portable_gemm(bool trans_a, bool trans_b, int64_t m, int64_t n, int64_t k, 
 // ---------------------------------------------------------------------------------------------------------------
 // features in the precision of the sums: read in place where they have it, converted a block at a time otherwise
 
+constexpr int64_t blas_columns = 256, blas_block = 512;
+
+// BLAS rounds the last rows and columns of an odd size otherwise than the rest, and equal features would get logits that
+// differ: rows are taken by sixteens, the last ones with rows of zeros.
+constexpr int64_t granule = 16;
+int64_t whole(int64_t count) { return (count + granule - 1) / granule * granule; }
+
 template <class Real>
 class ConvertedRows : public RowBlock {
 public:
-    ConvertedRows(const Matrix& source, int64_t most) : source_(source) {
-        if (!in_place()) copy_.resize(most * source.width);
-    }
-    void fill(int64_t first, int64_t count, int64_t part, int64_t parts) override {
+    ConvertedRows(const Matrix& source, int64_t most) : source_(source), most_(std::min(most, whole(source.rows))) {}
+    void fill(int64_t first, int64_t count, int64_t part, int64_t) override {
+        if (part > 0) return;  // so few rows are not worth sharing
         first_ = first;
-        if (in_place()) return;
-        const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
-        for (int64_t i = begin; i < end; ++i) {
-            if constexpr (std::is_same_v<Real, float>)
-                to_float(source_, first + i, copy_.data() + i * source_.width);
-        }
+        in_place_ = count % granule == 0 && source_.dtype == own_dtype;
+        if (in_place_) return;
+        copy_.resize(most_ * source_.width);
+        for (int64_t i = 0; i < count; ++i) copy(first + i, copy_.data() + i * source_.width);
+        std::fill(copy_.begin() + count * source_.width, copy_.begin() + whole(count) * source_.width, Real(0));
     }
     const Real* row(int64_t i) const {
-        return in_place() ? static_cast<const Real*>(source_.data) + (first_ + i) * source_.stride
-                          : copy_.data() + i * source_.width;
+        return in_place_ ? static_cast<const Real*>(source_.data) + (first_ + i) * source_.stride
+                         : copy_.data() + i * source_.width;
     }
-    int64_t stride() const { return in_place() ? source_.stride : source_.width; }
+    int64_t stride() const { return in_place_ ? source_.stride : source_.width; }
     int64_t width() const { return source_.width; }
 
 private:
-    bool in_place() const { return source_.dtype == (sizeof(Real) == 8 ? Dtype::float64 : Dtype::float32); }
-    Matrix source_;
+    static constexpr Dtype own_dtype = sizeof(Real) == 8 ? Dtype::float64 : Dtype::float32;
+    void copy(int64_t i, Real* to) const {
+        if constexpr (std::is_same_v<Real, float>)
+            to_float(source_, i, to);
+        else
+            std::memcpy(to, static_cast<const Real*>(source_.data) + i * source_.stride, source_.width * sizeof(Real));
+    }
+    const Matrix source_;
+    const int64_t most_;
     int64_t first_ = 0;
+    bool in_place_ = false;
     std::vector<Real> copy_;
 };
-
-constexpr int64_t blas_columns = 256, blas_block = 512;
 
 template <class Real, auto multiply>
 class BlasProducts : public Products<Real> {
@@ -117,7 +128,7 @@ public:
         columns_ = count;
     }
     void logits(int64_t first, int64_t count, Real* logits) override {
-        multiply(false, true, count, columns_, image_.width(), image_.row(first), image_.stride(), text_.row(0),
+        multiply(false, true, whole(count), whole(columns_), image_.width(), image_.row(first), image_.stride(), text_.row(0),
                  text_.stride(), Real(0), logits, blas_columns);
     }
     void gradients(int64_t first, int64_t count, const Real* g, Real* d_image, Real* d_text) override {

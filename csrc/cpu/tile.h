@@ -58,19 +58,33 @@ CLIPFAST_INLINE float log1p_(float x) {
 template <class Real>
 constexpr Real lowest = -std::numeric_limits<Real>::infinity();
 
-// A running log-sum-exp: Σ exp(x) = sum · exp(most).
+// A running log-sum-exp: Σ exp(x) = (1 + others) · exp(most). The largest term, which is 1, stays out of the sum: where a
+// pair is learned the others are tiny, and their digits are its gradient.
 template <class Real>
 struct Running {
-    Real most = lowest<Real>, sum = 0, rival = lowest<Real>;
+    Real most = lowest<Real>, others = -1, rival = lowest<Real>;
 
-    void merge(Real other_most, Real other_sum, Real other_rival) {
-        rival = std::max(rival, other_rival);
-        const Real high = std::max(most, other_most);
-        // before anything was seen both are -inf
-        const Real mine = sum == 0 ? Real(0) : sum * std::exp(most - high);
-        sum = other_sum == 0 ? mine : mine + other_sum * std::exp(other_most - high);
-        most = high;
+    void merge(Real more_most, Real more_others, Real more_rival) {
+        rival = std::max(rival, more_rival);
+        // before anything was seen, the largest is -inf and the sum is 0
+        if (more_most > most) {
+            others = (1 + others) * std::exp(most - more_most) + more_others;
+            most = more_most;
+        } else {
+            others += (1 + more_others) * std::exp(more_most - most);
+        }
     }
+};
+
+// A sum of float64 terms that loses no digits to its length (Neumaier's compensation).
+struct Sum {
+    double high = 0, low = 0;
+    void add(double x) {
+        const double sum = high + x;
+        low += std::fabs(high) >= std::fabs(x) ? (high - sum) + x : (x - sum) + high;
+        high = sum;
+    }
+    double value() const { return high + low; }
 };
 
 // Log-sum-exps in two parts: the largest logit, and the logarithm of the sum of exponentials beside it.
@@ -102,13 +116,14 @@ CLIPFAST_INLINE void beside(int64_t label, int64_t columns, const F& f) {
 // ---------------------------------------------------------------------------------------------------------------
 // CLIP
 
-// x_ij = a_i · g_j · product; updates the rows' and columns' running sums. `positive` gets the labels' logits.
+// x_ij = a_i · g_j · product; gives the rows' sums of this tile and updates the columns', as in Running. `positive` gets
+// the labels' logits. `scratch` has room for two rows.
 template <class Real>
 CLIPFAST_INLINE void statistics_(const Tile<Real>& t, const Real* a, const Real* g, Real* positive, Real* row_most,
-                                 Real* row_sum, Real* row_rival, Real* col_most, Real* col_sum, Real* col_rival,
+                                 Real* row_others, Real* row_rival, Real* col_most, Real* col_others, Real* col_rival,
                                  Real* scratch) {
     const int64_t columns = t.columns;
-    Real* most = scratch;  // the columns' new maxima
+    Real *most = scratch, *largest = scratch + t.stride;  // the columns' new maxima, and how many logits are one
     for (int64_t c = 0; c < columns; ++c) most[c] = col_most[c];
     for (int64_t r = 0; r < t.rows; ++r) {
         Real* x = t.x + r * t.stride;
@@ -128,28 +143,35 @@ CLIPFAST_INLINE void statistics_(const Tile<Real>& t, const Real* a, const Real*
     }
     for (int64_t c = 0; c < columns; ++c) {
         most[c] = col_rival[c] > most[c] ? col_rival[c] : most[c];
-        // a column without a sum has a maximum of -inf, whose difference is no number
-        col_sum[c] = col_sum[c] == 0 ? Real(0) : col_sum[c] * exp_(col_most[c] - most[c]);
+        const bool higher = most[c] > col_most[c];
+        col_others[c] = higher ? (1 + col_others[c]) * exp_(col_most[c] - most[c]) : col_others[c];
+        // a new maximum is one of this tile's logits: the first of them is the 1 that stays out
+        largest[c] = higher ? Real(-1) : Real(0);
         col_most[c] = most[c];
     }
     for (int64_t r = 0; r < t.rows; ++r) {
         const Real* x = t.x + r * t.stride;
         const Real high = row_most[r];
-        Real sum = 0;
-#pragma omp simd reduction(+ : sum)
+        Real sum = 0, equal = -1;
+#pragma omp simd reduction(+ : sum, equal)
         for (int64_t c = 0; c < columns; ++c) {
-            sum += exp_(x[c] - high);
-            col_sum[c] += exp_(x[c] - most[c]);
+            const bool in_row = x[c] == high, in_column = x[c] == most[c];
+            const Real of_row = exp_(x[c] - high), of_column = exp_(x[c] - most[c]);
+            sum += in_row ? Real(0) : of_row;
+            equal += in_row ? Real(1) : Real(0);
+            col_others[c] += in_column ? Real(0) : of_column;
+            largest[c] += in_column ? Real(1) : Real(0);
         }
-        row_sum[r] = sum;
+        row_others[r] = sum + equal;
     }
+    for (int64_t c = 0; c < columns; ++c) col_others[c] += largest[c];
 }
 
 // The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product. `logit` has room for one row.
 template <class Real>
 CLIPFAST_INLINE double gradient_(const Tile<Real>& t, Real s, const Real* f, const Real* g, Lse<Real> row,
                                  Lse<Real> col, const Real* u, const Real* v, Real* logit) {
-    double total = 0;
+    Sum total;
     for (int64_t r = 0; r < t.rows; ++r) {
         Real* x = t.x + r * t.stride;
         const Real a = s * f[r], of_row = f[r], most = row.most[r], rest = row.rest[r], weight = u[r];
@@ -162,7 +184,7 @@ CLIPFAST_INLINE double gradient_(const Tile<Real>& t, Real s, const Real* f, con
             const Real product = x[label], p = weight * std::expm1(logit[label] - most - rest) +
                                                v[label] * std::expm1(logit[label] - col.most[label] - col.rest[label]);
             const Real d = p * (of_row * g[label]);
-            total += double(d) * product;
+            total.add(double(d) * product);
             x[label] = d;
         }
         beside(label, t.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
@@ -172,13 +194,13 @@ CLIPFAST_INLINE double gradient_(const Tile<Real>& t, Real s, const Real* f, con
                 const Real p =
                     weight * exp_(logit[c] - most - rest) + v[c] * exp_(logit[c] - col.most[c] - col.rest[c]);
                 const Real d = p * (of_row * g[c]);
-                sum += d * x[c];
+                sum += double(d) * x[c];
                 x[c] = d;
             }
-            total += sum;
+            total.add(sum);
         });
     }
-    return total;
+    return total.value();
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -213,8 +235,8 @@ CLIPFAST_INLINE void sigmoid_statistics_(const Tile<Real>& t, Real s, Real b, co
 // The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product and adds Σ G_ij to d_bias.
 template <class Real>
 CLIPFAST_INLINE double sigmoid_gradient_(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,
-                                         const Real* u, double* d_bias) {
-    double total = 0, of_bias = 0;
+                                         const Real* u, Sum* d_bias) {
+    Sum total;
     for (int64_t r = 0; r < t.rows; ++r) {
         Real* x = t.x + r * t.stride;
         const Real a = s * f[r], of_row = f[r], weight = u[r];
@@ -222,8 +244,8 @@ CLIPFAST_INLINE double sigmoid_gradient_(const Tile<Real>& t, Real s, Real b, co
         if (label >= 0) {
             const Real product = x[label], y = product * (a * g[label]) + b, e = std::exp(y < 0 ? y : -y);
             const Real p = -weight * ((y < 0 ? Real(1) : e) / (1 + e)), d = p * (of_row * g[label]);
-            of_bias += p;
-            total += double(d) * product;
+            d_bias->add(p);
+            total.add(double(d) * product);
             x[label] = d;
         }
         beside(label, t.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
@@ -234,15 +256,14 @@ CLIPFAST_INLINE double sigmoid_gradient_(const Tile<Real>& t, Real s, Real b, co
                 const Real y = x[c] * (a * g[c]) + b, e = exp_(y < 0 ? y : -y);
                 const Real p = weight * ((y < 0 ? e : Real(1)) / (1 + e)), d = p * (of_row * g[c]);
                 bias += p;
-                sum += d * x[c];
+                sum += double(d) * x[c];
                 x[c] = d;
             }
-            total += sum;
-            of_bias += bias;
+            total.add(sum);
+            d_bias->add(bias);
         });
     }
-    *d_bias += of_bias;
-    return total;
+    return total.value();
 }
 
 }  // namespace clipfast::cpu

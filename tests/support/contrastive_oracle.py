@@ -1,4 +1,4 @@
-"""The contrastive losses and their gradients by their formulas, in more digits than what is tested."""
+"""The contrastive losses and their gradients by their formulas in float64, and the scales of their sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Oracle(NamedTuple):
-    """A loss and its gradients, and the natural scales of the sums behind the scalars among them."""
+    """A loss and its gradients, and the natural scales of the sums behind them."""
 
     loss: np.ndarray
     d_image: np.ndarray
@@ -29,24 +29,24 @@ def oracle(
     *,
     reduction: str = "mean",
     normalize: bool = False,
-    dtype: type = np.float64,
 ) -> Oracle:
-    """Compute the loss ``name``; ``np.longdouble`` is the oracle of float64."""
-    raw = [t.detach().to(torch.float64).numpy().astype(dtype) for t in (image, text)]
+    """Compute the loss ``name`` in float64."""
+    raw = [t.detach().double().numpy() for t in (image, text)]
     # scalars as the tested code sees them: rounded to the features' precision of sums
     exact = torch.float64 if image.dtype == torch.float64 else torch.float32
-    s, b = (dtype(torch.tensor(v, dtype=exact).item()) for v in (scale, bias))
-    norms = [np.maximum(np.sqrt((x * x).sum(1, keepdims=True)), 1e-12) if normalize else dtype(1) for x in raw]
+    s, b = (torch.tensor(v, dtype=exact).item() for v in (scale, bias))
+    norms = [np.maximum(np.sqrt((x * x).sum(1, keepdims=True)), 1e-12) if normalize else np.ones(1) for x in raw]
     i, t = (x / n for x, n in zip(raw, norms, strict=True))
     batch, cosines = i.shape[0], i @ t.T
     own = np.eye(batch, dtype=bool)
-    weight = dtype(1) if reduction == "none" else dtype(1) / batch
+    weight = 1.0 if reduction == "none" else 1.0 / batch
     if name == "contrastive":
         x = s * cosines
         most = [x.max(axis, keepdims=True) for axis in (1, 0)]
         sums = [np.exp(x - m).sum(axis, keepdims=True) for m, axis in zip(most, (1, 0), strict=True)]
         losses = sum((m.ravel() - x.diagonal() + np.log(z).ravel()) / 2 for m, z in zip(most, sums, strict=True))
         g = sum((np.exp(x - m) / z - own) / 2 for m, z in zip(most, sums, strict=True)) * weight
+        slope = sum(p * (1 - p) for p in (np.exp(x - m) / z for m, z in zip(most, sums, strict=True))) / 2 * weight
         # at the label 1 - p is taken from the other terms: their sum keeps the digits that the difference loses
         g[own] = 0
         g[own] = (
@@ -62,14 +62,18 @@ def oracle(
         small = np.exp(-np.abs(y))
         losses = (np.maximum(y, 0) + np.log1p(small)).sum(1)
         g = np.where(own, -1, 1) * np.where(y > 0, 1, small) / (1 + small) * weight
+        slope = small / (1 + small) ** 2 * weight
     loss = losses if reduction == "none" else losses.mean()
     # what the terms of a scalar's sum come to without their signs
-    magnitude = np.abs(g) @ np.abs(t)
+    products = np.abs(i) @ np.abs(t).T
+    # and how a logit's own rounding, in proportion to its terms, moves them
+    moved = np.abs(g) + slope * (s * products + abs(b))
     scales = {
-        "loss": max(1, float(np.abs(loss).max()), float(s * (magnitude * np.abs(i)).sum())),
-        "d_scale": max(1, float((magnitude * np.abs(i)).sum())),
-        "d_bias": max(1, float(np.abs(g).sum())),
-        "features": float(s * weight),
+        "loss": max(1, float(np.abs(loss).max()), float((np.abs(g) * (s * products + abs(b))).sum())),
+        "d_scale": max(1, float((moved * products).sum())),
+        "d_bias": max(1, float(moved.sum())),
+        "d_image": float(s * (moved @ np.abs(t)).max()),
+        "d_text": float(s * (moved.T @ np.abs(i)).max()),
     }
     d_image, d_text = s * (g @ t), s * (g.T @ i)
     if normalize:
@@ -77,5 +81,5 @@ def oracle(
             np.where(n > 1e-12, d - y * (d * y).sum(1, keepdims=True), d) / n
             for d, y, n in zip((d_image, d_text), (i, t), norms, strict=True)
         )
-    d_bias = dtype(0) if name == "contrastive" else g.sum()
+    d_bias = 0.0 if name == "contrastive" else g.sum()
     return Oracle(np.asarray(loss), d_image, d_text, np.asarray((g * cosines).sum()), np.asarray(d_bias), scales)
