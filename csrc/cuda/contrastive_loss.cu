@@ -140,6 +140,11 @@ Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {
 }
 
 template <typename T>
+Tensor zeros(const Tensor& like, std::initializer_list<int64_t> size) {
+    return torch::stable::new_zeros(like, size, dtype_of<T>());
+}
+
+template <typename T>
 T* data(const Tensor& x) {
     return static_cast<T*>(x.mutable_data_ptr());
 }
@@ -196,7 +201,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics(
         Tensor row_lse = empty<A>(image, {f.rows}), row_rival = empty<A>(image, {f.rows});
         Tensor column_lse = empty<A>(image, {f.columns}), column_rival = empty<A>(image, {f.columns});
         // zero is the answer for rows without a label, which no tile writes
-        Tensor positive = torch::stable::new_zeros(image, {f.rows}, dtype_of<A>());
+        Tensor positive = zeros<A>(image, {f.rows});
         launch_softmax_statistics<T>(
             f, plan, data<A>(scratch),
             {data<A>(row_lse), data<A>(column_lse), data<A>(positive), data<A>(row_rival), data<A>(column_rival)},

@@ -136,7 +136,7 @@ private:
         constexpr int kPairs = kSlab<T> / 2;
         const char* image = stage + place.row * kPitch;
         const char* text = stage + (kTileRows<T> + place.column) * kPitch;
-#pragma unroll
+#pragma unroll 1
         for (int k = 0; k < kPairs; ++k) {
             Pair a[kThreadRows<T>];
 #pragma unroll
