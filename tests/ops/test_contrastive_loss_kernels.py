@@ -42,7 +42,10 @@ class Case:
         step = 16 // np.dtype(STORED[dtype]).itemsize
         pitch, shift = (-(-d // step) * step + step, 0) if vectors else (d + 3, 1)
         self.arrays: dict[str, Padded] = {}
-        for name, values in (("image", unit[0] if image is None else image), ("text", unit[1] if text is None else text)):
+        for name, values in (
+            ("image", unit[0] if image is None else image),
+            ("text", unit[1] if text is None else text),
+        ):
             self.arrays[name] = Padded((len(values), d), STORED[dtype], pitch, shift)
             self.arrays[name].array[:] = to_bits(values, dtype)
         self.args: dict[str, Any] = {
@@ -170,14 +173,15 @@ class Case:
             "d_scale": np.array([(g * self.cosines).sum()]),
             "d_bias": np.array([g.sum()]),
         }
-        # P and the label cancel in g: rounding is relative to either of them, not to what is left
-        bound = np.abs(u) * (1 if self.sigmoid else 2) + (0 if self.sigmoid else np.abs(v))
-        largest = float(bound.max() * self.factor.max())
+        # probabilities and labels cancel in g, but each was rounded: rows of P sum to 1
+        total = np.abs(g).sum() if self.sigmoid else self.read("row_weight").sum() + self.read("column_weight").sum()
+        largest = np.abs(u).max() + (0 if self.sigmoid else np.abs(v).max())
+        largest = self.scale * float(largest * self.factor.max())
         scales = {
-            "d_image": self.scale * largest * np.abs(self.text).max(),
-            "d_text": self.scale * largest * np.abs(self.image).max(),
-            "d_scale": float((np.abs(g) + bound * self.noise).sum() * np.abs(self.cosines).max()),
-            "d_bias": float((np.abs(g) + bound * self.noise).sum()),
+            "d_image": max(largest * np.abs(self.text).max(), (self.scale * np.abs(w) @ np.abs(self.text)).max()),
+            "d_text": max(largest * np.abs(self.image).max(), (self.scale * np.abs(w).T @ np.abs(self.image)).max()),
+            "d_scale": total * np.abs(self.cosines).max(),
+            "d_bias": total,
         }
         return {k: v for k, v in oracle.items() if k != "d_bias" or self.sigmoid}, scales
 
@@ -258,7 +262,9 @@ def test_the_division_of_work_does_not_matter() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bitwise_the_same_twice(dtype: str) -> None:
     results = [
-        run(Case(dtype, 140, 140, 16)) for _ in range(2) for run in (lambda c: c.statistics(kernels()) | c.gradients(kernels()),)
+        run(Case(dtype, 140, 140, 16))
+        for _ in range(2)
+        for run in (lambda c: c.statistics(kernels()) | c.gradients(kernels()),)
     ]
     assert all(results[0][name].tobytes() == results[1][name].tobytes() for name in results[0])
 

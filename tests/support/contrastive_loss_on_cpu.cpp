@@ -110,7 +110,7 @@ int tile_rows(const std::string& dtype) {
 
 }  // namespace
 
-PYBIND11_MODULE(contrastive_loss_on_cpu, m) {
+PYBIND11_MODULE(MODULE, m) {
     m.def("softmax_numbers", &softmax_numbers);
     m.def("softmax_statistics", &softmax_statistics);
     m.def("sigmoid_statistics", &sigmoid_statistics);

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent.parent
 NAME = "contrastive_loss_on_cpu"
 RULES = """
 rule compile
-  command = {cxx} -std=c++17 -O1 {flags} -fPIC -fvisibility=hidden {includes} -c $in -o $out
+  command = {cxx} -std=c++17 {flags} -O1 -fPIC -fvisibility=hidden {includes} -c $in -o $out
 rule link
   command = {cxx} -shared $in -o $out
 build {name}.o: compile {source}
@@ -55,6 +55,8 @@ def build(edit: Callable[[str], str] | None = None, edited: str = "") -> ModuleT
     flags = "-DCLIPFAST_FEW_DTYPES" if edit else ""
     ingredients = [flags, compiler, sys.version, shim, source.read_text(), RULES, *files.values()]
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
+    # pybind11 hands out one module for one name, so each build has a name of its own
+    module_name = f"{NAME}_{key}"
     folder = Path(tempfile.gettempdir()) / f"clipfast-kernels-{getpass.getuser()}" / key
     if not (folder / f"{NAME}.so").exists():
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
@@ -62,14 +64,18 @@ def build(edit: Callable[[str], str] | None = None, edited: str = "") -> ModuleT
             (folder / "cuda" / name).write_text(text)
         includes = [folder, source.parent, pybind11.get_include(), sysconfig.get_paths()["include"]]
         rules = RULES.format(
-            cxx=compiler, flags=flags, includes=" ".join(f"-I{path}" for path in includes), name=NAME, source=source
+            cxx=compiler,
+            flags=f"-DMODULE={module_name} {flags}",
+            includes=" ".join(f"-I{path}" for path in includes),
+            name=NAME,
+            source=source,
         )
         (folder / "build.ninja").write_text(rules)
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    loader = importlib.machinery.ExtensionFileLoader(NAME, str(folder / f"{NAME}.so"))
-    spec = importlib.util.spec_from_loader(NAME, loader)
+    loader = importlib.machinery.ExtensionFileLoader(module_name, str(folder / f"{NAME}.so"))
+    spec = importlib.util.spec_from_loader(module_name, loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
