@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
                 column_partials, static_cast<int64_t>(gridDim.y) * f.columns, static_cast<int64_t>(blockIdx.y) * f.columns + column, all);
         }
     });
-    __syncthreads();
+    // a share holds one tile at least, and the barrier of its last visit came after the rows' slots were written
     for (int row = threadIdx.x; row < kTileRows<T>; row += kThreads) {
         Statistics<A> all = statistics_at(shared.rows, kRowSlots, row);
         for (int w = 1; w < kWarpColumns; ++w)
@@ -331,7 +331,7 @@ __global__ void add_up_kernel(const A* numbers, int64_t count, A* sum) {
     sums[threadIdx.x] = own;
     for (int half = blockDim.x / 2; half > 0; half /= 2) {
         __syncthreads();
-        if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+        if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
     if (threadIdx.x == 0) *sum = static_cast<A>(sums[0]);
 }
@@ -348,26 +348,25 @@ struct Bounds {
 template <typename A>
 __global__ void unit_kernel(Bounds<A> bounds, A* unit) {
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
-    A* shared = reinterpret_cast<A*>(shared_bytes);
-    A largest[4];
+    A* shared = reinterpret_cast<A*>(shared_bytes);  // [4, threads]
     for (int which = 0; which < 4; ++which) {
         A own = 0;
         for (int i = threadIdx.x; i < bounds.sizes[which]; i += blockDim.x) {
             const A x = bounds.arrays[which][i];
             own = larger(own, larger(x, -x));
         }
+        shared[which * blockDim.x + threadIdx.x] = own;
+    }
+    for (int half = blockDim.x / 2; half > 0; half /= 2) {
         __syncthreads();
-        shared[threadIdx.x] = own;
-        for (int half = blockDim.x / 2; half > 0; half /= 2) {
-            __syncthreads();
-            if (threadIdx.x < half) shared[threadIdx.x] = larger(shared[threadIdx.x], shared[threadIdx.x + half]);
+        for (int which = 0; which < 4 && static_cast<int>(threadIdx.x) < half; ++which) {
+            A* all = shared + which * blockDim.x;
+            all[threadIdx.x] = larger(all[threadIdx.x], all[threadIdx.x + half]);
         }
-        __syncthreads();
-        largest[which] = shared[0];
     }
     if (threadIdx.x > 0) return;
-    const A factors = (bounds.sizes[2] ? largest[2] : A(1)) * (bounds.sizes[3] ? largest[3] : A(1));
-    const A bound = (largest[0] + largest[1]) * factors;
+    const A factors = (bounds.sizes[2] ? shared[2 * blockDim.x] : A(1)) * (bounds.sizes[3] ? shared[3 * blockDim.x] : A(1));
+    const A bound = (shared[0] + shared[blockDim.x]) * factors;
     // its inverse must be a number too
     const bool usable = bound > A(1e-30) && bound < A(1e30);
     *unit = usable ? static_cast<A>(ldexp(1.0, 11 - ilogb(static_cast<double>(bound)))) : A(1);

@@ -131,7 +131,7 @@ void launch_unit(
     const Bounds<A> bounds{
         {row_weight, column_weight, f.image_factor, f.text_factor},
         {f.rows, column_weight ? f.columns : 0, f.image_factor ? f.rows : 0, f.text_factor ? f.columns : 0}};
-    CLIPFAST_LAUNCH(unit_kernel<A>, dim3(1), 1024, 1024 * sizeof(A), stream, bounds, unit);
+    CLIPFAST_LAUNCH(unit_kernel<A>, dim3(1), 1024, 4 * 1024 * sizeof(A), stream, bounds, unit);
 }
 
 // The rows [row, row + rows) of the logits' gradient; sums are [rows of tiles in all, shares].
