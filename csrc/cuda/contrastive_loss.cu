@@ -50,10 +50,10 @@ void check_features(const char* op, const Tensor& image, const Tensor& text) {
         STD_TORCH_CHECK(
             features->dim() == 2, op, "(", name, "): got ", features->dim(), " dimensions, expected [rows, width]");
         STD_TORCH_CHECK(
-            features->size(0) > 0 && features->size(1) > 0 && features->size(0) < (int64_t(1) << 31) - 256 &&
-                features->size(1) < (int64_t(1) << 31) - 256,
+            features->size(0) > 0 && features->size(1) > 0 && features->size(0) < kMaxRows &&
+                features->size(1) < kMaxRows,
             op, "(", name, "): got shape [", features->size(0), ", ", features->size(1),
-            "], expected at least one row and one column, and fewer than 2^31 of each");
+            "], expected at least one row and one column, and fewer than 2^30 of each");
         STD_TORCH_CHECK(
             features->size(1) == 1 || features->stride(1) == 1, op, "(", name, "): got stride ", features->stride(1),
             " in the last dimension, expected 1");
@@ -104,9 +104,7 @@ Features<T> features_of(
     f.scale = numbers<T>(op, "logit_scale", image, logit_scale, 0);
     f.image_factor = image_factor ? numbers<T>(op, "image_factor", image, *image_factor, f.rows) : nullptr;
     f.text_factor = text_factor ? numbers<T>(op, "text_factor", image, *text_factor, f.columns) : nullptr;
-    // past either end every row is without a label; the kernels' differences then stay far from overflow
-    const int64_t limit = int64_t(1) << 32;
-    f.first_label = first_label > limit ? limit : first_label < -limit ? -limit : first_label;
+    f.first_label = label_offset(first_label);
     return f;
 }
 

@@ -126,9 +126,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 
     for_each_tile<T>(shared.stages, f, tile_row, share.first_tile, share.last_tile, [&](int first_column, Product<T>& logits) {
         product_to_logits<T>(logits, f, place, tile_row, first_column);
-        // label(row) - column of this thread's first entry; entry (r, c) holds a label where it is the distance to it
-        const int64_t ahead = f.first_label + tile_row + place.row - (first_column + place.column);
-        const int64_t tile_ahead = f.first_label + tile_row - first_column;
+        // entry (r, c) holds a label where its place beside the thread's first entry makes up that one's distance
+        const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
+        const int tile_ahead = f.first_label + tile_row - first_column;
         const bool label_near = tile_ahead > -kTileRows<T> && tile_ahead < kTileColumns;
         const auto is_label = [&](int r, int c) { return ahead + 8 * r == c / 2 * 8 + c % 2; };
 
@@ -214,17 +214,23 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
 
     for_each_tile<T>(shared.stages, f, tile_row, share.first_tile, share.last_tile, [&](int first_column, Product<T>& logits) {
         product_to_logits<T>(logits, f, place, tile_row, first_column);
-        const int64_t ahead = f.first_label + tile_row + place.row - (first_column + place.column);
+        const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
 #pragma unroll
         for (int r = 0; r < kThreadRows<T>; ++r) {
-            A sum = 0;
+            // log(1 + e^w) = max(w, 0) + log(1 + e^-|w|), with one logarithm for a thread's columns: excess is the
+            // product of their (1 + e^-|w|) less 1, at most 255, and adds up positive terms alone
+            A sum = 0, excess = 0;
 #pragma unroll
             for (int c = 0; c < kThreadColumns; ++c) {
+                // -inf, outside the matrix, adds nothing to either: no label lies there
                 const A logit = logits.entries[r][c] + *bias;
-                const A wrong = ahead + 8 * r == c / 2 * 8 + c % 2 ? -logit : logit;
-                const A loss = larger(wrong, A(0)) + log_one_plus(exponential(-larger(wrong, -wrong)));
-                sum += logit == minus_infinity<A>() ? A(0) : loss;
+                const bool flip = ahead + 8 * r == c / 2 * 8 + c % 2 && logit > minus_infinity<A>();
+                const A wrong = flip ? -logit : logit;
+                const A small = exponential(-larger(wrong, -wrong));
+                sum += larger(wrong, A(0));
+                excess += small + excess * small;
             }
+            sum += log_one_plus(excess);
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
             if (lane % 4 == 0) shared.rows[warp % kWarpColumns * kTileRows<T> + place.row_of(r)] += sum;
@@ -273,7 +279,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) logit_gradie
     A scale_sum = 0, bias_sum = 0;
 
     for_each_tile<T>(shared.stages, f, tile_row, share.first_tile, share.last_tile, [&](int first_column, Product<T>& dots) {
-        const int64_t ahead = f.first_label + tile_row + place.row - (first_column + place.column);
+        const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
 #pragma unroll
         for (int c = 0; c < kThreadColumns; ++c) {
             const int column = first_column + place.column_of(c);

@@ -28,6 +28,13 @@ constexpr int kSlab = kChunk * kChunks / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kStageBytes = (kTileRows<T> + kTileColumns) * kPitch;
 
+// With fewer rows and columns than this, label arithmetic fits 32 bits, and an offset of as many has no label anywhere.
+constexpr int kMaxRows = 1 << 30;
+
+inline int label_offset(int64_t first_label) {
+    return static_cast<int>(first_label > kMaxRows ? kMaxRows : first_label < -kMaxRows ? -kMaxRows : first_label);
+}
+
 // What every kernel reads. Rows are `stride` elements apart; `vectors` says that each starts on 16 bytes.
 template <typename T>
 struct Features {
@@ -39,7 +46,7 @@ struct Features {
     const Sum<T>* scale;         // on the device: reading it on the host would wait for the device
     const Sum<T>* image_factor;  // [rows] or null
     const Sum<T>* text_factor;   // [columns] or null
-    int64_t first_label;         // row i's label is column i + first_label
+    int first_label;             // row i's label is column i + first_label; see label_offset
 };
 
 // The entries of a tile that a thread holds: `thread_rows` rows 8 apart times pairs of columns 8 apart, which is how
@@ -77,6 +84,7 @@ __device__ inline void load_slab(char* stage, const Features<T>& f, int first_ro
             cp_async_16(target, source, elements * static_cast<int>(sizeof(T)));
         } else {
             T* out = reinterpret_cast<T*>(target);
+#pragma unroll 1
             for (int e = 0; e < kElements; ++e) out[e] = e < elements ? source[e] : rounded<T>(0);
         }
     }
@@ -166,23 +174,22 @@ __device__ inline void for_each_tile(
     const Place<T> place;
     Product<T> product;
     product.clear();
-    int load_tile = first_tile, loaded = 0, load_stage = 0;
-    const auto load_next = [&] {
+    int load_tile = first_tile, loaded = 0;
+    const auto load_next = [&](int stage) {
         if (load_tile < last_tile) {
-            load_slab<T>(stages + load_stage * kStageBytes<T>, f, first_row, load_tile * kTileColumns, loaded * kSlab<T>);
-            load_stage = load_stage + 1 == kStages ? 0 : load_stage + 1;
+            load_slab<T>(stages + stage * kStageBytes<T>, f, first_row, load_tile * kTileColumns, loaded * kSlab<T>);
             if (++loaded == slabs) loaded = 0, ++load_tile;
         }
         // an empty group still counts, so that the wait below can count groups instead of slabs
         cp_async_commit();
     };
-    for (int stage = 0; stage < kStages - 1; ++stage) load_next();
+    for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
     int stage = 0;
     for (int tile = first_tile; tile < last_tile; ++tile) {
         for (int slab = 0; slab < slabs; ++slab) {
             cp_async_wait<kStages - 2>();
             __syncthreads();
-            load_next();
+            load_next(stage == 0 ? kStages - 1 : stage - 1);
             product.add(stages + stage * kStageBytes<T>, place);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }

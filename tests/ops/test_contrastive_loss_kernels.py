@@ -332,7 +332,8 @@ def waits_for_too_little(text: str) -> str:
 
 
 def fills_a_stage_that_is_read(text: str) -> str:
-    return text.replace("__syncthreads();\n            load_next();", "load_next();\n            __syncthreads();")
+    load = "load_next(stage == 0 ? kStages - 1 : stage - 1);"
+    return text.replace(f"__syncthreads();\n            {load}", f"{load}\n            __syncthreads();")
 
 
 @pytest.mark.parametrize("edit", [waits_for_too_little, fills_a_stage_that_is_read])

@@ -27,7 +27,7 @@ Features<T> features_of(const py::dict& d) {
     f.vectors = d["vectors"].cast<bool>();
     f.scale = at<Sum<T>>(d, "scale");
     f.image_factor = at<Sum<T>>(d, "image_factor"), f.text_factor = at<Sum<T>>(d, "text_factor");
-    f.first_label = d["first_label"].cast<int64_t>();
+    f.first_label = label_offset(d["first_label"].cast<int64_t>());
     return f;
 }
 
