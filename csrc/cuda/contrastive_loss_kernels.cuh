@@ -49,12 +49,12 @@ struct SumsShared {
 
 // The tiles of one block: blockIdx.y counts rows of tiles from `first_row`, blockIdx.x shares their columns out.
 struct Share {
-    int first_tile, last_tile;
+    int first_column, last_column;
 
     __device__ explicit Share(int columns) {
-        const int tiles = (columns + kTileColumns - 1) / kTileColumns;
-        first_tile = static_cast<int>(static_cast<int64_t>(tiles) * blockIdx.x / gridDim.x);
-        last_tile = static_cast<int>(static_cast<int64_t>(tiles) * (blockIdx.x + 1) / gridDim.x);
+        const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
+        first_column = static_cast<int>(tiles * blockIdx.x / gridDim.x) * kTileColumns;
+        last_column = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x) * kTileColumns;
     }
 };
 
@@ -115,16 +115,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
     auto& shared = *reinterpret_cast<StatisticsShared<T>*>(shared_bytes);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile_row = first_row + blockIdx.y * kTileRows<T>;
-    const Place<T> place;
     const Share share(f.columns);
 
     constexpr int kRowSlots = kWarpColumns * kTileRows<T>, kColumnSlots = kWarpRows * kTileColumns;
     const Statistics<A> empty{minus_infinity<A>(), 0, minus_infinity<A>()};
     for (int slot = threadIdx.x; slot < kRowSlots; slot += kThreads) put_statistics(shared.rows, kRowSlots, slot, empty);
 
-    for_each_tile<T>(shared.stages, f, tile_row, share.first_tile, share.last_tile, [&](int first_column, Product<T>& logits) {
+    for_each_tile<T>(shared.stages, f, tile_row, share.first_column, share.last_column, [&](int first_column, Product<T>& logits) {
+        const Place<T> place;
         product_to_logits<T>(logits, f, place, tile_row, first_column);
         // entry (r, c) holds a label where its place beside the thread's first entry makes up that one's distance
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
@@ -145,8 +144,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         for (int r = 0; r < kThreadRows<T>; ++r) {
             const auto tile = line_statistics<kThreadColumns, 1, 4, A>(
                 [&](int c) { return logits.entries[r][c]; }, [&](int c) { return is_label(r, c); }, label_near);
-            if (lane % 4 == 0) {
-                const int slot = warp % kWarpColumns * kTileRows<T> + place.row_of(r);
+            if (place.lane() % 4 == 0) {
+                const int slot = place.warp_column() * kTileRows<T> + place.row_of(r);
                 put_statistics(shared.rows, kRowSlots, slot, joined(statistics_at(shared.rows, kRowSlots, slot), tile));
             }
         }
@@ -154,9 +153,9 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         for (int c = 0; c < kThreadColumns; ++c) {
             const auto tile = line_statistics<kThreadRows<T>, 4, 32, A>(
                 [&](int r) { return logits.entries[r][c]; }, [&](int r) { return is_label(r, c); }, label_near);
-            if (lane < 4)
+            if (place.lane() < 4)
                 put_statistics(
-                    shared.columns, kColumnSlots, warp / kWarpColumns * kTileColumns + place.column_of(c), tile);
+                    shared.columns, kColumnSlots, place.warp_row() * kTileColumns + place.column_of(c), tile);
         }
         __syncthreads();
         const int column = first_column + threadIdx.x;
@@ -206,13 +205,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
     auto& shared = *reinterpret_cast<SumsShared<T>*>(shared_bytes);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int tile_row = first_row + blockIdx.y * kTileRows<T>;
-    const Place<T> place;
     const Share share(f.columns);
     for (int slot = threadIdx.x; slot < kWarpColumns * kTileRows<T>; slot += kThreads) shared.rows[slot] = 0;
 
-    for_each_tile<T>(shared.stages, f, tile_row, share.first_tile, share.last_tile, [&](int first_column, Product<T>& logits) {
+    for_each_tile<T>(shared.stages, f, tile_row, share.first_column, share.last_column, [&](int first_column, Product<T>& logits) {
+        const Place<T> place;
         product_to_logits<T>(logits, f, place, tile_row, first_column);
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
 #pragma unroll
@@ -233,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             sum += log_one_plus(excess);
             sum += __shfl_xor_sync(~0u, sum, 1);
             sum += __shfl_xor_sync(~0u, sum, 2);
-            if (lane % 4 == 0) shared.rows[warp % kWarpColumns * kTileRows<T> + place.row_of(r)] += sum;
+            if (place.lane() % 4 == 0) shared.rows[place.warp_column() * kTileRows<T> + place.row_of(r)] += sum;
         }
     });
     __syncthreads();
@@ -271,14 +269,13 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) logit_gradie
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
     auto& shared = *reinterpret_cast<SumsShared<T>*>(shared_bytes);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int local_row = blockIdx.y * kTileRows<T>, tile_row = first_row + local_row;
-    const Place<T> place;
     const Share share(f.columns);
     const A scale = *f.scale, unit = *g.unit;
     A scale_sum = 0, bias_sum = 0;
 
-    for_each_tile<T>(shared.stages, f, tile_row, share.first_tile, share.last_tile, [&](int first_column, Product<T>& dots) {
+    for_each_tile<T>(shared.stages, f, tile_row, share.first_column, share.last_column, [&](int first_column, Product<T>& dots) {
+        const Place<T> place;
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
 #pragma unroll
         for (int c = 0; c < kThreadColumns; ++c) {
@@ -317,7 +314,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) logit_gradie
         scale_sum += __shfl_xor_sync(~0u, scale_sum, bit);
         bias_sum += __shfl_xor_sync(~0u, bias_sum, bit);
     }
-    if (lane == 0) shared.rows[warp] = scale_sum, shared.rows[kThreads / 32 + warp] = bias_sum;
+    const int warp = threadIdx.x / 32;
+    if (threadIdx.x % 32 == 0) shared.rows[warp] = scale_sum, shared.rows[kThreads / 32 + warp] = bias_sum;
     __syncthreads();
     if (threadIdx.x < 2) {
         A sum = 0;

@@ -21,6 +21,13 @@ namespace clipfast {
 // ---------------------------------------------------------------------------------------------------------------------
 // instructions of sm_80 and later
 
+// threadIdx.x, read anew: what is worked out from it is not kept in registers through a loop that has none to spare
+__device__ inline int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(index));
+    return index;
+}
+
 __device__ inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }

@@ -55,8 +55,13 @@ template <typename T>
 struct Place {
     int row, column;  // the first of each, within the tile
 
+    // the thread and warp that a place belongs to
+    __device__ int lane() const { return row % 8 * 4 + column % 8 / 2; }
+    __device__ int warp_row() const { return row / (8 * kThreadRows<T>); }
+    __device__ int warp_column() const { return column / (4 * kThreadColumns); }
+
     __device__ Place() {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
         row = warp / kWarpColumns * 8 * kThreadRows<T> + lane / 4;
         column = warp % kWarpColumns * 4 * kThreadColumns + lane % 4 * 2;
     }
@@ -104,11 +109,11 @@ struct Product {
             for (int c = 0; c < kThreadColumns; ++c) entries[r][c] = 0;
     }
 
-    __device__ void add(const char* stage, const Place<T>& place) {
+    __device__ void add(const char* stage) {
         if constexpr (Element<T>::tensor_cores) {
             add_by_tensor_cores(stage);
         } else {
-            add_by_fma(stage, place);
+            add_by_fma(stage);
         }
     }
 
@@ -136,7 +141,8 @@ private:
         }
     }
 
-    __device__ void add_by_fma(const char* stage, const Place<T>& place) {
+    __device__ void add_by_fma(const char* stage) {
+        const Place<T> place;
         // two elements at a time: four would not leave registers enough for two blocks on a processor
         struct alignas(2 * sizeof(T)) Pair {
             T at[2];
@@ -163,37 +169,36 @@ private:
     }
 };
 
-// Calls visit(first column, product) for the tiles [first_tile, last_tile) of one row of tiles.
+// Calls visit(first column, product) for the tiles of one row of them that start in [first_column, last_column).
 //
 // There is one barrier a slab. It says that the slab has arrived for every thread, and that all have done with the
 // stage that is filled next. It also separates what two visits leave in shared memory.
 template <typename T, typename Visit>
 __device__ inline void for_each_tile(
-    char* stages, const Features<T>& f, int first_row, int first_tile, int last_tile, Visit visit) {
-    const int slabs = (f.width + kSlab<T> - 1) / kSlab<T>;
-    const Place<T> place;
+    char* stages, const Features<T>& f, int first_row, int first_column, int last_column, Visit visit) {
     Product<T> product;
     product.clear();
-    int load_tile = first_tile, loaded = 0;
+    int load_column = first_column, load_k = 0;
     const auto load_next = [&](int stage) {
-        if (load_tile < last_tile) {
-            load_slab<T>(stages + stage * kStageBytes<T>, f, first_row, load_tile * kTileColumns, loaded * kSlab<T>);
-            if (++loaded == slabs) loaded = 0, ++load_tile;
+        if (load_column < last_column) {
+            load_slab<T>(stages + stage * kStageBytes<T>, f, first_row, load_column, load_k);
+            load_k += kSlab<T>;
+            if (load_k >= f.width) load_k = 0, load_column += kTileColumns;
         }
         // an empty group still counts, so that the wait below can count groups instead of slabs
         cp_async_commit();
     };
     for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
     int stage = 0;
-    for (int tile = first_tile; tile < last_tile; ++tile) {
-        for (int slab = 0; slab < slabs; ++slab) {
+    for (int column = first_column; column < last_column; column += kTileColumns) {
+        for (int k = 0; k < f.width; k += kSlab<T>) {
             cp_async_wait<kStages - 2>();
             __syncthreads();
             load_next(stage == 0 ? kStages - 1 : stage - 1);
-            product.add(stages + stage * kStageBytes<T>, place);
+            product.add(stages + stage * kStageBytes<T>);
             stage = stage + 1 == kStages ? 0 : stage + 1;
         }
-        visit(tile * kTileColumns, product);
+        visit(column, product);
         product.clear();
     }
 }

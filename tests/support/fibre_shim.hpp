@@ -168,6 +168,8 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 
 namespace clipfast {
 
+inline int thread_index() { return threadIdx.x; }
+
 inline void cp_async_16(void* shared, const void* global, int bytes) {
     shim::fibres[shim::current].copies.back().push_back({shared, global, bytes});
 }
