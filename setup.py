@@ -1,12 +1,15 @@
 """Builds the op library (csrc/) into the package; everything else about the package is in pyproject.toml.
 
-The library is plain C++ on PyTorch's stable ABI, without Python: one file serves every Python and every
-PyTorch from 2.10 on. It needs PyTorch's headers, but PyTorch need not be importable where the build runs, and is
-never installed or changed by it. Where it cannot be built, the package installs without it and keeps the reason in
-clipfast/_build.json; ``clipfast.ops.library`` tells it.
+The library is C++ and CUDA on PyTorch's stable ABI, without Python: one file serves every Python and every
+PyTorch from 2.10 on, with CUDA and without. It needs PyTorch's headers, but PyTorch need not be importable where the
+build runs, and is never installed or changed by it. No GPU is asked for. Where the library or its CUDA half cannot be
+built, the package installs without it and keeps the reason in clipfast/_build.json; ``clipfast.ops.library`` tells it.
 
 Environment:
     CXX             the C++ compiler (default: c++, then g++, then clang++)
+    CUDA_HOME       the CUDA toolkit (default: the one whose nvcc is on PATH)
+    TORCH_CUDA_ARCH_LIST      GPU architectures, such as "8.0;9.0a;10.0a+PTX" (the default)
+    CLIPFAST_SKIP_CUDA=1      builds without the CUDA kernels
     CLIPFAST_SKIP_LIBRARY=1   installs without the library
 """
 
@@ -16,11 +19,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -35,8 +40,12 @@ TORCH_TARGET_VERSION = "0x020a000000000000ull"
 VECTORISED = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 
 
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0a+PTX"
+JOBS = 2
+
+
 class CannotBuild(Exception):
-    """Why the op library is left out."""
+    """Why the op library, or its CUDA half, is left out."""
 
 
 def find_torch() -> Path:
@@ -71,8 +80,63 @@ def run(command: list[str]) -> None:
         raise CannotBuild(f"{command[0]} failed: {errors[0] if errors else f'exit status {done.returncode}'}")
 
 
-def build_library(target: Path, temporary: Path) -> None:
-    """Compile csrc/ into ``target``."""
+def find_nvcc() -> str:
+    """Return CUDA's compiler."""
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
+    if nvcc is None:
+        raise CannotBuild(f"no nvcc was found ({f'in {home}/bin, as CUDA_HOME says' if home else 'on PATH'})")
+    return nvcc
+
+
+def cuda_architectures() -> tuple[list[str], list[str]]:
+    """Return nvcc's flags and the names for the record, such as ``80``, ``90a`` and ``100+PTX``."""
+    wanted = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    flags, names = [], []
+    for item in re.split(r"[;, ]+", wanted.strip("; ,")):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if match is None:
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {item!r}, expected numbers such as 8.0, 9.0a or 10.0a+PTX")
+        major, minor, suffix, ptx = match.groups()
+        if int(major) < 8:
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {item}, the kernels need 8.0 or later")
+        name = major + minor + suffix
+        flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
+        names.append(name)
+        if ptx:
+            # PTX of an `a` architecture runs on that one alone; the plain one's runs on all that come after
+            flags.append(f"-gencode=arch=compute_{major}{minor},code=compute_{major}{minor}")
+            names.append(f"{major}{minor}+PTX")
+    return flags, names
+
+
+def compile_all(commands: list[list[str]]) -> None:
+    """Run build steps that do not depend on each other, two at a time."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        list(pool.map(run, commands))
+
+
+def compile_cuda(torch: Path, temporary: Path) -> tuple[list[str], list[str], str]:
+    """Compile csrc/cuda/; return nvcc as the linker, the objects, and what was built."""
+    if os.environ.get("CLIPFAST_SKIP_CUDA") == "1":
+        raise CannotBuild("CLIPFAST_SKIP_CUDA=1 was set")
+    nvcc = [find_nvcc()]
+    if os.environ.get("CXX"):
+        # the compiler of the C++ files is the one behind nvcc too
+        nvcc += ["-ccbin", os.environ["CXX"].split()[0]]
+    architectures, names = cuda_architectures()
+    version = subprocess.run([nvcc[0], "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", version)
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(JOBS), *architectures]
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
+    objects = [str(temporary / f"{Path(source).stem}.cu.o") for source in sources(".cu")]
+    for source, target in zip(sources(".cu"), objects, strict=True):
+        run([*nvcc, *flags, "-c", source, "-o", target])
+    return [*nvcc, "-cudart", "static"], objects, f"{release[1] if release else 'unknown'}:{','.join(names)}"
+
+
+def build_library(target: Path, temporary: Path) -> dict[str, str | None]:
+    """Compile csrc/ into ``target``; return what became of the CUDA half."""
     if os.environ.get("CLIPFAST_SKIP_LIBRARY") == "1":
         raise CannotBuild("CLIPFAST_SKIP_LIBRARY=1 was set")
     if sys.platform != "linux":
@@ -82,21 +146,29 @@ def build_library(target: Path, temporary: Path) -> None:
         raise CannotBuild(f"the PyTorch in {torch.parent.name} is older than 2.10 and has no stable ABI")
     temporary.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
+    linker, cuda_objects, cuda, reason = compiler, [], None, None
+    try:
+        linker, cuda_objects, cuda = compile_cuda(torch, temporary)
+    except CannotBuild as why:
+        reason = str(why)
+        print(f"\nclipfast: THE OP LIBRARY IS BUILT WITHOUT CUDA: {why}\n", flush=True)
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    flags += VECTORISED
+    flags += [*VECTORISED, f"-DCLIPFAST_CUDA={cuda or 'none'}"]
     includes = [f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
-    objects = []
-    for source in sources():
-        objects.append(str(temporary / (Path(source).stem + ".o")))
-        run([*compiler, *flags, *includes, "-c", source, "-o", objects[-1]])
+    objects = [str(temporary / f"{Path(source).stem}.o") for source in sources(".cpp")]
+    steps = zip(sources(".cpp"), objects, strict=True)
+    compile_all([[*compiler, *flags, *includes, "-c", source, "-o", o] for source, o in steps])
     # found by its name in the process, whichever PyTorch that loaded: no path is kept
-    links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl", "-Wl,-z,relro,-z,now"]
-    run([*compiler, "-shared", *objects, "-o", str(target), *links])
+    links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
+    for option in ("-z,relro", "-z,now", "--exclude-libs,ALL"):
+        links += ["-Xlinker", option] if cuda else [f"-Wl,{option}"]
+    run([*linker, "-shared", *objects, *cuda_objects, "-o", str(target), *links])
+    return {"cuda": cuda, "cuda_reason": reason}
 
 
-def sources() -> list[str]:
-    """Return the C++ files of the library, relative to the project."""
-    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp"))
+def sources(suffix: str) -> list[str]:
+    """Return the files of the library in one language, relative to the project."""
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(f"*{suffix}"))
 
 
 class BuildLibrary(build_ext):
@@ -111,7 +183,7 @@ class BuildLibrary(build_ext):
         target = Path(self.get_ext_fullpath(ext.name))
         record = {"library": LIBRARY, "platform": platform.machine(), "reason": None}
         try:
-            build_library(target, Path(self.build_temp))
+            record |= build_library(target, Path(self.build_temp))
         except CannotBuild as why:
             target.unlink(missing_ok=True)
             record |= {"library": None, "reason": str(why)}
@@ -148,6 +220,6 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    ext_modules=[Extension("clipfast.libclipfast", sources())],
+    ext_modules=[Extension("clipfast.libclipfast", sources(".cpp"))],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )

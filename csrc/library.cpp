@@ -8,8 +8,8 @@
 
 namespace clipfast {
 
-#define CLIPFAST_STRING_(x) #x
-#define CLIPFAST_STRING(x) CLIPFAST_STRING_(x)
+#define CLIPFAST_STRING_(...) #__VA_ARGS__
+#define CLIPFAST_STRING(...) CLIPFAST_STRING_(__VA_ARGS__)
 
 // "key=value" fields between semicolons, so that one glance at a bug report says what was built, and how.
 std::string build_info() {
@@ -22,7 +22,8 @@ std::string build_info() {
 #else
     info += ";cpu=other";
 #endif
-    info += ";cuda=none";
+    // the toolkit's version and the architectures, or none
+    info += ";cuda=" CLIPFAST_STRING(CLIPFAST_CUDA);
     return info;
 }
 

@@ -14,6 +14,7 @@
 #include <exception>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -138,20 +139,20 @@ Tensor scalar_like(const Tensor& t, double value) {
 // ---------------------------------------------------------------------------------------------------------------
 // the walk over tiles
 
-// An exception must not leave a thread of the pool: the first one is kept and thrown by the caller.
+// An exception must not leave a thread of the pool: the first one's message is kept, and thrown by the caller.
 template <class F>
 void on_threads(int64_t parts, const F& f) {
-    std::exception_ptr first;
+    std::string message;
     std::mutex mutex;
     torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
         try {
             for (int64_t i = begin; i < end; ++i) f(i);
-        } catch (...) {
+        } catch (const std::exception& error) {
             std::lock_guard<std::mutex> lock(mutex);
-            if (!first) first = std::current_exception();
+            if (message.empty()) message = error.what();
         }
     });
-    if (first) std::rethrow_exception(first);
+    STD_TORCH_CHECK(message.empty(), message);
 }
 
 struct Place {

@@ -194,7 +194,7 @@ CLIPFAST_INLINE double gradient_(const Tile<Real>& t, Real s, const Real* f, con
                 const Real p =
                     weight * exp_(logit[c] - most - rest) + v[c] * exp_(logit[c] - col.most[c] - col.rest[c]);
                 const Real d = p * (of_row * g[c]);
-                sum += double(d) * x[c];
+                sum += d * x[c];
                 x[c] = d;
             }
             total.add(sum);
@@ -256,7 +256,7 @@ CLIPFAST_INLINE double sigmoid_gradient_(const Tile<Real>& t, Real s, Real b, co
                 const Real y = x[c] * (a * g[c]) + b, e = exp_(y < 0 ? y : -y);
                 const Real p = weight * ((y < 0 ? e : Real(1)) / (1 + e)), d = p * (of_row * g[c]);
                 bias += p;
-                sum += double(d) * x[c];
+                sum += d * x[c];
                 x[c] = d;
             }
             total.add(sum);

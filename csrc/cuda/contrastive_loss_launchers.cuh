@@ -1,0 +1,172 @@
+// How the kernels are launched: grids, scratch memory and the order in which partial results are joined.
+//
+// Nothing here waits for the device or reads from it, so CUDA graphs can capture all of it.
+#pragma once
+
+#include "contrastive_loss_kernels.cuh"
+
+namespace clipfast {
+
+constexpr int kMaxShares = 64;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks that share the columns of one row of tiles: enough of them to give each multiprocessor four.
+inline int shares_of(int64_t row_tiles, int64_t columns, int multiprocessors) {
+    const int64_t wanted = ceil_div(4 * static_cast<int64_t>(multiprocessors), row_tiles);
+    const int64_t most = ceil_div(columns, kTileColumns) < kMaxShares ? ceil_div(columns, kTileColumns) : kMaxShares;
+    return static_cast<int>(wanted < most ? wanted : most);
+}
+
+// Statistics go by groups of rows: a column has one partial result for each row of tiles in a group, which would be
+// O(B²) in all, so a group holds no more of them than 32 MB.
+struct StatisticsPlan {
+    int group;  // rows of tiles in a launch
+    int shares;
+
+    template <typename T>
+    static StatisticsPlan make(const Features<T>& f, int multiprocessors) {
+        const int64_t tiles = ceil_div(f.rows, kTileRows<T>);
+        const int64_t fit = (32 << 20) / (3 * static_cast<int64_t>(sizeof(Sum<T>)) * f.columns);
+        const int64_t most = fit < 8 ? 8 : fit > 64 ? 64 : fit;
+        const int group = static_cast<int>(tiles < most ? tiles : most);
+        return {group, shares_of(group, f.columns, multiprocessors)};
+    }
+
+    // scratch, in numbers: row partials and state, column partials and state
+    template <typename T>
+    int64_t row_numbers() const {
+        return 3 * static_cast<int64_t>(shares) * group * kTileRows<T>;
+    }
+    template <typename T>
+    int64_t softmax_numbers(const Features<T>& f) const {
+        return row_numbers<T>() + 3 * static_cast<int64_t>(group + 1) * f.columns;
+    }
+};
+
+template <typename A>
+struct SoftmaxStatistics {
+    A *row_lse, *column_lse, *positive, *row_rival, *column_rival;
+};
+
+template <typename T>
+void launch_softmax_statistics(
+    const Features<T>& f, StatisticsPlan plan, Sum<T>* scratch, SoftmaxStatistics<Sum<T>> out, cudaStream_t stream) {
+    using A = Sum<T>;
+    A* row_partials = scratch;
+    A* column_partials = row_partials + plan.row_numbers<T>();
+    A* column_state = column_partials + 3 * static_cast<int64_t>(plan.group) * f.columns;
+    auto kernel = softmax_statistics_kernel<T>;
+    const int shared = sizeof(StatisticsShared<T>);
+    allow_shared(kernel, shared);
+    for (int64_t row = 0; row < f.rows; row += static_cast<int64_t>(plan.group) * kTileRows<T>) {
+        const int64_t left = ceil_div(f.rows - row, kTileRows<T>);
+        const int tiles = static_cast<int>(left < plan.group ? left : plan.group);
+        const int64_t lines = static_cast<int64_t>(tiles) * kTileRows<T>;
+        const int rows = static_cast<int>(f.rows - row < lines ? f.rows - row : lines);
+        CLIPFAST_LAUNCH(
+            kernel, dim3(plan.shares, tiles), kThreads, shared, stream, f, static_cast<int>(row), row_partials,
+            column_partials, out.positive);
+        CLIPFAST_LAUNCH(
+            join_statistics_kernel<A>, dim3(ceil_div(rows, kThreads)), kThreads, 0, stream, row_partials, plan.shares,
+            lines, rows, static_cast<A*>(nullptr), true, true, out.row_lse + row, out.row_lse + f.rows + row,
+            out.row_rival + row);
+        CLIPFAST_LAUNCH(
+            join_statistics_kernel<A>, dim3(ceil_div(f.columns, kThreads)), kThreads, 0, stream, column_partials, tiles,
+            static_cast<int64_t>(f.columns), f.columns, column_state, row == 0, row + rows == f.rows, out.column_lse,
+            out.column_lse + f.columns, out.column_rival);
+    }
+}
+
+template <typename T>
+void launch_sigmoid_statistics(
+    const Features<T>& f, const Sum<T>* bias, StatisticsPlan plan, Sum<T>* scratch, Sum<T>* row_loss,
+    cudaStream_t stream) {
+    using A = Sum<T>;
+    auto kernel = sigmoid_statistics_kernel<T>;
+    const int shared = sizeof(SumsShared<T>);
+    allow_shared(kernel, shared);
+    for (int64_t row = 0; row < f.rows; row += static_cast<int64_t>(plan.group) * kTileRows<T>) {
+        const int64_t left = ceil_div(f.rows - row, kTileRows<T>);
+        const int tiles = static_cast<int>(left < plan.group ? left : plan.group);
+        const int64_t lines = static_cast<int64_t>(tiles) * kTileRows<T>;
+        const int rows = static_cast<int>(f.rows - row < lines ? f.rows - row : lines);
+        CLIPFAST_LAUNCH(
+            kernel, dim3(plan.shares, tiles), kThreads, shared, stream, f, bias, static_cast<int>(row), scratch);
+        CLIPFAST_LAUNCH(
+            join_sums_kernel<A>, dim3(ceil_div(rows, kThreads)), kThreads, 0, stream, scratch, plan.shares, lines, rows,
+            row_loss + row);
+    }
+}
+
+// Gradients go by chunks of rows, whose logits' gradients [chunk, columns] are handed to matrix products: about as many
+// bytes of them as a float32 gradient of the text has, or 32 MB.
+struct GradientPlan {
+    int64_t chunk;  // rows, a multiple of the tile's
+    int64_t pitch;  // elements between rows: products run best where rows start on 16 bytes
+    int shares;
+    int64_t text_block;  // rows of the text whose float32 product of one chunk is held at a time
+
+    template <typename T>
+    static GradientPlan make(const Features<T>& f, int multiprocessors) {
+        const int64_t pitch = ceil_div(f.columns, kChunk / sizeof(T)) * (kChunk / sizeof(T));
+        const int64_t floor = 32 << 20, wide = 4 * static_cast<int64_t>(f.columns) * f.width;
+        const int64_t fit = (wide > floor ? wide : floor) / (pitch * static_cast<int64_t>(sizeof(T)));
+        const int64_t tiles = ceil_div(f.rows, kTileRows<T>), fit_tiles = fit / kTileRows<T> > 1 ? fit / kTileRows<T> : 1;
+        const int64_t chunk_tiles = tiles < fit_tiles ? tiles : fit_tiles;
+        return {
+            chunk_tiles * kTileRows<T>, pitch, shares_of(chunk_tiles, f.columns, multiprocessors),
+            f.columns < 4096 ? f.columns : 4096};
+    }
+
+    template <typename T>
+    int64_t sums(const Features<T>& f) const {
+        return ceil_div(f.rows, kTileRows<T>) * shares;
+    }
+};
+
+template <typename T>
+void launch_unit(
+    const Features<T>& f, const Sum<T>* row_weight, const Sum<T>* column_weight, Sum<T>* unit, cudaStream_t stream) {
+    using A = Sum<T>;
+    const Bounds<A> bounds{
+        {row_weight, column_weight, f.image_factor, f.text_factor},
+        {f.rows, column_weight ? f.columns : 0, f.image_factor ? f.rows : 0, f.text_factor ? f.columns : 0}};
+    CLIPFAST_LAUNCH(unit_kernel<A>, dim3(1), 1024, 4 * 1024 * sizeof(A), stream, bounds, unit);
+}
+
+// The rows [row, row + rows) of the logits' gradient; sums are [rows of tiles in all, shares].
+template <typename T, bool kSigmoid>
+void launch_logit_gradient(
+    const Features<T>& f, const LogitGradient<Sum<T>>& g, const GradientPlan& plan, int64_t row, int64_t rows, T* out,
+    Sum<T>* scale_sums, Sum<T>* bias_sums, cudaStream_t stream) {
+    auto kernel = logit_gradient_kernel<T, kSigmoid>;
+    const int shared = sizeof(SumsShared<T>);
+    allow_shared(kernel, shared);
+    CLIPFAST_LAUNCH(
+        kernel, dim3(plan.shares, ceil_div(rows, kTileRows<T>)), kThreads, shared, stream, f, g, static_cast<int>(row),
+        out, plan.pitch, scale_sums, bias_sums);
+}
+
+template <typename A>
+void launch_add_up(const A* numbers, int64_t count, A* sum, cudaStream_t stream) {
+    CLIPFAST_LAUNCH(add_up_kernel<A>, dim3(1), 512, 512 * sizeof(double), stream, numbers, count, sum);
+}
+
+inline dim3 grid_for(int64_t count) {
+    const int64_t blocks = ceil_div(count, kThreads);
+    return dim3(static_cast<unsigned>(blocks < 4096 ? blocks : 4096));
+}
+
+template <typename A>
+void launch_accumulate(A* sum, const A* part, int64_t count, cudaStream_t stream) {
+    CLIPFAST_LAUNCH(accumulate_kernel<A>, grid_for(count), kThreads, 0, stream, sum, part, count);
+}
+
+template <typename T>
+void launch_finish_gradient(
+    T* out, const Sum<T>* sum, int64_t count, const Sum<T>* scale, const Sum<T>* unit, cudaStream_t stream) {
+    CLIPFAST_LAUNCH(finish_gradient_kernel<T>, grid_for(count), kThreads, 0, stream, out, sum, count, scale, unit);
+}
+
+}  // namespace clipfast

@@ -1,0 +1,206 @@
+// A tile of image · textᵀ at a time: the loads, the product and who holds which entry of it.
+//
+// A block of 256 threads walks along one row of tiles. Both operands come in slabs of 64 bytes a row through a ring of
+// shared memory that cp.async fills ahead, also across the end of a tile, so that the next tile's first slabs travel
+// while the entries of this one are worked on. Rows lie 80 bytes apart: eight of them start in eight different groups
+// of four banks, which keeps ldmatrix and the 16-byte loads of the FMA path free of conflicts without a swizzle.
+#pragma once
+
+#include "instructions.cuh"
+
+namespace clipfast {
+
+constexpr int kThreads = 256;
+constexpr int kWarpRows = 2, kWarpColumns = 4;  // the warps of a block, over the tile
+constexpr int kThreadColumns = 8;
+constexpr int kTileColumns = kWarpColumns * 4 * kThreadColumns;
+constexpr int kStages = 3;
+constexpr int kChunk = 16;                    // bytes of one copy
+constexpr int kChunks = 4;                    // copies a row and slab
+constexpr int kPitch = kChunk * kChunks + 16;  // bytes between rows in shared memory
+
+template <typename T>
+constexpr int kThreadRows = Element<T>::thread_rows;
+template <typename T>
+constexpr int kTileRows = kWarpRows * 8 * kThreadRows<T>;
+template <typename T>
+constexpr int kSlab = kChunk * kChunks / static_cast<int>(sizeof(T));
+template <typename T>
+constexpr int kStageBytes = (kTileRows<T> + kTileColumns) * kPitch;
+
+// With fewer rows and columns than this, label arithmetic fits 32 bits, and an offset of as many has no label anywhere.
+constexpr int kMaxRows = 1 << 30;
+
+inline int label_offset(int64_t first_label) {
+    return static_cast<int>(first_label > kMaxRows ? kMaxRows : first_label < -kMaxRows ? -kMaxRows : first_label);
+}
+
+// What every kernel reads. Rows are `stride` elements apart; `vectors` says that each starts on 16 bytes.
+template <typename T>
+struct Features {
+    const T* image;  // [rows, width]
+    const T* text;   // [columns, width]
+    int rows, columns, width;
+    int64_t image_stride, text_stride;
+    bool vectors;
+    const Sum<T>* scale;         // on the device: reading it on the host would wait for the device
+    const Sum<T>* image_factor;  // [rows] or null
+    const Sum<T>* text_factor;   // [columns] or null
+    int first_label;             // row i's label is column i + first_label; see label_offset
+};
+
+// The entries of a tile that a thread holds: `thread_rows` rows 8 apart times pairs of columns 8 apart, which is how
+// mma.m16n8k16 leaves them. The FMA path keeps to it, so that one epilogue serves both.
+template <typename T>
+struct Place {
+    int row, column;  // the first of each, within the tile
+
+    // the thread and warp that a place belongs to
+    __device__ int lane() const { return row % 8 * 4 + column % 8 / 2; }
+    __device__ int warp_row() const { return row / (8 * kThreadRows<T>); }
+    __device__ int warp_column() const { return column / (4 * kThreadColumns); }
+
+    __device__ Place() {
+        const int thread = thread_index(), lane = thread % 32, warp = thread / 32;
+        row = warp / kWarpColumns * 8 * kThreadRows<T> + lane / 4;
+        column = warp % kWarpColumns * 4 * kThreadColumns + lane % 4 * 2;
+    }
+    __device__ int row_of(int r) const { return row + 8 * r; }
+    __device__ int column_of(int c) const { return column + c / 2 * 8 + c % 2; }
+};
+
+// --------------------------------------------------------------------------------------------------------------------
+// loads
+
+// one slab of both operands; rows and elements outside the matrices are zeros
+template <typename T>
+__device__ inline void load_slab(char* stage, const Features<T>& f, int first_row, int first_column, int first_k) {
+    constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
+    for (int copy = threadIdx.x; copy < (kTileRows<T> + kTileColumns) * kChunks; copy += kThreads) {
+        const int slot = copy / kChunks, chunk = copy % kChunks, k = first_k + chunk * kElements;
+        const bool of_image = slot < kTileRows<T>;
+        const int row = of_image ? first_row + slot : first_column + slot - kTileRows<T>;
+        const bool inside = row < (of_image ? f.rows : f.columns) && k < f.width;
+        const int elements = !inside ? 0 : f.width - k < kElements ? f.width - k : kElements;
+        const T* matrix = of_image ? f.image : f.text;
+        const T* source = inside ? matrix + row * (of_image ? f.image_stride : f.text_stride) + k : matrix;
+        char* target = stage + slot * kPitch + chunk * kChunk;
+        if (f.vectors) {
+            cp_async_16(target, source, elements * static_cast<int>(sizeof(T)));
+        } else {
+            T* out = reinterpret_cast<T*>(target);
+#pragma unroll 1
+            for (int e = 0; e < kElements; ++e) out[e] = e < elements ? source[e] : rounded<T>(0);
+        }
+    }
+}
+
+// --------------------------------------------------------------------------------------------------------------------
+// products
+
+template <typename T>
+struct Product {
+    Sum<T> entries[kThreadRows<T>][kThreadColumns];
+
+    __device__ void clear() {
+#pragma unroll
+        for (int r = 0; r < kThreadRows<T>; ++r)
+#pragma unroll
+            for (int c = 0; c < kThreadColumns; ++c) entries[r][c] = 0;
+    }
+
+    __device__ void add(const char* stage) {
+        if constexpr (Element<T>::tensor_cores) {
+            add_by_tensor_cores(stage);
+        } else {
+            add_by_fma(stage);
+        }
+    }
+
+private:
+    __device__ void add_by_tensor_cores(const char* stage) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        // lanes 0-15 name the rows of an A fragment's left half, 16-31 those of its right half; of a pair of B
+        // fragments, lanes 0-7 and 8-15 name the two halves of the first and the others those of the second
+        const char* image = stage + (warp / kWarpColumns * 8 * kThreadRows<T> + lane % 16) * kPitch + lane / 16 * kChunk;
+        const char* text = stage + (kTileRows<T> + warp % kWarpColumns * 4 * kThreadColumns + lane / 16 * 8 + lane % 8) * kPitch +
+                           lane / 8 % 2 * kChunk;
+#pragma unroll
+        for (int half = 0; half < kChunks / 2; ++half) {
+            uint32_t b[kThreadColumns / 4][4];
+#pragma unroll
+            for (int j = 0; j < kThreadColumns / 4; ++j) ldmatrix_x4(b[j], text + j * 16 * kPitch + half * 2 * kChunk);
+#pragma unroll
+            for (int i = 0; i < kThreadRows<T> / 2; ++i) {
+                uint32_t a[4];
+                ldmatrix_x4(a, image + i * 16 * kPitch + half * 2 * kChunk);
+#pragma unroll
+                for (int j = 0; j < kThreadColumns / 2; ++j)
+                    mma_m16n8k16<T>(&entries[2 * i][2 * j], &entries[2 * i + 1][2 * j], a, &b[j / 2][j % 2 * 2]);
+            }
+        }
+    }
+
+    __device__ void add_by_fma(const char* stage) {
+        const Place<T> place;
+        // two elements at a time: four would not leave registers enough for two blocks on a processor
+        struct alignas(2 * sizeof(T)) Pair {
+            T at[2];
+        };
+        constexpr int kPairs = kSlab<T> / 2;
+        const char* image = stage + place.row * kPitch;
+        const char* text = stage + (kTileRows<T> + place.column) * kPitch;
+#pragma unroll 1
+        for (int k = 0; k < kPairs; ++k) {
+            Pair a[kThreadRows<T>];
+#pragma unroll
+            for (int r = 0; r < kThreadRows<T>; ++r)
+                a[r] = reinterpret_cast<const Pair*>(image + 8 * r * kPitch)[k];
+#pragma unroll
+            for (int c = 0; c < kThreadColumns; ++c) {
+                const Pair b = reinterpret_cast<const Pair*>(text + (c / 2 * 8 + c % 2) * kPitch)[k];
+#pragma unroll
+                for (int r = 0; r < kThreadRows<T>; ++r) {
+                    entries[r][c] += a[r].at[0] * b.at[0];
+                    entries[r][c] += a[r].at[1] * b.at[1];
+                }
+            }
+        }
+    }
+};
+
+// Calls visit(first column, product) for the tiles of one row of them that start in [first_column, last_column).
+//
+// There is one barrier a slab. It says that the slab has arrived for every thread, and that all have done with the
+// stage that is filled next. It also separates what two visits leave in shared memory.
+template <typename T, typename Visit>
+__device__ inline void for_each_tile(
+    char* stages, const Features<T>& f, int first_row, int first_column, int last_column, Visit visit) {
+    Product<T> product;
+    product.clear();
+    int load_column = first_column, load_k = 0;
+    const auto load_next = [&](int stage) {
+        if (load_column < last_column) {
+            load_slab<T>(stages + stage * kStageBytes<T>, f, first_row, load_column, load_k);
+            load_k += kSlab<T>;
+            if (load_k >= f.width) load_k = 0, load_column += kTileColumns;
+        }
+        // an empty group still counts, so that the wait below can count groups instead of slabs
+        cp_async_commit();
+    };
+    for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
+    int stage = 0;
+    for (int column = first_column; column < last_column; column += kTileColumns) {
+        for (int k = 0; k < f.width; k += kSlab<T>) {
+            cp_async_wait<kStages - 2>();
+            __syncthreads();
+            load_next(stage == 0 ? kStages - 1 : stage - 1);
+            product.add(stages + stage * kStageBytes<T>);
+            stage = stage + 1 == kStages ? 0 : stage + 1;
+        }
+        visit(column, product);
+        product.clear();
+    }
+}
+
+}  // namespace clipfast

@@ -1,0 +1,357 @@
+"""The CUDA kernels of the contrastive losses, run on the CPU under the fibre shim, against fp64 numpy oracles."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from types import ModuleType
+from typing import Any
+
+import kernels_on_cpu
+import numpy as np
+import pytest
+from kernels_on_cpu import STORED, SUMS, Padded, to_bits, to_float64
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+EPS = {"float64": 2.3e-16, "float32": 1.2e-7, "float16": 9.8e-4, "bfloat16": 7.9e-3}
+# (M, N, D): one, around a warp's and a tile's edge, past a tile; widths that fill no slab, one and two
+SIZES = ((1, 1, 1), (2, 63, 32), (65, 64, 40), (130, 2, 64), (64, 130, 33), (130, 257, 32))
+
+
+class Case:
+    """Arguments of the ops in ``dtype``, each surrounded by NaN, and the oracle's view of them."""
+
+    def __init__(
+        self,
+        dtype: str,
+        m: int,
+        n: int,
+        d: int,
+        *,
+        scale: float = 20.0,
+        first_label: int = 0,
+        factors: bool = False,
+        sigmoid: bool = False,
+        image: np.ndarray | None = None,
+        text: np.ndarray | None = None,
+        vectors: bool = True,
+    ) -> None:
+        self.dtype, self.m, self.n, self.first_label, self.sigmoid = dtype, m, n, first_label, sigmoid
+        rng = np.random.default_rng(m * 10007 + n * 101 + d)
+        unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rng.normal(size=(r, d)) for r in (m, n))]
+        step = 16 // np.dtype(STORED[dtype]).itemsize
+        pitch, shift = (-(-d // step) * step + step, 0) if vectors else (d + 3, 1)
+        self.arrays: dict[str, Padded] = {}
+        for name, values in (
+            ("image", unit[0] if image is None else image),
+            ("text", unit[1] if text is None else text),
+        ):
+            self.arrays[name] = Padded((len(values), d), STORED[dtype], pitch, shift)
+            self.arrays[name].array[:] = to_bits(values, dtype)
+        self.args: dict[str, Any] = {
+            "rows": m, "columns": n, "width": d, "image_stride": pitch, "text_stride": pitch,
+            "vectors": vectors, "first_label": first_label,
+        }  # fmt: skip
+        self.put("scale", [scale])
+        if sigmoid:
+            self.put("bias", [-2.5])
+        if factors:
+            self.put("image_factor", rng.uniform(0.2, 3, m))
+            self.put("text_factor", rng.uniform(0.2, 3, n))
+        f, g = (self.read(k) if factors else np.ones(s) for k, s in (("image_factor", m), ("text_factor", n)))
+        self.image, self.text = (to_float64(self.arrays[k].array, dtype) for k in ("image", "text"))
+        self.factor = f[:, None] * g[None, :]
+        self.scale = float(self.read("scale")[0])
+        self.cosines = self.factor * (self.image @ self.text.T)
+        self.logits = self.scale * self.cosines
+        self.is_label = np.arange(m)[:, None] + first_label == np.arange(n)[None, :]
+        # what float32 sums of products may be off by
+        self.noise = 8 * EPS["float64" if dtype == "float64" else "float32"] * max(1.0, np.abs(self.logits).max())
+
+    def put(self, name: str, values: Any) -> None:
+        self.arrays[name] = Padded((len(values),), SUMS[self.dtype])
+        self.arrays[name].array[:] = values
+
+    def new(self, name: str, *shape: int, dtype: Any = None, pitch: int | None = None) -> None:
+        self.arrays[name] = Padded(shape, dtype or SUMS[self.dtype], pitch)
+
+    def read(self, name: str) -> np.ndarray:
+        return self.arrays[name].array.astype(np.float64)
+
+    def lse(self, name: str) -> np.ndarray:
+        """Return a log-sum-exp from its two parts, as stored."""
+        return self.read(name).reshape(2, -1).sum(0)
+
+    def call(self, function: Any, **more: Any) -> None:
+        function(self.dtype, self.args | {k: a.address for k, a in self.arrays.items()} | more)
+        for array in self.arrays.values():
+            array.assert_untouched_around()
+
+    def statistics(self, module: ModuleType, group: int = 2, shares: int = 2) -> dict[str, np.ndarray]:
+        shares = min(shares, -(-self.n // 128))
+        plan = {"group": group, "shares": shares}
+        self.new("scratch", module.softmax_numbers(self.dtype, self.args | plan))
+        if self.sigmoid:
+            self.new("row_loss", self.m)
+            self.call(module.sigmoid_statistics, **plan)
+            return {"row_loss": self.read("row_loss")}
+        self.new("row_lse", 2 * self.m), self.new("column_lse", 2 * self.n)
+        for name in ("positive", "row_rival"):
+            self.new(name, self.m)
+        self.new("column_rival", self.n)
+        self.arrays["positive"].array[:] = 0
+        self.call(module.softmax_statistics, **plan)
+        names = ("row_lse", "column_lse", "positive", "row_rival", "column_rival")
+        # log-sum-exps come in two parts
+        return {name: self.read(name).reshape(2 if name.endswith("lse") else 1, -1).sum(0) for name in names}
+
+    def expected_statistics(self) -> dict[str, np.ndarray]:
+        x = self.logits
+        if self.sigmoid:
+            z = np.where(self.is_label, 1.0, -1.0)
+            return {"row_loss": np.logaddexp(0, -z * (x + self.read("bias")[0])).sum(1)}
+        rivals = np.where(self.is_label, -np.inf, x)
+        return {
+            "row_lse": np.logaddexp.reduce(x, 1),
+            "column_lse": np.logaddexp.reduce(x, 0),
+            "positive": np.where(self.is_label, x, 0).sum(1),
+            "row_rival": rivals.max(1),
+            "column_rival": rivals.max(0),
+        }
+
+    def weigh(self) -> None:
+        """Set what the gradients need, from the oracle."""
+        rng = np.random.default_rng(5)
+        self.put("row_weight", rng.uniform(0.5, 1, self.m) / (2 * self.m))
+        if not self.sigmoid:
+            expected = self.expected_statistics()
+            self.put("column_weight", rng.uniform(0.5, 1, self.n) / (2 * self.n))
+            for name, axis in (("row_lse", 1), ("column_lse", 0)):
+                most = self.logits.max(axis)
+                self.put(name, np.concatenate([most, expected[name] - most]))
+
+    def gradients(self, module: ModuleType, chunk_tiles: int = 1, shares: int = 2) -> dict[str, np.ndarray]:
+        """Run the kernels in the launcher's order, with numpy for the matrix products."""
+        if "row_weight" not in self.arrays:
+            self.weigh()
+        sums, d, shares = SUMS[self.dtype], self.args["width"], min(shares, -(-self.n // 128))
+        tile_rows = module.tile_rows(self.dtype)
+        chunk, pitch = chunk_tiles * tile_rows, self.n + 5
+        for name in ("unit", "d_scale", "d_bias"):
+            self.new(name, 1)
+        for name in ("scale_sums", "bias_sums"):
+            self.new(name, -(-self.m // tile_rows) * shares)
+        d_image, d_text = np.zeros((self.m, d)), np.zeros((self.n, d), sums)
+        for row in range(0, self.m, chunk):
+            rows = min(chunk, self.m - row)
+            self.new("out", rows, self.n, dtype=STORED[self.dtype], pitch=pitch)
+            self.call(module.logit_gradient, row=row, chunk_rows=rows, pitch=pitch, shares=shares)
+            gradient = to_float64(self.arrays["out"].array, self.dtype)
+            d_image[row : row + rows] = self._finish(module, (gradient @ self.text).astype(sums))
+            part = (gradient.T @ self.image[row : row + rows]).astype(sums)
+            if sums is np.float32 and row > 0:
+                module.accumulate(d_text.ctypes.data, part.ctypes.data, d_text.size)
+            else:
+                d_text += part
+        result = {"d_image": d_image, "d_text": self._finish(module, d_text), "d_scale": self.read("d_scale")}
+        return result | ({"d_bias": self.read("d_bias")} if self.sigmoid else {})
+
+    def _finish(self, module: ModuleType, sum_: np.ndarray) -> np.ndarray:
+        self.new("sum", sum_.size), self.new("gradient", sum_.size, dtype=STORED[self.dtype])
+        self.arrays["sum"].array[:] = sum_.ravel()
+        self.call(module.finish_gradient, count=sum_.size)
+        return to_float64(self.arrays["gradient"].array, self.dtype).reshape(sum_.shape)
+
+    def expected_gradients(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """Return the oracle, and the natural scale of the sum behind each of them."""
+        u, x, label = self.read("row_weight")[:, None], self.logits, self.is_label.astype(float)
+        if self.sigmoid:
+            z = np.where(self.is_label, 1.0, -1.0)
+            g = -u * z / (1 + np.exp(np.clip(z * (x + self.read("bias")[0]), -700, 700)))
+        else:
+            v = self.read("column_weight")[None, :]
+            g = u * (np.exp(x - self.lse("row_lse")[:, None]) - label)
+            g = g + v * (np.exp(x - self.lse("column_lse")[None, :]) - label)
+        w = g * self.factor
+        oracle = {
+            "d_image": self.scale * w @ self.text,
+            "d_text": self.scale * w.T @ self.image,
+            "d_scale": np.array([(g * self.cosines).sum()]),
+            "d_bias": np.array([g.sum()]),
+        }
+        # probabilities and labels cancel in g, but each was rounded: rows of P sum to 1
+        total = np.abs(g).sum() if self.sigmoid else self.read("row_weight").sum() + self.read("column_weight").sum()
+        largest = np.abs(u).max() + (0 if self.sigmoid else np.abs(v).max())
+        largest = self.scale * float(largest * self.factor.max())
+        scales = {
+            "d_image": max(largest * np.abs(self.text).max(), (self.scale * np.abs(w) @ np.abs(self.text)).max()),
+            "d_text": max(largest * np.abs(self.image).max(), (self.scale * np.abs(w).T @ np.abs(self.image)).max()),
+            "d_scale": total * np.abs(self.cosines).max(),
+            "d_bias": total,
+        }
+        return {k: v for k, v in oracle.items() if k != "d_bias" or self.sigmoid}, scales
+
+
+@functools.cache
+def kernels() -> ModuleType:
+    return kernels_on_cpu.build()
+
+
+def assert_statistics(case: Case, actual: dict[str, np.ndarray]) -> None:
+    for name, expected in case.expected_statistics().items():
+        with np.errstate(invalid="ignore"):
+            error = np.where(actual[name] == expected, 0, np.abs(actual[name] - expected)).max()
+        allowed = case.noise * (max(1, case.n / 4) if case.sigmoid else 1)
+        assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
+
+
+def assert_gradients(case: Case, actual: dict[str, np.ndarray]) -> None:
+    expected, scales = case.expected_gradients()
+    for name in expected:
+        # the gradient of a logit is rounded to the features' dtype, sums are not
+        eps = 4 * EPS[case.dtype] if name in ("d_image", "d_text") else 0
+        floor = 2.0**-24 if case.dtype == "float16" and eps else 0  # numbers of float16 lie no closer
+        error, allowed = np.abs(actual[name] - expected[name]).max(), (eps + case.noise) * scales[name] + floor
+        assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e}"
+
+
+def check(case: Case, module: ModuleType | None = None) -> None:
+    module = module or kernels()
+    assert_statistics(case, case.statistics(module))
+    assert_gradients(case, case.gradients(module))
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_around_every_edge(dtype: str, sigmoid: bool) -> None:
+    for m, n, d in SIZES:
+        check(Case(dtype, m, n, d, sigmoid=sigmoid))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_that_start_anywhere(dtype: str) -> None:
+    for d in (1, 5, 40):
+        check(Case(dtype, 65, 70, d, vectors=False))
+
+
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+@pytest.mark.parametrize("first_label", [-3, 7, 64, 127, 200, -(2**32), 2**32])
+def test_labels_elsewhere_and_nowhere(first_label: int, sigmoid: bool) -> None:
+    check(Case("float32", 66, 131, 8, first_label=first_label, sigmoid=sigmoid))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_factors(dtype: str) -> None:
+    for sigmoid in (False, True):
+        check(Case(dtype, 66, 131, 24, factors=True, first_label=5, sigmoid=sigmoid))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sigmoid", [False, True], ids=["softmax", "sigmoid"])
+def test_logits_of_every_size(dtype: str, sigmoid: bool) -> None:
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=(70, 16))
+    base /= np.linalg.norm(base, axis=1, keepdims=True)
+    same = np.repeat(base[:1], 70, axis=0)
+    # duplicates, features that point away from each other, and logits up to ±1e4
+    for image, text, scale in ((same, same, 100), (same, -same, 100), (base, -base, 100), (10 * base, 10 * base, 100)):
+        check(Case(dtype, 70, 70, 16, image=image, text=text, scale=scale, sigmoid=sigmoid))
+
+
+def test_the_division_of_work_does_not_matter() -> None:
+    for group, shares in itertools.product((1, 3), (1, 3)):
+        case = Case("float32", 270, 300, 4)
+        assert_statistics(case, case.statistics(kernels(), group, shares))
+        assert_gradients(case, case.gradients(kernels(), group, shares))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_bitwise_the_same_twice(dtype: str) -> None:
+    results = [
+        run(Case(dtype, 140, 140, 16))
+        for _ in range(2)
+        for run in (lambda c: c.statistics(kernels()) | c.gradients(kernels()),)
+    ]
+    assert all(results[0][name].tobytes() == results[1][name].tobytes() for name in results[0])
+
+
+def assert_unit(module: ModuleType, factors: bool = False) -> None:
+    """The largest weight, wherever it is, must be what the unit is made of."""
+    for dtype in ("float32", "bfloat16"):
+        case = Case(dtype, 130, 70, 8, factors=factors)
+        case.weigh()
+        weights = {name: np.full(size, 1e-9) for name, size in (("row_weight", 130), ("column_weight", 70))}
+        weights["row_weight"][101], weights["column_weight"][33] = 3e-5, -1e-5
+        for name, values in weights.items():
+            case.put(name, values)
+        case.gradients(module)
+        bound = 4e-5
+        for name in ("image_factor", "text_factor") if factors else ():
+            bound *= case.read(name).max()
+        assert case.read("unit")[0] == 2.0 ** (11 - np.floor(np.log2(bound)))
+
+
+@pytest.mark.parametrize("factors", [False, True])
+def test_the_unit_comes_from_the_largest_weight_and_factors(factors: bool) -> None:
+    assert_unit(kernels(), factors)
+
+
+def test_small_weights_do_not_underflow_in_float16() -> None:
+    case = Case("float16", 64, 64, 16)
+    case.weigh()
+    for name in ("row_weight", "column_weight"):
+        case.put(name, case.read(name) * 1e-9)
+    case.gradients(kernels())
+    assert 2**8 < np.abs(case.arrays["out"].array.astype(float)).max() < 2**13
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the tests notice mistakes
+
+BARRIERS = [("tile_engine.cuh", 0)] + [("contrastive_loss_kernels.cuh", i) for i in range(5)]
+
+
+def without_barrier(which: int, text: str) -> str:
+    parts = text.split("__syncthreads();")
+    return "__syncthreads();".join(parts[: which + 1]) + ";" + "__syncthreads();".join(parts[which + 1 :])
+
+
+def check_all(module: ModuleType) -> None:
+    for dtype, sigmoid in (("float32", False), ("float32", True), ("bfloat16", False)):
+        check(Case(dtype, 300, 140, 40, sigmoid=sigmoid, factors=True), module)
+    check(Case("float32", 140, 140, 80, vectors=False), module)  # more slabs than stages
+    assert_unit(module)
+
+
+def test_the_few_dtypes_of_an_edited_build_pass_unedited() -> None:
+    check_all(kernels())
+
+
+def test_every_barrier_is_listed() -> None:
+    folder = kernels_on_cpu.ROOT / "csrc" / "cuda"
+    for name in {name for name, _ in BARRIERS}:
+        assert (folder / name).read_text().count("__syncthreads();") == sum(name == n for n, _ in BARRIERS)
+
+
+def waits_for_too_little(text: str) -> str:
+    return text.replace("cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()")
+
+
+def fills_a_stage_that_is_read(text: str) -> str:
+    load = "load_next(stage == 0 ? kStages - 1 : stage - 1);"
+    return text.replace(f"__syncthreads();\n            {load}", f"{load}\n            __syncthreads();")
+
+
+@pytest.mark.parametrize("edit", [waits_for_too_little, fills_a_stage_that_is_read])
+def test_a_slab_out_of_step_is_noticed(edit: Any) -> None:
+    module = kernels_on_cpu.build(edit, "tile_engine.cuh")
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_all(module)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("file", "which"), BARRIERS)
+def test_a_missing_barrier_is_noticed(file: str, which: int) -> None:
+    module = kernels_on_cpu.build(functools.partial(without_barrier, which), file)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_all(module)

@@ -1,0 +1,98 @@
+"""The CUDA half of the op library: registers, spills and tensor cores of its kernels, and what it needs to load."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipfast.ops import library
+
+ROOT = Path(__file__).parent.parent.parent
+ARCHITECTURES = ("80", "90a", "100a")
+KERNELS = ("softmax_statistics_kernel", "sigmoid_statistics_kernel", "logit_gradient_kernel")
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Compile the kernels to one object for every architecture; give it and what ptxas said."""
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    target = tmp_path_factory.mktemp("cuda") / "contrastive_loss.o"
+    command = ["nvcc", "-c", ROOT / "csrc" / "cuda" / "contrastive_loss.cu", "-o", target, "-std=c++17", "-O3"]
+    command += [f"-I{Path(torch.__file__).parent / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command += ["-Xptxas", "-v", "-Xcompiler", "-fPIC", "--threads", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_no_kernel_spills(compiled: tuple[Path, str]) -> None:
+    blocks = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads.*?Used (\d+) registers",
+        compiled[1],
+        re.DOTALL,
+    )
+    assert {arch for _, arch, *_ in blocks} == set(ARCHITECTURES)
+    for kernel in KERNELS:
+        # four dtypes, and two losses' gradients
+        count = 8 if kernel.startswith("logit") else 4
+        assert sum(kernel in name for name, *_ in blocks) == count * len(ARCHITECTURES)
+    for name, arch, stack, stores, loads, registers in blocks:
+        assert (stack, stores, loads) == ("0", "0", "0"), f"{name} spills on sm_{arch}"
+        # two blocks of 256 threads share a multiprocessor's 65,536 registers, except in float64
+        if any(kernel in name for kernel in KERNELS):
+            is_float64 = re.search(r"kernelId", name) is not None
+            assert int(registers) <= (255 if is_float64 else 128), f"{name} on sm_{arch}"
+
+
+@pytest.mark.slow
+def test_sixteen_bit_kernels_use_tensor_cores(compiled: tuple[Path, str]) -> None:
+    cuobjdump = shutil.which("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump")
+    sass = subprocess.run([cuobjdump, "-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"Function : ", sass)[1:]
+    for kernel in KERNELS:
+        of_kernel = [f for f in functions if kernel in f.split("\n", 1)[0]]
+        assert of_kernel
+        for function in of_kernel:
+            name = function.split("\n", 1)[0]
+            sixteen_bit = "__half" in name or "__nv_bfloat16" in name
+            assert ("HMMA" in function) == sixteen_bit, name
+            assert not re.search(r"\b(LDL|STL)\b", function), f"{name} spills"
+
+
+def test_it_loads_whatever_pytorch_is_there() -> None:
+    if not (library._PACKAGE / "libclipfast.so").exists():
+        pytest.skip(str(library.unavailable()))
+    assert library.unavailable() is None
+    cuda = library.build_info()["cuda"]
+    assert cuda == "none" or re.fullmatch(r"[\d.]+:[\w+]+(,[\w+]+)*", cuda)
+    # the kernels are registered where they were built in, GPU or not
+    for op in ("contrastive_statistics", "contrastive_gradients", "siglip_statistics", "siglip_gradients"):
+        has = torch._C._dispatch_has_kernel_for_dispatch_key(f"clipfast::{op}", "CUDA")
+        assert has == (cuda != "none"), op
+
+
+def test_it_needs_the_stable_abi_alone() -> None:
+    path = library._PACKAGE / "libclipfast.so"
+    if not path.exists() or shutil.which("nm") is None:
+        pytest.skip("no library, or no nm")
+    listing = subprocess.run(["nm", "-D", "--undefined-only", path], capture_output=True, text=True, check=True).stdout
+    symbols = [line.split()[-2:] for line in listing.splitlines()]
+    for kind, symbol in symbols:
+        name = symbol.split("@")[0]
+        system = "@" in symbol and re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_", symbol)
+        from_torch = name.startswith(("aoti_torch_", "torch_"))
+        weak_marker = kind == "w" and name.startswith(("_ITM_", "__gmon_start__", "__cxa_finalize"))
+        assert system or from_torch or weak_marker, f"{symbol} is no part of the stable ABI"
+        if "cuda" in name and not name.startswith("aoti_torch_device_type"):
+            assert kind == "w", f"{symbol} lies in libtorch_cuda and has to be weak"

@@ -1,0 +1,132 @@
+"""Builds the CUDA kernels' own source for the CPU, under the fibre shim, and runs them over numpy arrays."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import hashlib
+import importlib.machinery
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+NAME = "contrastive_loss_on_cpu"
+RULES = """
+rule compile
+  command = {cxx} -std=c++17 {flags} -O1 -fPIC -fvisibility=hidden {includes} -c $in -o $out
+rule link
+  command = {cxx} -shared $in -o $out
+build {name}.o: compile {source}
+build {name}.so: link {name}.o
+"""
+
+
+@functools.cache
+def build(edit: Callable[[str], str] | None = None, edited: str = "") -> ModuleType:
+    """Compile and import the kernels.
+
+    Args:
+        edit: Changes the source of the file ``edited`` in ``csrc/cuda``, for tests of what a mistake would do. Such a
+            build knows float32 and bfloat16 alone.
+    """
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.which(c.split()[0])), None)
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    pybind11, ninja = pytest.importorskip("pybind11"), pytest.importorskip("ninja")
+    source = ROOT / "tests" / "support" / f"{NAME}.cpp"
+    files = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))}
+    shim = (ROOT / "tests" / "support" / "fibre_shim.hpp").read_text()
+    if edit is not None:
+        changed = edit(files[edited])
+        assert changed != files[edited], "the edit found nothing to change"
+        files[edited] = changed
+    flags = "-DCLIPFAST_FEW_DTYPES" if edit else ""
+    ingredients = [flags, compiler, sys.version, shim, source.read_text(), RULES, *files.values()]
+    key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
+    # pybind11 hands out one module for one name, so each build has a name of its own
+    module_name = f"{NAME}_{key}"
+    folder = Path(tempfile.gettempdir()) / f"clipfast-kernels-{getpass.getuser()}" / key
+    if not (folder / f"{NAME}.so").exists():
+        (folder / "cuda").mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / "cuda" / name).write_text(text)
+        includes = [folder, source.parent, pybind11.get_include(), sysconfig.get_paths()["include"]]
+        rules = RULES.format(
+            cxx=compiler,
+            flags=f"-DMODULE={module_name} {flags}",
+            includes=" ".join(f"-I{path}" for path in includes),
+            name=NAME,
+            source=source,
+        )
+        (folder / "build.ninja").write_text(rules)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    loader = importlib.machinery.ExtensionFileLoader(module_name, str(folder / f"{NAME}.so"))
+    spec = importlib.util.spec_from_loader(module_name, loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# arrays: 16-bit floats that numpy has not are kept as their bits; what lies around an array is NaN
+
+SUMS = {"float64": np.float64, "float32": np.float32, "float16": np.float32, "bfloat16": np.float32}
+STORED = {"float64": np.float64, "float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
+MARGIN = 64  # elements on either side
+
+
+def to_bits(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Round to ``dtype`` as it is stored."""
+    if dtype != "bfloat16":
+        return x.astype(STORED[dtype])
+    wide = x.astype(np.float32).view(np.uint32)
+    return ((wide + 0x7FFF + (wide >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def to_float64(x: np.ndarray, dtype: str) -> np.ndarray:
+    """Read what is stored."""
+    return x.astype(np.float64) if dtype != "bfloat16" else (x.astype(np.uint32) << 16).view(np.float32).astype(float)
+
+
+def _nan(dtype: Any) -> Any:
+    return np.uint16(0x7FC1) if dtype == np.uint16 else np.dtype(dtype).type(np.nan)
+
+
+class Padded:
+    """An array whose rows and whose ends are surrounded by NaN, and that says whether anything was written there."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, pitch: int | None = None, shift: int = 0) -> None:
+        columns = shape[-1] if len(shape) == 2 else 1
+        self.pitch = pitch or columns
+        count = int(shape[0]) * self.pitch
+        buffer = np.full(MARGIN * 2 + count + 16, _nan(dtype), dtype)
+        # from 16 bytes on, then `shift` elements behind
+        start = MARGIN + (-(buffer.ctypes.data + MARGIN * buffer.itemsize) % 16) // buffer.itemsize + shift
+        self._all, self._mask = buffer, np.ones(buffer.size, bool)
+        rows = (shape[0], self.pitch)
+        self.array = buffer[start : start + count].reshape(rows)[:, :columns]
+        self._mask[start : start + count].reshape(rows)[:, :columns] = False
+        if len(shape) == 1:
+            self.array = self.array[:, 0]
+        self._before = buffer[self._mask].tobytes()
+
+    @property
+    def address(self) -> int:
+        return self.array.ctypes.data
+
+    def assert_untouched_around(self) -> None:
+        assert self._all[self._mask].tobytes() == self._before, "a kernel wrote outside an array"
