@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import interpreter
 import torch
 
 import clipfast  # noqa: F401  # from wherever it is, before the path changes
@@ -23,3 +24,6 @@ if not torch.cuda.is_available() and importlib.util.find_spec("torchvision"):
     _schemas = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+# before the rivals, which import Triton
+interpreter.enable()
