@@ -153,9 +153,7 @@ def _forward(
     return y, stream, mean, rstd
 
 
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, ``weight`` and ``bias`` from that of ``layer_norm(x)``."""
     dx, _, dweight, dbias = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype)
     return dx, dweight, dbias

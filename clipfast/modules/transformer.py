@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
 from clipfast.ops.attention import attention_weights
-from clipfast.ops.bias_gelu import check_approximate
+from clipfast.ops.bias_gelu import check_approximate, linear_gelu
 
 
 class LayerNorm(nn.LayerNorm):
@@ -72,8 +72,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., W]`` from ``[..., W]``."""
-        # the product adds the bias for nothing where no kernel fuses bias and GELU
-        return self.c_proj(ops.bias_gelu(self.c_fc(x), None, self.approximate))
+        return self.c_proj(linear_gelu(x, self.c_fc.weight, self.c_fc.bias, self.approximate))
 
 
 class ResidualAttentionBlock(nn.Module):
