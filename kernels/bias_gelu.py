@@ -44,8 +44,11 @@ def _gate(x, FORM: tl.constexpr):
     else:
         z = 1.702 * x
         slope = 1.702
-    gate = 1 / (1 + tl.exp(-z))
-    return gate, x * gate * (1 - gate) * slope
+    # σ(|z|) and σ(−|z|), both with all their digits: 1 − σ would lose those of the tail, and exp(−z) can overflow
+    small = tl.exp(-tl.abs(z))
+    upper = 1 / (1 + small)
+    lower = small * upper
+    return tl.where(z >= 0, upper, lower), x * (upper * lower) * slope
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -141,7 +141,7 @@ def _forward(
     rows, width = rows_of_x.shape
     dtype = torch.promote_types(x.dtype, rows_of_residual.dtype)
     y = x.new_empty(x.shape, dtype=dtype)
-    stream = y if residual is None else torch.empty_like(y)
+    stream = y if residual is None else x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
     tile_rows, block, warps = _tile(width)
     if rows:
