@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import interpreter
+import pytest
 import torch
 
 import clipfast  # noqa: F401  # from wherever it is, before the path changes
@@ -27,3 +28,11 @@ if not torch.cuda.is_available() and importlib.util.find_spec("torchvision"):
 
 # before the rivals, which import Triton
 interpreter.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

@@ -114,7 +114,8 @@ def test_an_empty_batch(add: bool) -> None:
     inputs = drawn(0, 320, dtype=torch.float32)
     found = results(add, inputs, inputs[:2])
     assert found["y"].shape == found["gradient of x"].shape == (0, 320)
-    assert not found["gradient of weight"].any() and not found["gradient of bias"].any()
+    assert not found["gradient of weight"].any()
+    assert not found["gradient of bias"].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -133,7 +134,8 @@ def test_offsets_beyond_32_bits() -> None:
     grads = drawn(3, 256, dtype=torch.float16, seed=1)[:2]
     expected = results(True, [x, residual, weight, bias], grads)
     y, stream, mean, rstd = kernels.add_forward(far_rows(x), far_rows(residual), weight, bias, EPS)
-    assert torch.equal(y, expected["y"]) and torch.equal(stream, expected["stream"])
+    assert torch.equal(y, expected["y"])
+    assert torch.equal(stream, expected["stream"])
     found = kernels.add_backward(
         far_rows(grads[0]), far_rows(grads[1]), far_rows(stream), weight, mean, rstd, x.dtype, x.dtype
     )
