@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import dispatch
+from clipfast.ops import dispatch, kernel_ops
 
 APPROXIMATIONS = ("none", "tanh", "quick")
 
@@ -32,6 +33,23 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
     Source: Hendrycks and Gimpel, "Gaussian Error Linear Units" (2016); the quick form is its equation with σ.
     """
     return dispatch.call("bias_gelu", x, bias, approximate)
+
+
+def kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str = "none") -> bool:
+    """Return whether a kernel adds the bias of a linear layer together with the GELU behind it.
+
+    Elsewhere the layer's product adds it for nothing.
+
+    Args:
+        x: ``[..., C]``, the input of the layer.
+        bias: ``[H]``, the layer's.
+        approximate: As for :func:`bias_gelu`.
+    """
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    # what the product will look like, without its memory
+    product = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], bias.shape[0])
+    return dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
 
 
 def check_approximate(approximate: str, owner: str) -> str:
@@ -61,4 +79,55 @@ def _reference(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     return F.gelu(x, approximate=approximate)
 
 
-dispatch.register("bias_gelu", _prepare, dispatch.Implementation("reference", "plain PyTorch", _reference))
+def _fake_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+kernel_ops.define(
+    "bias_gelu_forward(Tensor x, Tensor? bias, str approximate) -> Tensor", "bias_gelu", "forward", _fake_forward
+)
+kernel_ops.define(
+    "bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)",
+    "bias_gelu",
+    "backward",
+    _fake_backward,
+)
+
+
+class _BiasGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+        ctx.save_for_backward(x, bias)
+        ctx.approximate = approximate
+        return torch.ops.clipfast.bias_gelu_forward(x, bias, approximate)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias = ctx.saved_tensors
+        dx, dbias = torch.ops.clipfast.bias_gelu_backward(dy, x, bias, ctx.approximate)
+        return dx, None if bias is None else dbias, None
+
+
+def _triton(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    return _BiasGelu.apply(x, bias, approximate)
+
+
+def _triton_refusal(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
+    return "width 0 is not served" if x.shape[-1] == 0 else kernel_ops.refusal(x, bias)
+
+
+def _shape_class(x: Tensor, bias: Tensor | None, approximate: str) -> str:
+    return f"{approximate}, {kernel_ops.rows_class(x)}"
+
+
+dispatch.register(
+    "bias_gelu",
+    _prepare,
+    dispatch.Implementation("triton", "bias and GELU in one pass", _triton, _triton_refusal, measured=True),
+    dispatch.Implementation("reference", "plain PyTorch", _reference),
+    shape_class=_shape_class,
+)

@@ -1,6 +1,8 @@
 """Which implementation serves a call: the choice, how to force it, and how to ask for it.
 
-Every op registers its implementations here, fastest first. ``auto`` takes the first that can serve the call.
+Every op registers its implementations here, fastest first. ``auto`` takes the first that can serve the call, and
+one that must be measured only where :mod:`clipfast.ops.measured` says that it is the fastest on this card: nothing is
+tuned or timed at run time, and a card that nobody measured gets PyTorch's operators.
 A backend that was asked for but cannot serve a call is replaced by what ``auto`` would take, with one warning
 that names the reason.
 """
@@ -16,7 +18,18 @@ from typing import Any
 
 import torch
 
+from clipfast.ops import measured
+
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
+
+
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``torch.compile`` call a function while it compiles, and keep the result.
+
+    ``torch.compiler.assume_constant_result`` sets the same attribute, but imports the compiler, and that Triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 class FallbackWarning(UserWarning):
@@ -28,18 +41,21 @@ class Implementation:
     """One way to compute an op.
 
     ``refusal`` gets the call's arguments and returns why this implementation cannot serve them, or None.
+    ``auto`` takes one that is ``measured`` only where the table of measurements names it.
     """
 
     backend: str
     description: str
     run: Callable[..., Any]
     refusal: Callable[..., str | None] = lambda *args, **kwargs: None
+    measured: bool = False
 
 
 @dataclass(frozen=True)
 class _Op:
     prepare: Callable[..., tuple[Any, ...]]
     implementations: tuple[Implementation, ...]
+    shape_class: Callable[..., str]
 
 
 _ops: dict[str, _Op] = {}
@@ -52,6 +68,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+# One for the process, not for a thread or a context: the backward pass recomputes checkpointed blocks in threads of
+# its own, and those must choose as the forward pass did.
 _wanted = _checked(os.environ.get("CLIPFAST_BACKEND", "auto"), "CLIPFAST_BACKEND")
 
 
@@ -64,7 +82,8 @@ def backend(name: str) -> Iterator[None]:
             ``"torch"`` (PyTorch's fused operators), ``"native"`` (the compiled library) or ``"triton"``.
 
     The environment variable ``CLIPFAST_BACKEND`` sets the same for a process. A call that the backend cannot
-    serve falls back to ``auto`` and is announced once by a :class:`FallbackWarning`.
+    serve falls back to ``auto`` and is announced once by a :class:`FallbackWarning`. Run the backward pass inside
+    the block too where activations are checkpointed: it calls the ops again.
 
     Raises:
         ValueError: ``name`` is none of these.
@@ -77,21 +96,38 @@ def backend(name: str) -> Iterator[None]:
         _wanted = previous
 
 
-def register(op: str, prepare: Callable[..., tuple[Any, ...]], *implementations: Implementation) -> None:
+def register(
+    op: str,
+    prepare: Callable[..., tuple[Any, ...]],
+    *implementations: Implementation,
+    shape_class: Callable[..., str] = lambda *args, **kwargs: "every shape",
+) -> None:
     """Register an op.
 
     Args:
         op: Its name.
         prepare: Checks the arguments of the public function and returns those of the implementations.
         *implementations: Fastest first; the last serves every call.
+        shape_class: Gets the implementations' arguments and returns the key under which the table of measurements
+            names the fastest one: dtype and sizes, coarse enough that a few measurements decide every call.
     """
-    _ops[op] = _Op(prepare, implementations)
+    _ops[op] = _Op(prepare, implementations, shape_class)
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     request = _ops[op].prepare(*args, **kwargs)
     return _choose(op, request).run(*request)
+
+
+def chosen(op: str, *args: Any, **kwargs: Any) -> str:
+    """Return the backend that would serve a call of ``op``."""
+    return _choose(op, _ops[op].prepare(*args, **kwargs)).backend
+
+
+def shape_class(op: str, *args: Any, **kwargs: Any) -> str:
+    """Return the key of a call of ``op`` in the table of measurements."""
+    return _ops[op].shape_class(*_ops[op].prepare(*args, **kwargs))
 
 
 def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
@@ -105,7 +141,29 @@ def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
                     return candidate
                 reason = refusal
         _announce(op, reason)
-    return next(c for c in candidates if c.refusal(*request) is None)
+    # a look into the table costs less than a refusal's checks
+    return next(c for c in candidates if _slower(op, c, request) is None and c.refusal(*request) is None)
+
+
+def _slower(op: str, candidate: Implementation, request: tuple[Any, ...]) -> str | None:
+    """Return why ``auto`` does not take a candidate that could serve the call, or None."""
+    if not candidate.measured:
+        return None
+    device = next(argument.device for argument in request if isinstance(argument, torch.Tensor))
+    fastest, reason = _measurement(op, _ops[op].shape_class(*request), device.type, device.index)
+    return None if fastest == candidate.backend else reason
+
+
+@constant_when_compiled
+def _measurement(op: str, key: str, device_type: str, index: int | None) -> tuple[str | None, str]:
+    """Return the backend that was fastest on a device, or None, and the sentence that says so."""
+    card = torch.cuda.get_device_name(index) if device_type == "cuda" else device_type
+    if card not in measured.CARDS:
+        return None, f"no measurement for {card}"
+    fastest = measured.CARDS[card].fastest.get(op, {}).get(key)
+    if fastest is None:
+        return None, f"no measurement for {card} of {key}"
+    return fastest, f"{fastest} was faster on {card} for {key}"
 
 
 def _announce(op: str, reason: str) -> None:
@@ -143,13 +201,13 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     if op not in _ops:
         raise ValueError(f"explain(op): got {op!r}, expected one of {', '.join(map(repr, sorted(_ops)))}")
     request = _ops[op].prepare(*args, **kwargs)
-    chosen = _choose(op, request)
-    lines = [f"{op}: {chosen.backend} ({chosen.description})"]
+    serving = _choose(op, request)
+    lines = [f"{op}: {serving.backend} ({serving.description})"]
     for candidate in _ops[op].implementations:
-        if candidate is not chosen:
+        if candidate is not serving:
             refusal = candidate.refusal(*request)
-            if refusal is None:
-                forced = chosen.backend == _wanted
-                refusal = f"the {_wanted} backend was asked for" if forced else "a faster one serves the call"
+            if refusal is None and serving.backend == _wanted:
+                refusal = f"the {_wanted} backend was asked for"
+            refusal = refusal or _slower(op, candidate, request) or "a faster one serves the call"
             lines.append(f"  not {candidate.backend} ({candidate.description}): {refusal}")
     return "\n".join(lines)

@@ -1,0 +1,84 @@
+"""Triton kernels as PyTorch operators, ``torch.ops.clipfast.*``: defined without Triton, which the first call imports.
+
+Operators, and not plain functions, because ``torch.compile`` and fake tensors must not look inside them. ``define``
+and ``impl`` with a fake by hand cost a call 2 to 5 µs; ``torch.library.custom_op`` costs 11 to 13.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.ops.dispatch import constant_when_compiled
+
+_library = torch.library.Library("clipfast", "FRAGMENT")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def define(schema: str, family: str, function: str, fake: Callable[..., Any]) -> None:
+    """Define an operator that runs ``clipfast.kernels.<family>.<function>``.
+
+    Args:
+        schema: Its name and signature; the first argument is a tensor, on whose device it runs.
+        family: The kernels' file.
+        function: The function in it, with the operator's arguments.
+        fake: Returns empty results of the right shape, strides and dtype.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+
+    @functools.cache
+    def kernel() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"clipfast.kernels.{family}"), function)
+
+    def run(first: Tensor, *rest: Any) -> Any:
+        # Triton launches on the current device
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return kernel()(first, *rest)
+        return kernel()(first, *rest)
+
+    for device in ("CUDA", "CPU"):
+        _library.impl(name, run, device)
+    torch.library.register_fake(f"clipfast::{name}", fake, lib=_library)
+
+
+def refusal(x: Tensor, *others: Tensor | None) -> str | None:
+    """Return why no Triton kernel can serve these tensors, or None."""
+    for tensor in (x, *others):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"{str(tensor.dtype).removeprefix('torch.')} is not served (float32, float16 and bfloat16 are)"
+        if tensor is not None and tensor.device != x.device:
+            return f"the tensors are on {x.device} and {tensor.device}"
+    return _unavailable(x.device.type, x.device.index)
+
+
+@constant_when_compiled
+def _unavailable(device_type: str, index: int | None) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if device_type == "cpu":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return None if interpreted else "it runs on NVIDIA GPUs, and on the CPU only with TRITON_INTERPRET=1"
+    if device_type != "cuda" or torch.version.cuda is None:
+        return f"it runs on NVIDIA GPUs, the tensors are on {device_type}"
+    major, minor = torch.cuda.get_device_capability(index)
+    return None if major >= 8 else f"it needs compute capability 8.0, the card has {major}.{minor}"
+
+
+def rows_class(x: Tensor) -> str:
+    """Return the shape class of an op that works on rows ``[..., C]``: the dtype, a bound of C, few rows or many."""
+    width = x.shape[-1]
+    bound = next((b for b in (256, 512, 1024, 2048, 4096) if width <= b), None)
+    # few: they fit a large card's L2 cache, and launching takes longer than running
+    rows = "few" if x.shape[:-1].numel() < 4096 else "many"
+    columns = f"width ≤ {bound}" if bound else "width > 4096"
+    return f"{str(x.dtype).removeprefix('torch.')}, {columns}, {rows} rows"
