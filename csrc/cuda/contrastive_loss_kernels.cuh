@@ -52,9 +52,10 @@ struct Share {
     int first_column, last_column;
 
     __device__ explicit Share(int columns) {
-        const int64_t tiles = (columns + kTileColumns - 1) / kTileColumns;
-        first_column = static_cast<int>(tiles * blockIdx.x / gridDim.x) * kTileColumns;
-        last_column = static_cast<int>(tiles * (blockIdx.x + 1) / gridDim.x) * kTileColumns;
+        // at most 2^23 tiles for 64 blocks: 32 bits hold the products
+        const int tiles = (columns + kTileColumns - 1) / kTileColumns, blocks = gridDim.x, block = blockIdx.x;
+        first_column = tiles * block / blocks * kTileColumns;
+        last_column = tiles * (block + 1) / blocks * kTileColumns;
     }
 };
 
@@ -213,6 +214,15 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
         const Place<T> place;
         product_to_logits<T>(logits, f, place, tile_row, first_column);
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
+        const A offset = *bias;
+#pragma unroll
+        for (int r = 0; r < kThreadRows<T>; ++r)
+#pragma unroll
+            for (int c = 0; c < kThreadColumns; ++c) {
+                const A logit = logits.entries[r][c] + offset;
+                const bool is_label = ahead + 8 * r == c / 2 * 8 + c % 2 && logit > minus_infinity<A>();
+                logits.entries[r][c] = is_label ? -logit : logit;
+            }
 #pragma unroll
         for (int r = 0; r < kThreadRows<T>; ++r) {
             // log(1 + e^w) = max(w, 0) + log(1 + e^-|w|), with one logarithm for a thread's columns: excess is the
@@ -220,10 +230,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
             A sum = 0, excess = 0;
 #pragma unroll
             for (int c = 0; c < kThreadColumns; ++c) {
-                // -inf, outside the matrix, adds nothing to either: no label lies there
-                const A logit = logits.entries[r][c] + *bias;
-                const bool flip = ahead + 8 * r == c / 2 * 8 + c % 2 && logit > minus_infinity<A>();
-                const A wrong = flip ? -logit : logit;
+                // -inf, outside the matrix, adds nothing to either
+                const A wrong = logits.entries[r][c];
                 const A small = exponential(-larger(wrong, -wrong));
                 sum += larger(wrong, A(0));
                 excess += small + excess * small;
