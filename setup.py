@@ -132,7 +132,10 @@ def compile_cuda(torch: Path, temporary: Path) -> tuple[list[str], list[str], st
     objects = [str(temporary / f"{Path(source).stem}.cu.o") for source in sources(".cu")]
     for source, target in zip(sources(".cu"), objects, strict=True):
         run([*nvcc, *flags, "-c", source, "-o", target])
-    return [*nvcc, "-cudart", "static"], objects, f"{release[1] if release else 'unknown'}:{','.join(names)}"
+    linker = [*nvcc, "-cudart", "static"]
+    # a toolkit without its runtime library shows here, where the C++ half can still be built alone
+    run([*linker, "-shared", *objects, "-o", str(temporary / "cuda_alone.so")])
+    return linker, objects, f"{release[1] if release else 'unknown'}:{','.join(names)}"
 
 
 def build_library(target: Path, temporary: Path) -> dict[str, str | None]:

@@ -44,7 +44,7 @@ def run_installed(site: Path, code: str) -> str:
 def test_a_wheel_works_outside_the_tree(tmp_path: Path) -> None:
     if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         pytest.skip("no C++ compiler")
-    wheel = build_wheel(tmp_path)
+    wheel = build_wheel(tmp_path, CLIPFAST_SKIP_CUDA="1")
     assert "-py3-none-" in wheel.name
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -73,3 +73,29 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path, CXX="false")
     record = json.loads(zipfile.ZipFile(wheel).read("clipfast/_build.json"))
     assert record["reason"].startswith("false failed")
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "environment", "reason"),
+    [
+        (None, {}, "no nvcc was found (in {home}/bin, as CUDA_HOME says)"),
+        ("echo 'error: no host compiler' >&2; exit 1", {}, "{home}/bin/nvcc failed: error: no host compiler"),
+        ("exit 1", {"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}, "TORCH_CUDA_ARCH_LIST: got 'Hopper', expected numbers"),
+        ("exit 1", {"TORCH_CUDA_ARCH_LIST": "7.5"}, "TORCH_CUDA_ARCH_LIST: got 7.5, the kernels need 8.0 or later"),
+        ("exit 1", {"CLIPFAST_SKIP_CUDA": "1"}, "CLIPFAST_SKIP_CUDA=1 was set"),
+    ],
+)
+def test_without_cuda_the_rest_is_built(tmp_path: Path, nvcc: str | None, environment: dict, reason: str) -> None:
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        pytest.skip("no C++ compiler")
+    home = tmp_path / "toolkit"
+    (home / "bin").mkdir(parents=True)
+    if nvcc is not None:
+        (home / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
+        (home / "bin" / "nvcc").chmod(0o755)
+    wheel = zipfile.ZipFile(build_wheel(tmp_path, CUDA_HOME=str(home), **environment))
+    record = json.loads(wheel.read("clipfast/_build.json"))
+    assert record["reason"] is None
+    assert record["cuda"] is None
+    assert record["cuda_reason"].startswith(reason.format(home=home))
+    assert "clipfast/libclipfast.so" in wheel.namelist()

@@ -64,7 +64,8 @@ void check_features(const char* op, const Tensor& image, const Tensor& text) {
     STD_TORCH_CHECK(
         image.scalar_type() == text.scalar_type(), op, "(text): got ", name_of(text.scalar_type()), ", expected ",
         name_of(image.scalar_type()), ", as image");
-    STD_TORCH_CHECK(text.is_cuda() && text.get_device() == image.get_device(), op, "(text): expected it on image's device");
+    STD_TORCH_CHECK(
+        text.is_cuda() && text.get_device() == image.get_device(), op, "(text): expected it on image's device");
 }
 
 // a vector of `size` numbers, or one number where size is 0, in the dtype of sums on the features' device
@@ -280,10 +281,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
             multiply<T>(torch::stable::transpose(gradient, 0, 1), own, text_sum);
             continue;
         }
-        // in blocks that stay in the cache, so that adding costs one trip to memory and the product needs no second copy
+        // in blocks that may stay in the cache; a product as large as d_text would also need as much memory again
         for (int64_t first = 0; first < f.columns; first += plan.text_block) {
             const int64_t count = f.columns - first < plan.text_block ? f.columns - first : plan.text_block;
-            const Tensor part = rows_of(text_part, 0, count), block = torch::stable::narrow(chunk_rows, 1, first, count);
+            const Tensor part = rows_of(text_part, 0, count);
+            const Tensor block = torch::stable::narrow(chunk_rows, 1, first, count);
             multiply<T>(torch::stable::transpose(block, 0, 1), own, part);
             launch_accumulate<A>(
                 data<A>(text_sum) + first * f.width, data<A>(part), count * f.width, device.stream);

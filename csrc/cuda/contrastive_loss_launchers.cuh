@@ -3,7 +3,7 @@
 // Nothing here waits for the device or reads from it, so CUDA graphs can capture all of it.
 #pragma once
 
-#include "contrastive_loss_kernels.cuh"
+#include "contrastive_loss_gradient_kernels.cuh"
 
 namespace clipfast {
 

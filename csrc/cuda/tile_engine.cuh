@@ -169,18 +169,30 @@ private:
     }
 };
 
-// Calls visit(first column, product) for the tiles of one row of them that start in [first_column, last_column).
+// The tiles of one block: blockIdx.y counts rows of tiles from `first_row`, blockIdx.x shares their columns out.
+struct Share {
+    int first_column, last_column;
+
+    __device__ explicit Share(int columns) {
+        // at most 2^23 tiles for 64 blocks: 32 bits hold the products
+        const int tiles = (columns + kTileColumns - 1) / kTileColumns, blocks = gridDim.x, block = blockIdx.x;
+        first_column = tiles * block / blocks * kTileColumns;
+        last_column = tiles * (block + 1) / blocks * kTileColumns;
+    }
+};
+
+// Calls visit(first column, product) for the tiles of a share, in the row of tiles from `first_row` on.
 //
 // There is one barrier a slab. It says that the slab has arrived for every thread, and that all have done with the
 // stage that is filled next. It also separates what two visits leave in shared memory.
 template <typename T, typename Visit>
 __device__ inline void for_each_tile(
-    char* stages, const Features<T>& f, int first_row, int first_column, int last_column, Visit visit) {
+    char* stages, const Features<T>& f, int first_row, Share share, Visit visit) {
     Product<T> product;
     product.clear();
-    int load_column = first_column, load_k = 0;
+    int load_column = share.first_column, load_k = 0;
     const auto load_next = [&](int stage) {
-        if (load_column < last_column) {
+        if (load_column < share.last_column) {
             load_slab<T>(stages + stage * kStageBytes<T>, f, first_row, load_column, load_k);
             load_k += kSlab<T>;
             if (load_k >= f.width) load_k = 0, load_column += kTileColumns;
@@ -190,7 +202,7 @@ __device__ inline void for_each_tile(
     };
     for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
     int stage = 0;
-    for (int column = first_column; column < last_column; column += kTileColumns) {
+    for (int column = share.first_column; column < share.last_column; column += kTileColumns) {
         for (int k = 0; k < f.width; k += kSlab<T>) {
             cp_async_wait<kStages - 2>();
             __syncthreads();

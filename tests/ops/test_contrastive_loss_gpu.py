@@ -73,7 +73,9 @@ def check(image: Tensor, text: Tensor, scale: float, bias: float | None = None) 
     reference = by_formula(image, text, *given)
     oracle = by_formula(image.double(), text.double(), *[x.double() for x in given])
     largest = float(oracle[0].abs().clamp(min=1))
-    scales = (largest, scale / batch, scale / batch, largest, largest)
+    # at width 1 half of the batch is alike, and what is summed is as large as the scale
+    of_features = scale if width == 1 else scale / batch
+    scales = (largest, of_features, of_features, largest, largest)
     for name, a, r, o, s in zip(
         ("loss", "d_image", "d_text", "d_scale", "d_bias"), fast, reference, oracle, scales, strict=False
     ):

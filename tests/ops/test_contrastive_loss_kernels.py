@@ -308,7 +308,11 @@ def test_small_weights_do_not_underflow_in_float16() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # the tests notice mistakes
 
-BARRIERS = [("tile_engine.cuh", 0)] + [("contrastive_loss_kernels.cuh", i) for i in range(5)]
+BARRIERS = [
+    ("tile_engine.cuh", 0),
+    *(("contrastive_loss_kernels.cuh", i) for i in range(2)),
+    *(("contrastive_loss_gradient_kernels.cuh", i) for i in range(3)),
+]
 
 
 def without_barrier(which: int, text: str) -> str:

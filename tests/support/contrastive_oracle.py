@@ -68,6 +68,8 @@ def oracle(
     products = np.abs(i) @ np.abs(t).T
     # and how a logit's own rounding, in proportion to its terms, moves them
     moved = np.abs(g) + slope * (s * products + abs(b))
+    # the label's entry is a difference from 1
+    moved[own] += weight
     scales = {
         "loss": max(1, float(np.abs(loss).max()), float((np.abs(g) * (s * products + abs(b))).sum())),
         "d_scale": max(1, float((moved * products).sum())),
