@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import dispatch
+from clipfast.ops import attention_packed, attention_triton, dispatch
 
 
 def attention(
@@ -128,16 +128,22 @@ def _reference(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: floa
 
 
 def _sdpa(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Tensor:
+    if cu_seqlens is not None:
+        return attention_packed.attention(qkv, causal, cu_seqlens, scale)
     return _sdpa_dense(qkv, causal, scale)
-
-
-def _sdpa_refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str | None:
-    return "packed sequences (cu_seqlens) are not served" if cu_seqlens is not None else None
 
 
 dispatch.register(
     "attention",
     _prepare,
-    dispatch.Implementation("torch", "scaled_dot_product_attention", _sdpa, _sdpa_refusal),
+    dispatch.Implementation(
+        "triton",
+        "packed queries, keys and values in place",
+        attention_triton.attention,
+        attention_triton.refusal,
+        measured=True,
+    ),
+    dispatch.Implementation("torch", "scaled_dot_product_attention", _sdpa),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
+    shape_class=attention_triton.shape_class,
 )
