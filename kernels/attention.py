@@ -50,6 +50,9 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
     if out.numel() == 0:
         return out, lse
     tokens = None if cu_seqlens is not None else lead[-1]
+    if tokens == 1:
+        # a softmax of one term: the value itself, and below no gradient but the value's. Exactly, as the reference
+        return out.copy_(qkv[:, :, 2].flatten(2)), lse.zero_()
     plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[1])
@@ -86,6 +89,10 @@ def backward(
     if d_qkv.numel() == 0:
         return d_qkv
     tokens = None if cu_seqlens is not None else lead[-1]
+    if tokens == 1:
+        d_qkv[:, :, :2] = 0
+        d_qkv[:, :, 2] = d_out.unflatten(-1, (heads, head_dim))
+        return d_qkv
     plans = policy.backward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[1])
@@ -98,7 +105,7 @@ def backward(
         )  # fmt: skip
         return d_qkv
     for_queries, for_keys = plans
-    delta = torch.empty_like(lse)
+    delta = lse.new_empty(lse.shape)
     splits = _splits(lse.shape[1], sequences, for_queries.queries, for_queries.class_token)
     streaming_backward_queries[(sequences * heads * splits,)](
         qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
