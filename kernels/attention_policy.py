@@ -158,7 +158,6 @@ _WHOLE_FORWARD = {
         Whole((64, 16), 64, 4, 2),
         Whole((128, 0), 64, 4, 2),
         Whole((256, 0), 64, 8, 2),
-        Whole((256, 0), 64, 8, 1, class_token=True),
     ),
 }
 
@@ -211,7 +210,7 @@ _STREAMING_FORWARD = {
     (80, 128): (Streaming(32, 64, 4, 2), Streaming(32, 64, 4, 2)),
     (90, 32): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 2)),
     (90, 64): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 2)),
-    (90, 128): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 2)),
+    (90, 128): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 1)),
     (100, 32): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 2)),
     (100, 64): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 2)),
     (100, 128): (Streaming(64, 64, 8, 2), Streaming(64, 64, 8, 2)),
@@ -227,7 +226,7 @@ _STREAMING_BACKWARD = {
     (90, 128): (Streaming(64, 64, 8, 1), Streaming(64, 32, 8, 2)),
     (100, 32): (Streaming(64, 64, 4, 2), Streaming(64, 64, 4, 2)),
     (100, 64): (Streaming(64, 64, 4, 2), Streaming(64, 32, 4, 2)),
-    (100, 128): (Streaming(64, 32, 8, 1), Streaming(64, 32, 8, 2)),
+    (100, 128): (Streaming(64, 32, 8, 1), Streaming(64, 32, 8, 1)),
 }
 
 # fp32 products run on the CUDA cores, from registers: small tiles. Forward, for queries, for keys

