@@ -31,7 +31,7 @@ LARGEST_TOKEN_STRIDE = 2**22
 
 
 def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Return attention's output and the log2 of every softmax's denominator.
+    """Return attention's output and what the backward pass needs of every softmax: the log2 of its denominator.
 
     Args:
         qkv: ``[B, N, 3, H, D]``, or ``[total, 3, H, D]`` with ``cu_seqlens``; read in place if the last dimension is
@@ -41,12 +41,13 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
         scale: The factor before the softmax.
 
     Returns:
-        ``[B, N, H·D]`` (``[total, H·D]``) in the dtype of ``qkv``, and ``[H, B·N]`` (``[H, total]``) in fp32.
+        ``[B, N, H·D]`` (``[total, H·D]``) in the dtype of ``qkv``, and ``[P, H, B·N]`` (``[P, H, total]``) in fp32, where P
+        is 1; for fp32 inputs it is 2 (:func:`~clipfast.kernels.attention_tiles.store_statistics`).
     """
     qkv = _readable(qkv)
     *lead, _, heads, head_dim = qkv.shape
     out = qkv.new_empty(*lead, heads * head_dim)
-    lse = qkv.new_empty(heads, math.prod(lead), dtype=torch.float32)
+    lse = qkv.new_empty(2 if qkv.dtype == torch.float32 else 1, heads, math.prod(lead), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     tokens = None if cu_seqlens is not None else lead[-1]
@@ -55,7 +56,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
         return out.copy_(qkv[:, :, 2].flatten(2)), lse.zero_()
     plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (heads, lead[-1], lse.shape[1])
+    shape = (heads, lead[-1], lse.shape[2])
     constexprs = plan_constexprs(plan, head_dim, causal, qkv.stride(-2) % 8 == 0)
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
     if isinstance(plan, Whole):
@@ -66,10 +67,10 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
             qkv, out, lse, *_strides(qkv), *shape, splits, scale * LOG2_E, **constexprs, **options
         )
         return out, lse
-    splits = _splits(lse.shape[1], sequences, plan.queries, plan.class_token)
+    splits = _splits(lse.shape[2], sequences, plan.queries, plan.class_token)
     streaming_forward[(sequences * heads * splits,)](
         qkv, out, lse, cu_seqlens, *_strides(qkv), *shape, splits, scale * LOG2_E,
-        PACKED=cu_seqlens is not None, **constexprs, **options,
+        PACKED=cu_seqlens is not None, EXACT=lse.shape[0] == 2, **constexprs, **options,
     )  # fmt: skip
     return out, lse
 
@@ -95,7 +96,7 @@ def backward(
         return d_qkv
     plans = policy.backward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (heads, lead[-1], lse.shape[1])
+    shape = (heads, lead[-1], lse.shape[2])
     scales = (scale, scale * LOG2_E)
     aligned = qkv.stride(-2) % 8 == 0
     if isinstance(plans, Whole):
@@ -105,17 +106,19 @@ def backward(
         )  # fmt: skip
         return d_qkv
     for_queries, for_keys = plans
-    delta = lse.new_empty(lse.shape)
-    splits = _splits(lse.shape[1], sequences, for_queries.queries, for_queries.class_token)
+    forward_plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
+    exact = lse.shape[0] == 2 and isinstance(forward_plan, Streaming)
+    delta = lse.new_empty(lse.shape[1:])
+    splits = _splits(lse.shape[2], sequences, for_queries.queries, for_queries.class_token)
     streaming_backward_queries[(sequences * heads * splits,)](
         qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
-        PACKED=cu_seqlens is not None, **plan_constexprs(for_queries, head_dim, causal, aligned),
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_queries, head_dim, causal, aligned),
         num_warps=for_queries.warps, num_stages=for_queries.stages,
     )  # fmt: skip
-    splits = _splits(lse.shape[1], sequences, for_keys.keys, for_keys.class_token)
+    splits = _splits(lse.shape[2], sequences, for_keys.keys, for_keys.class_token)
     streaming_backward_keys[(sequences * heads * splits,)](
         qkv, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
-        PACKED=cu_seqlens is not None, **plan_constexprs(for_keys, head_dim, causal, aligned),
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_keys, head_dim, causal, aligned),
         num_warps=for_keys.warps, num_stages=for_keys.stages,
     )  # fmt: skip
     return d_qkv
@@ -201,7 +204,7 @@ def _jobs(
         constexprs = plan_constexprs(plan, head_dim, causal, aligned=True)
         packed = tokens is None
         if isinstance(plan, Streaming):
-            constexprs["PACKED"] = packed
+            constexprs |= {"PACKED": packed, "EXACT": size == 4}
         types = dict.fromkeys(("qkv", "out", "d_out", "d_qkv"), f"*{dtype}")
         types |= dict.fromkeys(("lse", "delta"), "*fp32")
         types |= {"cu_seqlens": "*i32", "scale": "fp32", "log2_scale": "fp32"}

@@ -23,12 +23,15 @@ from clipfast.kernels.attention_tiles import (
     absorb,
     absorb_row,
     head_offset,
+    load_class_statistics,
     load_row,
+    load_statistics,
     load_tile,
     row_gradients,
     score_gradients,
     score_gradients_by_query,
     store_row,
+    store_statistics,
     store_tile,
     widen,
 )
@@ -56,9 +59,9 @@ def sequence_bounds(cu_seqlens, batch, tokens, PACKED: tl.constexpr):
 def streaming_forward(
     qkv, out, lse, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
     log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
+    CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """``qkv [B, N, 3, H, D]`` or ``[total, 3, H, D]`` to ``out [B·N or total, H·D]`` and ``lse [H, B·N or total]``."""
+    """``qkv [B, N, 3, H, D]`` or ``[total, 3, H, D]`` to ``out [B·N or total, H·D]`` and ``lse [P, H, B·N or total]``."""
     program = tl.program_id(0)
     sequence, split = program // splits, program % splits
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
@@ -68,6 +71,7 @@ def streaming_forward(
     keys = queries + part_stride
     values = keys + part_stride
     out += start * (heads * D) + head * D
+    second = widen(all_tokens) * heads
     lse += head * all_tokens + start
 
     START: tl.constexpr = 1 if CLASS_TOKEN else 0
@@ -83,7 +87,8 @@ def streaming_forward(
                 value = load_tile(values + offset, token_stride, length, D, KEYS, BLOCK_D, True)
                 top, total, acc = absorb_row(query, key, value, top, total, acc, log2_scale)
             store_row(out, acc / total, D, BLOCK_D)
-            tl.store(lse, top + tl.log2(total))
+            first_row = tl.arange(0, 1)
+            store_statistics(lse, second, first_row, length, first_row * 0.0 + top, first_row * 0.0 + total, EXACT)
 
     for tile in range(split, tiles, splits):
         first = START + tile * QUERIES
@@ -112,14 +117,14 @@ def streaming_forward(
             )
         place = out + offset * (heads * D)
         store_tile(place, heads * D, length - first, acc / total[:, None], D, QUERIES, BLOCK_D, CLASS_TOKEN)
-        tl.store(lse + rows, top + tl.log2(total), mask=rows < length)
+        store_statistics(lse, second, rows, length, top, total, EXACT)
 
 
 @triton.jit
 def streaming_backward_queries(
     qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
+    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of ``d_qkv [B·N or total, 3, H, D]`` and ``delta [H, B·N or total]``."""
     program = tl.program_id(0)
@@ -134,6 +139,7 @@ def streaming_backward_queries(
     out += start * width + head * D
     d_out += start * width + head * D
     d_queries = d_qkv + start * (3 * width) + head * D
+    second = widen(all_tokens) * heads
     lse += head * all_tokens + start
     delta += head * all_tokens + start
 
@@ -143,7 +149,8 @@ def streaming_backward_queries(
         if split == splits - 1:
             own_key, own_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
             class_query, class_grad = load_row(queries, D, BLOCK_D), load_row(d_out, D, BLOCK_D)
-            class_top, class_mean = tl.load(lse), tl.sum(load_row(out, D, BLOCK_D) * class_grad, 0)
+            class_top, class_grad = load_class_statistics(lse, second, class_grad, EXACT)
+            class_mean = tl.sum(load_row(out, D, BLOCK_D) * class_grad, 0)
             weight = tl.exp2(tl.sum(class_query * own_key, 0) * log2_scale - class_top)
             d_class_query = weight * (tl.sum(class_grad * own_value, 0) - class_mean) * own_key
             for column in range(START, length, KEYS):
@@ -164,7 +171,7 @@ def streaming_backward_queries(
         query = load_tile(queries + offset * token_stride, token_stride, left, D, QUERIES, BLOCK_D, CLASS_TOKEN)
         grad = load_tile(d_out + offset * width, width, left, D, QUERIES, BLOCK_D, CLASS_TOKEN)
         result = load_tile(out + offset * width, width, left, D, QUERIES, BLOCK_D, CLASS_TOKEN)
-        top = tl.load(lse + rows, mask=rows < length, other=0.0)
+        top, grad = load_statistics(lse, second, rows, length, grad, EXACT)
         mean = tl.sum(result.to(tl.float32) * grad.to(tl.float32), 1)
         tl.store(delta + rows, mean, mask=rows < length)
         d_query = tl.zeros((QUERIES, BLOCK_D), tl.float32)
@@ -192,7 +199,7 @@ def streaming_backward_queries(
 def streaming_backward_keys(
     qkv, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, ALIGNED: tl.constexpr,
+    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of ``d_qkv [B·N or total, 3, H, D]``."""
     program = tl.program_id(0)
@@ -207,6 +214,7 @@ def streaming_backward_keys(
     d_out += start * width + head * D
     d_keys = d_qkv + start * (3 * width) + head * D + width
     d_values = d_keys + width
+    second = widen(all_tokens) * heads
     lse += head * all_tokens + start
     delta += head * all_tokens + start
 
@@ -215,8 +223,9 @@ def streaming_backward_keys(
     if CLASS_TOKEN:
         if split == splits - 1:
             own_query, own_grad = load_row(queries, D, BLOCK_D), load_row(d_out, D, BLOCK_D)
+            own_top, own_grad = load_class_statistics(lse, second, own_grad, EXACT)
             class_key, class_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
-            weight = tl.exp2(tl.sum(own_query * class_key, 0) * log2_scale - tl.load(lse))
+            weight = tl.exp2(tl.sum(own_query * class_key, 0) * log2_scale - own_top)
             d_class_value = weight * own_grad
             d_class_key = weight * (tl.sum(own_grad * class_value, 0) - tl.load(delta)) * own_query
             for row in range(START, length, QUERIES):
@@ -224,7 +233,8 @@ def streaming_backward_keys(
                 query = load_tile(queries + offset * token_stride, token_stride, length, D, QUERIES, BLOCK_D, True)
                 grad = load_tile(d_out + offset * width, width, length, D, QUERIES, BLOCK_D, True)
                 rows = row + tl.arange(0, QUERIES)
-                top, mean = tl.load(lse + rows), tl.load(delta + rows)
+                top, grad = load_statistics(lse, second, rows, length, grad, EXACT)
+                mean = tl.load(delta + rows)
                 by_row, d_by_row = row_gradients(
                     query, grad, top, mean, class_key[None, :], class_value[None, :], log2_scale
                 )
@@ -243,7 +253,8 @@ def streaming_backward_keys(
         d_value = tl.zeros((KEYS, BLOCK_D), tl.float32)
         if CLASS_TOKEN:
             class_query, class_grad = load_row(queries, D, BLOCK_D), load_row(d_out, D, BLOCK_D)
-            class_top, class_delta = tl.load(lse), tl.load(delta)
+            class_top, class_grad = load_class_statistics(lse, second, class_grad, EXACT)
+            class_delta = tl.load(delta)
             by_key, d_by_key = row_gradients(
                 class_query[None, :], class_grad[None, :], class_top, class_delta, key, value, log2_scale
             )
@@ -258,7 +269,7 @@ def streaming_backward_keys(
             )
             grad = load_tile(d_out + step * width, width, length - row, D, QUERIES, BLOCK_D, CLASS_TOKEN)
             rows = row + tl.arange(0, QUERIES)
-            top = tl.load(lse + rows, mask=rows < length, other=0.0)
+            top, grad = load_statistics(lse, second, rows, length, grad, EXACT)
             mean = tl.load(delta + rows, mask=rows < length, other=0.0)
             weights, d_scores = score_gradients(
                 query, grad, top, mean, key, value, rows, columns, length, log2_scale, CAUSAL, CLASS_TOKEN

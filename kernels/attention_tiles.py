@@ -84,6 +84,41 @@ def store_row(first, row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
+def store_statistics(lse, second, rows, tokens, top, total, EXACT: tl.constexpr):
+    """Write what the backward pass needs of a tile's softmax: ``top + log2(total)``, rounded once at that size.
+
+    For fp32 (``EXACT``) that rounding is as large as all others together: ``top`` and, ``second`` elements behind it,
+    ``1 / total`` say the same without it.
+    """
+    if EXACT:
+        tl.store(lse + rows, top, mask=rows < tokens)
+        tl.store(lse + second + rows, 1.0 / total, mask=rows < tokens)
+    else:
+        tl.store(lse + rows, top + tl.log2(total), mask=rows < tokens)
+
+
+@triton.jit
+def load_statistics(lse, second, rows, tokens, d_out, EXACT: tl.constexpr):
+    """Return a tile's ``lse`` and its ``d_out``; for fp32 the largest score and ``d_out / total`` in their place.
+
+    All gradients are linear in weights times ``d_out``, so it does not matter which of the two is divided.
+    """
+    top = tl.load(lse + rows, mask=rows < tokens, other=0.0)
+    if EXACT:
+        d_out = d_out * tl.load(lse + second + rows, mask=rows < tokens, other=0.0)[:, None]
+    return top, d_out
+
+
+@triton.jit
+def load_class_statistics(lse, second, d_out, EXACT: tl.constexpr):
+    """Return :func:`load_statistics` of the first token alone, ``d_out`` as ``[BLOCK_D]``."""
+    top = tl.load(lse)
+    if EXACT:
+        d_out = d_out * tl.load(lse + second)
+    return top, d_out
+
+
+@triton.jit
 def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale, CAUSAL: tl.constexpr,
            FULL: tl.constexpr):  # fmt: skip
     """Let a tile of queries see a tile of keys: one step of the online softmax (Milakov and Gimelshein, 2018).

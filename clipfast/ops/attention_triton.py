@@ -14,7 +14,8 @@ HEAD_DIMS = (32, 64, 80, 96, 104, 128)
 def _fake_forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     *lead, _, heads, head_dim = qkv.shape
     rows = lead[0] if len(lead) == 1 else lead[0] * lead[1]
-    return qkv.new_empty(*lead, heads * head_dim), qkv.new_empty(heads, rows, dtype=torch.float32)
+    statistics = 2 if qkv.dtype == torch.float32 else 1
+    return qkv.new_empty(*lead, heads * head_dim), qkv.new_empty(statistics, heads, rows, dtype=torch.float32)
 
 
 def _fake_backward(
