@@ -1,13 +1,15 @@
 # Every target is a thin call; scripts/ and the `clipfast` command do the work.
 # ARGS passes options on: make demo ARGS="--steps 50", make test ARGS="-k tokenizer".
 
-.PHONY: help demo test test-all bench lint clean
+.PHONY: help demo test test-all bench kernels gpu lint clean
 
 help:
 	@echo "make demo      train a small CLIP on real pairs and write runs/demo/report.html"
 	@echo "make test      prove it equal to open_clip, transformers and timm (without the slow tests)"
 	@echo "make test-all  the slow tests too"
 	@echo "make bench     time clipfast beside its rivals"
+	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
+	@echo "make gpu       on a machine with an NVIDIA GPU: all tests and benchmarks; PART=tests or PART=bench for one"
 	@echo "make lint      ruff"
 
 demo:
@@ -25,6 +27,13 @@ test-all:
 bench:
 	scripts/setup_env.sh test bench
 	.venv/bin/pytest benchmarks $(ARGS)
+
+kernels:
+	scripts/setup_env.sh test
+	.venv/bin/python scripts/compile_kernels.py $(ARGS)
+
+gpu:
+	scripts/gpu.sh $(PART)
 
 lint:
 	scripts/setup_env.sh test

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Generator, Iterable
 from pathlib import Path
 
 import interpreter
+import pytest
 import torch
 
 import clipfast  # noqa: F401  # from wherever it is, before the path changes
@@ -27,3 +29,41 @@ if not torch.cuda.is_available() and importlib.util.find_spec("torchvision"):
 
 # before the rivals, which import Triton
 interpreter.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
+
+
+# Set where nothing can be installed, such as by `make gpu`: tests skip what they miss. Elsewhere that is an error.
+SKIP_MISSING = os.environ.get("CLIPFAST_SKIP_MISSING") == "1"
+
+
+class _Module(pytest.Module):
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            if isinstance(error.__cause__, ModuleNotFoundError):
+                pytest.skip(str(error.__cause__), allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    """Skip a file that imports what is not installed, where that was asked for."""
+    return _Module.from_parent(parent, path=module_path) if SKIP_MISSING else None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, None, None]:
+    """Skip a test that needs what is not installed, where that was asked for."""
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        if SKIP_MISSING:
+            pytest.skip(str(error))
+        raise

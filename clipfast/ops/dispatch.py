@@ -23,6 +23,15 @@ from clipfast.ops import measured
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
 
 
+def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let ``torch.compile`` call a function while it compiles, and keep the result.
+
+    ``torch.compiler.assume_constant_result`` sets the same attribute, but imports the compiler, and that Triton.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 class FallbackWarning(UserWarning):
     """The backend that was asked for cannot serve a call; another one does, with the same results."""
 
@@ -145,7 +154,7 @@ def _slower(op: str, candidate: Implementation, request: tuple[Any, ...]) -> str
     return None if fastest == candidate.backend else reason
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _measurement(op: str, key: str, device_type: str, index: int | None) -> tuple[str | None, str]:
     """Return the backend that was fastest on a device, or None, and the sentence that says so."""
     card = torch.cuda.get_device_name(index) if device_type == "cuda" else device_type

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipfast.ops.dispatch import constant_when_compiled
+
 _library = torch.library.Library("clipfast", "FRAGMENT")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -59,7 +61,7 @@ def refusal(x: Tensor, *others: Tensor | None) -> str | None:
     return _unavailable(x.device.type, x.device.index)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _unavailable(device_type: str, index: int | None) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"

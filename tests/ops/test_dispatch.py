@@ -12,7 +12,7 @@ import torch
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import dispatch
+from clipfast.ops import dispatch, measured
 
 QKV = torch.zeros(1, 4, 48)
 
@@ -92,3 +92,80 @@ def test_ops_are_functions_however_they_are_imported(statement: str) -> None:
     code += "\nassert callable(clipfast.ops.attention) and callable(clipfast.ops.layer_norm)"
     done = run_python(code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture
+def measured_op(monkeypatch: pytest.MonkeyPatch) -> str:
+    """An op whose first implementation must be measured before auto takes it."""
+    monkeypatch.setattr(dispatch, "_ops", dict(dispatch._ops))
+    dispatch.register(
+        "double",
+        lambda x: (x,),
+        dispatch.Implementation(
+            "triton", "kernel", lambda x: 2 * x, lambda x: "odd" if len(x) % 2 else None, measured=True
+        ),
+        dispatch.Implementation("reference", "sum", lambda x: x + x),
+        shape_class=lambda x: "short" if len(x) < 10 else "long",
+    )
+    return "double"
+
+
+def card(**fastest: str) -> dict[str, measured.Measurements]:
+    return {"cpu": measured.Measurements("2.0", "3.0", "abc", {"double": fastest})}
+
+
+def test_auto_takes_nothing_that_was_not_measured(measured_op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "CARDS", {})
+    x = torch.zeros(2)
+    assert dispatch.chosen(measured_op, x) == "reference"
+    assert "not triton (kernel): no measurement for cpu" in clipfast.explain(measured_op, x)
+    with clipfast.backend("triton"):
+        assert dispatch.chosen(measured_op, x) == "triton"
+
+
+def test_auto_goes_by_the_measurements(measured_op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measured, "CARDS", card(short="triton", long="reference"))
+    assert dispatch.shape_class(measured_op, torch.zeros(2)) == "short"
+    assert dispatch.chosen(measured_op, torch.zeros(2)) == "triton"
+    assert dispatch.chosen(measured_op, torch.zeros(20)) == "reference"
+    assert "reference was faster on cpu for long" in clipfast.explain(measured_op, torch.zeros(20))
+    assert dispatch.chosen(measured_op, torch.zeros(3)) == "reference"
+    assert "not triton (kernel): odd" in clipfast.explain(measured_op, torch.zeros(3))
+    monkeypatch.setattr(measured, "CARDS", card(short="triton"))
+    assert "no measurement for cpu of long" in clipfast.explain(measured_op, torch.zeros(20))
+
+
+def test_the_measurements_name_ops_and_backends_that_exist() -> None:
+    for measurements in measured.CARDS.values():
+        for op, fastest in measurements.fastest.items():
+            backends = {i.backend for i in dispatch._ops[op].implementations}
+            assert set(fastest.values()) <= backends
+
+
+def test_shape_classes_of_the_ops() -> None:
+    x, one = torch.zeros(5000, 768), torch.ones(768)
+    assert dispatch.shape_class("layer_norm", x, one, one) == "float32, width ≤ 1024, many rows"
+    assert dispatch.shape_class("bias_gelu", x[:4].half(), None, "quick") == "quick, float16, width ≤ 1024, few rows"
+
+
+def test_a_forced_backend_without_its_hardware_says_so() -> None:
+    code = """
+import clipfast, torch
+with clipfast.backend("triton"):
+    print(clipfast.explain("layer_norm", torch.zeros(2, 8), torch.ones(8), torch.ones(8)))
+"""
+    done = run_python(code, TRITON_INTERPRET="0")
+    assert done.stdout.startswith("layer_norm: reference"), done.stderr
+    assert "on the CPU only with TRITON_INTERPRET=1" in done.stdout or "Triton is not installed" in done.stdout
+
+
+def test_triton_is_not_imported_before_a_kernel_runs() -> None:
+    code = """
+import sys
+import clipfast, torch
+from clipfast import ops
+x = torch.zeros(2, 8)
+ops.layer_norm(x, x[0], x[0]), ops.bias_gelu(x), clipfast.explain("bias_gelu", x)
+print("triton" in sys.modules)
+"""
+    assert run_python(code).stdout.strip() == "False"

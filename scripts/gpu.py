@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""What ``make gpu`` runs; see scripts/gpu.sh. It stays under 9 minutes: every part has a limit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "gpu"
+LIMITS = {"build": 90, "tests": 240, "bench": 170}  # seconds
+PARTS = ("all", "tests", "bench")
+
+
+def run(part: str, command: list[str], **environment: str) -> tuple[int, str]:
+    """Run a command under its part's limit, show what it prints, and return its exit status and its last line."""
+    start, log = time.monotonic(), ROOT / "build" / f"gpu-{part}.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as output, log.open() as shown:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        late = False
+        while process.poll() is None and not late:
+            time.sleep(0.2)
+            print(shown.read(), end="", flush=True)
+            late = time.monotonic() - start > LIMITS[part]
+        if late:
+            process.kill()
+            process.wait()
+        print(shown.read(), end="", flush=True)
+    status = f"stopped after {LIMITS[part]} s" if late else f"{time.monotonic() - start:.0f} s"
+    print(f"== {part}: {status}", flush=True)
+    last = next((line for line in reversed(log.read_text().splitlines()) if line.strip()), "")
+    return (124, f"{status}; {last}") if late else (process.returncode, last)
+
+
+def commit() -> str:
+    """Return the commit's short name."""
+    if os.environ.get("CLIPFAST_COMMIT"):
+        return os.environ["CLIPFAST_COMMIT"]
+    try:
+        done = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def card() -> dict[str, str | None]:
+    """Return the GPU's name and the versions of what is measured with."""
+    import torch
+
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__ if triton else None,
+        "python": sys.version.split()[0],
+    }
+
+
+def table(entries: list[dict]) -> str:
+    """Return a line a benchmark: ours, the best of the others, and their ratio."""
+    lines = [f"{'benchmark':<78} {'ours, ms':>9} {'best other':>10} {'ratio':>6}  which"]
+    for entry in entries:
+        ours = {name: ms for name, ms in entry["ms"].items() if name in ("triton", "clipfast, triton")}
+        others = {name: ms for name, ms in entry["ms"].items() if not name.startswith(("triton", "clipfast"))}
+        if ours and others:
+            best, mine = min(others, key=others.get), min(ours.values())
+            ratio = others[best] / mine
+            lines.append(f"{entry['title']:<78} {mine:>9.4f} {others[best]:>10.4f} {ratio:>6.2f}  {best}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the parts, write the file, print the table last; return the exit status."""
+    part = sys.argv[1] if len(sys.argv) > 1 else "all"
+    if part not in PARTS:
+        print(f"gpu.sh: got {part!r}, expected one of {', '.join(PARTS)}", file=sys.stderr)
+        return 2
+    found = card()
+    print(f"{found}, commit {commit()}", flush=True)
+
+    # the package as it would be installed, kernels included, in a folder that comes first on Python's path
+    statuses = {"build": run("build", [sys.executable, "setup.py", "-q", "build", "--build-lib", str(BUILD)])}
+    environment = {"PYTHONPATH": str(BUILD), "PYTHONSAFEPATH": "1", "CLIPFAST_SKIP_MISSING": "1"}
+    pytest = [sys.executable, "-m", "pytest", "-q"]
+    if part in ("all", "tests"):
+        marks = ["-m", "gpu or not slow", "--ignore=tests/test_install.py"]
+        statuses["tests"] = run("tests", [*pytest, "tests", *marks], **environment)
+    times = BUILD / "times.jsonl"
+    times.unlink(missing_ok=True)
+    if part in ("all", "bench"):
+        environment["CLIPFAST_RESULTS"] = str(times)
+        files = [str(p) for p in sorted((ROOT / "benchmarks").glob("test_*.py")) if p.stem != "test_tokenizer"]
+        statuses["bench"] = run("bench", [*pytest, *files], **environment)
+
+    entries = [json.loads(line) for line in times.read_text().splitlines()] if times.exists() else []
+    name = re.sub(r"[^A-Za-z0-9]+", "-", found["gpu"] or "cpu")
+    summary = found | {
+        "commit": commit(),
+        "status": {key: {"exit": code, "last line": last} for key, (code, last) in statuses.items()},
+        "benchmarks": entries,
+    }
+    if found["gpu"] is None:
+        print("no NVIDIA GPU: no file is written")
+    else:
+        file = ROOT / "benchmarks" / "results" / name / f"{commit()}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and part != "all":  # the other part's results stay
+            before = json.loads(file.read_text())
+            summary["status"] = before["status"] | summary["status"]
+            summary["benchmarks"] = entries or before["benchmarks"]
+        file.write_text(json.dumps(summary, indent=1) + "\n")
+        print(f"wrote {file.relative_to(ROOT)}")
+    print(table(entries))
+    for key, (code, last) in statuses.items():
+        print(f"{key}: {'passed' if code == 0 else f'FAILED ({code})'}: {last}")
+    return max(code != 0 for code, _ in statuses.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
