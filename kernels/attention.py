@@ -41,7 +41,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
         scale: The factor before the softmax.
 
     Returns:
-        ``[B, N, H·D]`` (``[total, H·D]``) in the dtype of ``qkv``, and ``[P, H, B·N]`` (``[P, H, total]``) in fp32, where P
+        ``[B, N, H·D]`` (``[total, H·D]``) in the dtype of ``qkv``, and ``[P, H, B·N]`` (``[P, H, total]``) in fp32. P
         is 1; for fp32 inputs it is 2 (:func:`~clipfast.kernels.attention_tiles.store_statistics`).
     """
     qkv = _readable(qkv)
@@ -215,6 +215,7 @@ def _jobs(
             constexprs["cu_seqlens"] = None
         strides = ["batch_stride", "token_stride", "part_stride"]
         tiles = f"{plan.keys[0] + plan.keys[1]}" if isinstance(plan, Whole) else f"{plan.keys}, streaming"
+        sizes = f"D={head_dim} keys {tiles}, queries {plan.queries}"
         traits = "".join(
             f" {name}"
             for name, there in (("causal", causal), ("packed", packed), ("class token", plan.class_token))
@@ -226,7 +227,7 @@ def _jobs(
             constexprs,
             plan.warps,
             plan.stages,
-            label=f"{kernel.__name__} sm_{architecture} {dtype} D={head_dim} keys {tiles}, queries {plan.queries}{traits}",
+            label=f"{kernel.__name__} sm_{architecture} {dtype} {sizes}{traits}",
             architectures=(architecture,),
             divisible_by_16=(*strides, "head_stride") if head_dim % 16 == 0 else tuple(strides),
             needs_hgmma=architecture == 90 and size == 2,

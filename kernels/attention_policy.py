@@ -71,7 +71,7 @@ def forward_plan(architecture: int, tokens: int | None, head_dim: int, size: int
         causal: Whether a token attends to itself and those before it only.
     """
     if size == 4:
-        return _beside_class_token(_FP32[0], tokens, causal)
+        return _FP32[block_d(head_dim)][0]
     key = (architecture, block_d(head_dim))
     whole = _whole(_WHOLE_FORWARD[key], tokens, causal)
     if whole is not None:
@@ -89,10 +89,12 @@ def backward_plan(
 ) -> Whole | tuple[Streaming, Streaming]:
     """Return how the backward pass of a call runs: in one kernel, or in two (for queries, for keys)."""
     key = (architecture, block_d(head_dim))
-    whole = None if size == 4 else _whole(_WHOLE_BACKWARD[key], tokens, causal)
+    if size == 4:
+        return _FP32[block_d(head_dim)][1:]
+    whole = _whole(_WHOLE_BACKWARD[key], tokens, causal)
     if whole is not None:
         return whole
-    for_queries, for_keys = _FP32[1:] if size == 4 else _STREAMING_BACKWARD[key]
+    for_queries, for_keys = _STREAMING_BACKWARD[key]
     return _beside_class_token(for_queries, tokens, causal), _beside_class_token(for_keys, tokens, causal)
 
 
@@ -209,7 +211,7 @@ _WHOLE_BACKWARD = {
 
 # sequences of one length, packed sequences
 _STREAMING_FORWARD = {
-    (80, 32): (Streaming(64, 128, 8, 1), Streaming(64, 64, 4, 2)),
+    (80, 32): (Streaming(64, 128, 8, 1), Streaming(64, 64, 4, 1)),
     (80, 64): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 2)),
     (80, 128): (Streaming(32, 64, 4, 2), Streaming(32, 64, 4, 2)),
     (90, 32): (Streaming(64, 128, 8, 2), Streaming(64, 64, 4, 2)),
@@ -233,5 +235,10 @@ _STREAMING_BACKWARD = {
     (100, 128): (Streaming(64, 32, 8, 1), Streaming(64, 32, 8, 1)),
 }
 
-# fp32 products run on the CUDA cores, from registers: small tiles. Forward, for queries, for keys
-_FP32 = (Streaming(32, 32, 4, 1), Streaming(32, 32, 8, 2), Streaming(32, 32, 8, 1))
+# fp32 products run on the CUDA cores, from registers: small tiles, and no room for a class token beside them.
+# By padded head_dim: forward, for queries, for keys
+_FP32 = {
+    32: (Streaming(32, 32, 4, 1), Streaming(32, 32, 8, 1), Streaming(32, 32, 8, 1)),
+    64: (Streaming(32, 32, 4, 1), Streaming(32, 32, 8, 1), Streaming(32, 32, 8, 1)),
+    128: (Streaming(32, 32, 4, 1), Streaming(16, 16, 8, 1), Streaming(32, 32, 8, 1)),
+}

@@ -61,7 +61,7 @@ def streaming_forward(
     log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """``qkv [B, N, 3, H, D]`` or ``[total, 3, H, D]`` to ``out [B·N or total, H·D]`` and ``lse [P, H, B·N or total]``."""
+    """``qkv [B, N, 3, H, D]`` (``[total, 3, H, D]``) to ``out [B·N, H·D]`` and ``lse [P, H, B·N]``."""
     program = tl.program_id(0)
     sequence, split = program // splits, program % splits
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
@@ -76,7 +76,7 @@ def streaming_forward(
 
     START: tl.constexpr = 1 if CLASS_TOKEN else 0
     tiles = tl.cdiv(length - START, QUERIES)
-    if CLASS_TOKEN:
+    if CLASS_TOKEN:  # noqa: SIM102  # one is known to the compiler, the other is not
         if split == splits - 1:
             query = load_row(queries, D, BLOCK_D)
             top = tl.sum(query * load_row(keys, D, BLOCK_D), 0) * log2_scale
@@ -124,7 +124,8 @@ def streaming_forward(
 def streaming_backward_queries(
     qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr,
+    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of ``d_qkv [B·N or total, 3, H, D]`` and ``delta [H, B·N or total]``."""
     program = tl.program_id(0)
@@ -145,7 +146,7 @@ def streaming_backward_queries(
 
     START: tl.constexpr = 1 if CLASS_TOKEN else 0
     tiles = tl.cdiv(length - START, QUERIES)
-    if CLASS_TOKEN:
+    if CLASS_TOKEN:  # noqa: SIM102  # one is known to the compiler, the other is not
         if split == splits - 1:
             own_key, own_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
             class_query, class_grad = load_row(queries, D, BLOCK_D), load_row(d_out, D, BLOCK_D)
@@ -199,7 +200,8 @@ def streaming_backward_queries(
 def streaming_backward_keys(
     qkv, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
-    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr,
+    KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of ``d_qkv [B·N or total, 3, H, D]``."""
     program = tl.program_id(0)
@@ -220,7 +222,7 @@ def streaming_backward_keys(
 
     START: tl.constexpr = 1 if CLASS_TOKEN else 0
     tiles = tl.cdiv(length - START, KEYS)
-    if CLASS_TOKEN:
+    if CLASS_TOKEN:  # noqa: SIM102  # one is known to the compiler, the other is not
         if split == splits - 1:
             own_query, own_grad = load_row(queries, D, BLOCK_D), load_row(d_out, D, BLOCK_D)
             own_top, own_grad = load_class_statistics(lse, second, own_grad, EXACT)

@@ -24,7 +24,7 @@ def widen(index):
 
 @triton.jit
 def head_offset(head, head_stride, ALIGNED: tl.constexpr):
-    """Offset of a head. A stride such as 104 is no multiple of 16, so the launcher's own hint is missing: 8 suffices."""
+    """Offset of a head. A stride of 104 is no multiple of 16, so the launcher's own hint is missing: 8 suffices."""
     offset = head * head_stride
     if ALIGNED:
         offset = tl.multiple_of(offset, 8)
@@ -200,7 +200,7 @@ def row_gradients(query, d_out, lse, delta, key, value, log2_scale):
 @triton.jit
 def backpropagate(query, d_out, lse, delta, key, value, rows, columns, tokens, d_query, d_key, d_value, log2_scale,
                   CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
-    """Add what a tile of queries and a tile of keys give to each other's gradients (dQ and dK still without ``scale``)."""
+    """Add what a tile of queries and a tile of keys give to each other's gradients (dQ, dK without ``scale``)."""
     weights, d_scores = score_gradients(
         query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, CAUSAL, FULL
     )

@@ -35,7 +35,7 @@ def whole_forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
     CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """``qkv [B, N, 3, H, D]`` to ``out [B, N, H·D]`` and ``lse [H, B·N]``; ``splits`` programs share the query tiles."""
+    """``qkv [B, N, 3, H, D]`` to ``out [B, N, H·D]`` and ``lse [H, B·N]``; ``splits`` programs share the queries."""
     program = tl.program_id(0)
     sequence, split = program // splits, program % splits
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
@@ -54,7 +54,7 @@ def whole_forward(
         offset_1 = KEYS_0 * token_stride
         key_1 = load_tile(first_key + offset_1, token_stride, tokens - KEYS_0, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
         value_1 = load_tile(first_value + offset_1, token_stride, tokens - KEYS_0, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
-    if CLASS_TOKEN:
+    if CLASS_TOKEN:  # noqa: SIM102  # one is known to the compiler, the other is not
         # before the loop: here the tile is still in registers, ready for a product row by row
         if split == 0:
             query = load_row(queries, D, BLOCK_D)
