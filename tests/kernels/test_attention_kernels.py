@@ -256,13 +256,20 @@ def far_apart(values: Tensor, dim: int, stride: int) -> Tensor:
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="takes the memory between the elements on a GPU")
 @pytest.mark.parametrize(
-    ("shape", "dim", "stride"),
-    [((3, 7), 0, 2**30 + 16), ((2, 7), 2, 2**30 + 16), ((2, 7), 3, 2**31 + 16), ((520,), 0, 2**22)],
-    ids=["sequences", "queries, keys, values", "heads", "packed tokens"],
+    ("shape", "dim", "stride", "dtype"),
+    [
+        ((3, 7), 0, 2**30 + 16, torch.float16),
+        ((3, 7), 0, 2**30 + 16, torch.float32),
+        ((2, 7), 2, 2**30 + 16, torch.float16),
+        ((2, 7), 2, 2**30 + 16, torch.float32),
+        ((2, 7), 3, 2**31 + 16, torch.float16),
+        ((520,), 0, 2**22, torch.float16),
+    ],
+    ids=["sequences", "sequences, streaming", "parts", "parts, streaming", "heads", "packed tokens"],
 )
-def test_offsets_beyond_32_bits(shape: tuple[int, ...], dim: int, stride: int) -> None:
-    qkv = drawn(*shape, dtype=torch.float16, heads=2, head_dim=32)
-    grad = drawn(*shape, dtype=torch.float16, heads=2, head_dim=32, seed=1)[..., 0, :, :].flatten(-2)
+def test_offsets_beyond_32_bits(shape: tuple[int, ...], dim: int, stride: int, dtype: torch.dtype) -> None:
+    qkv = drawn(*shape, dtype=dtype, heads=2, head_dim=32)
+    grad = drawn(*shape, dtype=dtype, heads=2, head_dim=32, seed=1)[..., 0, :, :].flatten(-2)
     cu_seqlens = torch.tensor([0, 510, 520], dtype=torch.int32) if len(shape) == 1 else None
     far = far_apart(qkv, dim, stride)
     # in place: a copy would hide the offsets
