@@ -25,7 +25,7 @@ def _fake_backward(
 
 
 kernel_ops.define(
-    "attention_forward(Tensor qkv, Tensor? cu_seqlens, bool causal, float scale) -> (Tensor, Tensor)",
+    "attention(Tensor qkv, Tensor? cu_seqlens, bool causal, float scale) -> (Tensor, Tensor)",
     "attention",
     "forward",
     _fake_forward,
@@ -42,7 +42,7 @@ kernel_ops.define(
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> Tensor:
-        out, lse = torch.ops.clipfast.attention_forward(qkv, cu_seqlens, causal, scale)
+        out, lse = torch.ops.clipfast.attention(qkv, cu_seqlens, causal, scale)
         ctx.save_for_backward(qkv, out, lse, cu_seqlens)
         ctx.causal, ctx.scale = causal, scale
         return out

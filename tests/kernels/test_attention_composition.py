@@ -53,7 +53,7 @@ def test_opcheck(is_packed: bool, dtype: torch.dtype) -> None:
         else drawn(2, 9, dtype=dtype).unflatten(-1, (3, 2, 32))
     )
     options = (offsets(0, 3, 9) if is_packed else None, is_packed, 0.2)
-    forward, backward = (torch.ops.clipfast.attention_forward.default, torch.ops.clipfast.attention_backward.default)
+    forward, backward = (torch.ops.clipfast.attention.default, torch.ops.clipfast.attention_backward.default)
     torch.library.opcheck(forward, (qkv, *options))
     out, lse = forward(qkv, *options)
     torch.library.opcheck(backward, (torch.ones_like(out), qkv, out, lse, *options))
@@ -101,7 +101,7 @@ def test_nothing_is_copied_between_the_projections() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         attention(x).sum().backward()
     called = [event.name for event in profile.events() if event.cpu_parent is None or "clipfast" in event.name]
-    assert "clipfast::attention_forward" in called
+    assert "clipfast::attention" in called
     assert "clipfast::attention_backward" in called
     inside = [e for e in profile.events() if e.name.startswith("clipfast::attention")]
     copies = {"aten::copy_", "aten::contiguous", "aten::clone", "aten::transpose"}
