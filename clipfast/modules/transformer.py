@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
 from clipfast.ops.attention import attention_weights
-from clipfast.ops.bias_gelu import check_approximate, linear_gelu
+from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
 
 
 class LayerNorm(nn.LayerNorm):
@@ -72,7 +72,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., W]`` from ``[..., W]``."""
-        return self.c_proj(linear_gelu(x, self.c_fc.weight, self.c_fc.bias, self.approximate))
+        if _is_plain(self.c_fc) and kernel_adds_bias(x, self.c_fc.bias, self.approximate):
+            hidden = ops.bias_gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, self.approximate)
+        else:
+            hidden = ops.bias_gelu(self.c_fc(x), None, self.approximate)
+        return self.c_proj(hidden)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Return whether nobody would notice that a layer's product is taken without calling the layer.
+
+    Layers that were hooked, wrapped, parametrised, quantised or adapted since they were made are called.
+    """
+    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and linear.bias is not None and not hooked
 
 
 class ResidualAttentionBlock(nn.Module):

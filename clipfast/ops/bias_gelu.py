@@ -35,27 +35,21 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, approximate: str = "none") 
     return dispatch.call("bias_gelu", x, bias, approximate)
 
 
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
-    """Apply a linear layer and a GELU: ``bias_gelu(x · weightᵀ, bias)``.
+def kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str = "none") -> bool:
+    """Return whether a kernel adds the bias of a linear layer together with the GELU behind it.
 
-    The bias is added where that costs nothing: in the GELU's kernel where one serves the call, else in the product.
+    Elsewhere the layer's product adds it for nothing.
 
     Args:
-        x: ``[..., C]``, floating point.
-        weight: ``[H, C]``.
-        bias: ``[H]``.
+        x: ``[..., C]``, the input of the layer.
+        bias: ``[H]``, the layer's.
         approximate: As for :func:`bias_gelu`.
-
-    Returns:
-        ``[..., H]``.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     # what the product will look like, without its memory
-    product = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], weight.shape[0])
-    if dispatch.chosen("bias_gelu", product, bias, approximate) == "triton":
-        return bias_gelu(F.linear(x, weight), bias, approximate)
-    return bias_gelu(F.linear(x, weight, bias), None, approximate)
+    product = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], bias.shape[0])
+    return dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
 
 
 def check_approximate(approximate: str, owner: str) -> str:

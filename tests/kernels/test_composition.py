@@ -118,6 +118,18 @@ def test_the_towers_hand_over_the_bias_where_a_kernel_adds_it(monkeypatch: pytes
     assert biases == [False, True, True, True]
 
 
+def test_a_hooked_or_changed_layer_is_called() -> None:
+    x, seen = drawn()[0], []
+    mlp = MLP(64, 128).to(DEVICE)
+    plain = mlp(x)
+    mlp.c_fc.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    torch.testing.assert_close(mlp(x), plain)
+    assert seen == [(6, 128)]
+    torch.nn.utils.parametrizations.weight_norm(mlp.c_fc)
+    torch.testing.assert_close(mlp(x), plain)
+    assert len(seen) == 2
+
+
 @pytest.mark.gpu
 def test_cuda_graph_capture() -> None:
     inputs = [t.requires_grad_() for t in drawn(dtype=torch.bfloat16)]
