@@ -49,7 +49,8 @@ class Count(TorchDispatchMode):
             or (name in ("_to_copy", "reshape") and all(t.untyped_storage().data_ptr() in storages for t in written))
         ):
             return results
-        kind = "attention" if "scaled_dot_product" in name else "product" if name in PRODUCTS else "elementwise"
+        attends = "scaled_dot_product" in name or name.startswith("attention")
+        kind = "attention" if attends else "product" if name in PRODUCTS else "elementwise"
         self.kernels[kind] += 2 if name in TWO_KERNELS else 1
         self.bytes[kind] += sum(t.numel() * t.element_size() for t in read + written)
         self.names[name] += kind == "elementwise"

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import dispatch
+from clipfast.ops import attention_packed, attention_triton, dispatch
 
 
 def attention(
@@ -85,12 +84,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
         raise ValueError(f"attention(cu_seqlens): got shape {tuple(cu_seqlens.shape)}, expected [S + 1]")
     # reading values off a device would wait for it, and cannot be captured in a graph
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0 or offsets[-1] != total or any(b < a for a, b in pairwise(offsets)):
-            raise ValueError(
-                f"attention(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, never "
-                f"decrease and end at the {total} tokens of qkv"
-            )
+        attention_packed.check_offsets(cu_seqlens.tolist(), total)
 
 
 def _heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,20 +118,26 @@ def _reference(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: floa
         return _reference_dense(qkv, causal, scale)
     sequences = qkv.tensor_split(cu_seqlens[1:-1].long().cpu())
     parts = [_reference_dense(s[None], causal, scale)[0] for s in sequences if s.shape[0] > 0]
-    return torch.cat(parts) if parts else qkv.new_empty(0, qkv.shape[-2] * qkv.shape[-1])
+    return torch.cat(parts) if parts else qkv[:, 0].flatten(1)
 
 
 def _sdpa(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Tensor:
+    if cu_seqlens is not None:
+        return attention_packed.attention(qkv, causal, cu_seqlens, scale)
     return _sdpa_dense(qkv, causal, scale)
-
-
-def _sdpa_refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str | None:
-    return "packed sequences (cu_seqlens) are not served" if cu_seqlens is not None else None
 
 
 dispatch.register(
     "attention",
     _prepare,
-    dispatch.Implementation("torch", "scaled_dot_product_attention", _sdpa, _sdpa_refusal),
+    dispatch.Implementation(
+        "triton",
+        "packed queries, keys and values in place",
+        attention_triton.attention,
+        attention_triton.refusal,
+        measured=True,
+    ),
+    dispatch.Implementation("torch", "scaled_dot_product_attention", _sdpa),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
+    shape_class=attention_triton.shape_class,
 )

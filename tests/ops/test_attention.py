@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from oracle import assert_as_exact_as_reference, relative_error
@@ -69,6 +71,89 @@ def test_packed_sequences_are_each_on_their_own(causal: bool) -> None:
     assert relative_error(actual, expected) < 1e-13
     flat = ops.attention(qkv.flatten(1), 2, causal=causal, cu_seqlens=offsets)
     assert torch.equal(flat, actual)
+
+
+def ragged(*lengths: int) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    "offsets",
+    [ragged(3, 1, 0, 7, 3, 1), ragged(4, 4, 4), ragged(0, 5), ragged(0, 0), torch.tensor([0], dtype=torch.int32)],
+    ids=["many lengths", "one length", "one sequence", "no tokens", "no sequences"],
+)
+def test_packed_sequences_by_length(offsets: Tensor, causal: bool) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(int(offsets[-1]), 3, 2, 8, dtype=torch.float64)
+    cotangent = torch.randn(len(qkv), 16, dtype=torch.float64)
+
+    def run(backend: str) -> tuple[Tensor, Tensor]:
+        leaf = qkv.clone().requires_grad_()
+        with clipfast.backend(backend):
+            out = ops.attention(leaf, 2, causal=causal, cu_seqlens=offsets)
+        return out.detach(), *torch.autograd.grad(out, leaf, cotangent)
+
+    for actual, expected in zip(run("torch"), run("reference"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_packed_gradients_of_gradients() -> None:
+    qkv = torch.randn(6, 3 * 4, dtype=torch.float64, requires_grad=True)
+
+    def packed(x: Tensor) -> Tensor:
+        # SDPA's explicit form has second derivatives
+        with clipfast.backend("torch"), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return ops.attention(x, 2, causal=True, cu_seqlens=ragged(2, 1, 3))
+
+    assert torch.autograd.gradcheck(packed, qkv)
+    assert torch.autograd.gradgradcheck(packed, qkv)
+
+
+def test_packed_sequences_are_called_for_by_length_and_not_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda query, *args, **options: calls.append(tuple(query.shape)) or sdpa(query, *args, **options),
+    )
+    ops.attention(torch.randn(3 * 50 + 5 * 10, 48), 2, cu_seqlens=ragged(*[3, 5] * 10, *[3] * 40))
+    assert sorted(calls) == [(10, 2, 5, 8), (50, 2, 3, 8)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_sequences_compile(causal: bool) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(11, 3 * 2 * 8)
+
+    def run(function) -> tuple[Tensor, ...]:
+        leaf = qkv.clone().requires_grad_()
+        out = function(leaf, ragged(3, 1, 0, 7))
+        return out.detach(), *torch.autograd.grad(out.square().sum(), leaf)
+
+    def packed(x: Tensor, offsets: Tensor) -> Tensor:
+        return ops.attention(x, 2, causal=causal, cu_seqlens=offsets)
+
+    for actual, expected in zip(run(torch.compile(packed, fullgraph=True)), run(packed), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_the_triton_backend_on_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    qkv = torch.randn(2, 5, 3 * 64)
+
+    def forced() -> Tensor:
+        with clipfast.backend("triton"):
+            return ops.attention(qkv, 2)
+
+    expected = ops.attention(qkv, 2)
+    with pytest.warns(ops.FallbackWarning, match="attention does not use the triton backend"):
+        assert torch.equal(forced(), expected)
+    with warnings.catch_warnings():
+        # once is enough
+        warnings.simplefilter("error")
+        assert torch.equal(forced(), expected)
 
 
 def test_layouts_and_scale() -> None:

@@ -1,0 +1,234 @@
+"""Attention in Triton, forward and backward: what is launched, with which configuration.
+
+The kernels are in :mod:`~clipfast.kernels.attention_whole` (all keys of a head on chip) and
+:mod:`~clipfast.kernels.attention_streaming` (any length); :mod:`~clipfast.kernels.attention_policy` chooses.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from clipfast.kernels import attention_policy as policy
+from clipfast.kernels.aot import AotJob
+from clipfast.kernels.attention_policy import Streaming, Whole
+from clipfast.kernels.attention_streaming import (
+    streaming_backward_keys,
+    streaming_backward_queries,
+    streaming_forward,
+)
+from clipfast.kernels.attention_whole import whole_backward, whole_forward
+
+LOG2_E = math.log2(math.e)
+# offsets within a tile are 32 bits: 257 rows of at most this many elements
+LARGEST_TOKEN_STRIDE = 2**22
+
+
+def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """Return attention's output and what the backward pass needs of every softmax: the log2 of its denominator.
+
+    Args:
+        qkv: ``[B, N, 3, H, D]``, or ``[total, 3, H, D]`` with ``cu_seqlens``; read in place if the last dimension is
+            contiguous.
+        cu_seqlens: ``[S + 1]``, int32, on the device of ``qkv``.
+        causal: Whether a token attends to itself and those before it only.
+        scale: The factor before the softmax.
+
+    Returns:
+        ``[B, N, H·D]`` (``[total, H·D]``) in the dtype of ``qkv``, and ``[P, H, B·N]`` (``[P, H, total]``) in fp32. P
+        is 1; for fp32 inputs it is 2 (:func:`~clipfast.kernels.attention_tiles.store_statistics`).
+    """
+    qkv = _readable(qkv)
+    *lead, _, heads, head_dim = qkv.shape
+    out = qkv.new_empty(*lead, heads * head_dim)
+    lse = qkv.new_empty(2 if qkv.dtype == torch.float32 else 1, heads, math.prod(lead), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    tokens = None if cu_seqlens is not None else lead[-1]
+    if tokens == 1:
+        # a softmax of one term: the value itself, and below no gradient but the value's. Exactly, as the reference
+        return out.copy_(qkv[:, :, 2].flatten(2)), lse.zero_()
+    plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
+    sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (heads, lead[-1], lse.shape[2])
+    constexprs = plan_constexprs(plan, head_dim, causal, qkv.stride(-2) % 8 == 0)
+    options = {"num_warps": plan.warps, "num_stages": plan.stages}
+    if isinstance(plan, Whole):
+        tiles = triton.cdiv(lead[-1] - plan.class_token, plan.queries)
+        # few heads: more programs, each with a share of the query tiles
+        splits = min(tiles, triton.cdiv(2 * _multiprocessors(qkv.device), sequences * heads))
+        whole_forward[(sequences * heads * splits,)](
+            qkv, out, lse, *_strides(qkv), *shape, splits, scale * LOG2_E, **constexprs, **options
+        )
+        return out, lse
+    splits = _splits(lse.shape[2], sequences, plan.queries, plan.class_token)
+    streaming_forward[(sequences * heads * splits,)](
+        qkv, out, lse, cu_seqlens, *_strides(qkv), *shape, splits, scale * LOG2_E,
+        PACKED=cu_seqlens is not None, EXACT=lse.shape[0] == 2, **constexprs, **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    """Return the gradient of ``qkv``, packed like it and contiguous.
+
+    Args:
+        d_out: ``[B, N, H·D]`` (``[total, H·D]``), the gradient of the output, in its dtype.
+        qkv, out, lse, cu_seqlens, causal, scale: What :func:`forward` took and returned.
+    """
+    qkv, d_out = _readable(qkv), d_out.contiguous()
+    *lead, _, heads, head_dim = qkv.shape
+    d_qkv = qkv.new_empty(qkv.shape)
+    if d_qkv.numel() == 0:
+        return d_qkv
+    tokens = None if cu_seqlens is not None else lead[-1]
+    if tokens == 1:
+        d_qkv[:, :, :2] = 0
+        d_qkv[:, :, 2] = d_out.unflatten(-1, (heads, head_dim))
+        return d_qkv
+    plans = policy.backward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
+    sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (heads, lead[-1], lse.shape[2])
+    scales = (scale, scale * LOG2_E)
+    aligned = qkv.stride(-2) % 8 == 0
+    if isinstance(plans, Whole):
+        whole_backward[(sequences * heads,)](
+            qkv, out, lse, d_out, d_qkv, *_strides(qkv), *shape, *scales,
+            **plan_constexprs(plans, head_dim, causal, aligned), num_warps=plans.warps, num_stages=plans.stages,
+        )  # fmt: skip
+        return d_qkv
+    for_queries, for_keys = plans
+    forward_plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
+    exact = lse.shape[0] == 2 and isinstance(forward_plan, Streaming)
+    delta = lse.new_empty(lse.shape[1:])
+    splits = _splits(lse.shape[2], sequences, for_queries.queries, for_queries.class_token)
+    streaming_backward_queries[(sequences * heads * splits,)](
+        qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_queries, head_dim, causal, aligned),
+        num_warps=for_queries.warps, num_stages=for_queries.stages,
+    )  # fmt: skip
+    splits = _splits(lse.shape[2], sequences, for_keys.keys, for_keys.class_token)
+    streaming_backward_keys[(sequences * heads * splits,)](
+        qkv, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_keys, head_dim, causal, aligned),
+        num_warps=for_keys.warps, num_stages=for_keys.stages,
+    )  # fmt: skip
+    return d_qkv
+
+
+def _readable(qkv: Tensor) -> Tensor:
+    """Return ``qkv``, or a copy of one whose layout the kernels cannot read in place."""
+    readable = qkv.stride(-1) == 1 and qkv.stride(-4) <= LARGEST_TOKEN_STRIDE
+    return qkv if readable else qkv.contiguous()
+
+
+def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
+    """Return the strides of sequences (0 when packed), tokens, parts (q, k, v) and heads."""
+    return (qkv.stride(0) if qkv.dim() == 5 else 0, *qkv.stride()[-4:-1])
+
+
+def _splits(tokens: int, sequences: int, tile: int, class_token: bool) -> int:
+    """Return how many programs share a sequence: one a tile of the average one, so that none of them is idle.
+
+    The class token of equally long sequences has a program of its own, the last.
+    """
+    return max(1, triton.cdiv(tokens // max(sequences, 1) - class_token, tile) + class_token)
+
+
+def _architecture(device: torch.device) -> int:
+    # the interpreter on the CPU runs what a Hopper card would
+    return policy.architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 90
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, aligned: bool) -> dict[str, Any]:
+    """Return the compile-time arguments that a plan gives its kernel."""
+    if isinstance(plan, Whole):
+        keys = {"KEYS_0": plan.keys[0], "KEYS_1": plan.keys[1]}
+    else:
+        keys = {"KEYS": plan.keys}
+    return keys | {
+        "D": head_dim,
+        "BLOCK_D": policy.block_d(head_dim),
+        "QUERIES": plan.queries,
+        "CLASS_TOKEN": plan.class_token,
+        "CAUSAL": causal,
+        "ALIGNED": aligned,
+    }
+
+
+def aot_jobs() -> list[AotJob]:
+    """Return every configuration that :func:`forward` and :func:`backward` choose, for every architecture."""
+    jobs = {}
+    for architecture in (80, 90, 100):
+        for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
+            for head_dim in policy.HEAD_DIMS:
+                for tokens, causal in _calls():
+                    for job in _jobs(architecture, dtype, size, head_dim, tokens, causal):
+                        jobs.setdefault(job.label, job)
+    return list(jobs.values())
+
+
+def _calls() -> Iterator[tuple[int | None, bool]]:
+    """Yield a length (None: packed) of every class of calls, with and without the causal mask."""
+    for tokens in (64, 80, 128, 256, 257, 577, 1024, None):
+        yield tokens, False
+        yield tokens, True
+
+
+def _jobs(
+    architecture: int, dtype: str, size: int, head_dim: int, tokens: int | None, causal: bool
+) -> Iterator[AotJob]:
+    forward_plan = policy.forward_plan(architecture, tokens, head_dim, size, causal)
+    backward_plans = policy.backward_plan(architecture, tokens, head_dim, size, causal)
+    planned: list[tuple[Any, Whole | Streaming]] = [
+        (whole_forward if isinstance(forward_plan, Whole) else streaming_forward, forward_plan)
+    ]
+    if isinstance(backward_plans, Whole):
+        planned.append((whole_backward, backward_plans))
+    else:
+        planned += zip((streaming_backward_queries, streaming_backward_keys), backward_plans, strict=True)
+    for kernel, plan in planned:
+        constexprs = plan_constexprs(plan, head_dim, causal, aligned=True)
+        packed = tokens is None
+        if isinstance(plan, Streaming):
+            constexprs |= {"PACKED": packed, "EXACT": size == 4}
+        types = dict.fromkeys(("qkv", "out", "d_out", "d_qkv"), f"*{dtype}")
+        types |= dict.fromkeys(("lse", "delta"), "*fp32")
+        types |= {"cu_seqlens": "*i32", "scale": "fp32", "log2_scale": "fp32"}
+        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
+        if not packed and "cu_seqlens" in signature:
+            # None is a constant to the launcher
+            del signature["cu_seqlens"]
+            constexprs["cu_seqlens"] = None
+        strides = ["batch_stride", "token_stride", "part_stride"]
+        tiles = f"{plan.keys[0] + plan.keys[1]}" if isinstance(plan, Whole) else f"{plan.keys}, streaming"
+        sizes = f"D={head_dim} keys {tiles}, queries {plan.queries}"
+        traits = "".join(
+            f" {name}"
+            for name, there in (("causal", causal), ("packed", packed), ("class token", plan.class_token))
+            if there
+        )
+        yield AotJob(
+            kernel,
+            signature,
+            constexprs,
+            plan.warps,
+            plan.stages,
+            label=f"{kernel.__name__} sm_{architecture} {dtype} {sizes}{traits}",
+            architectures=(architecture,),
+            divisible_by_16=(*strides, "head_stride") if head_dim % 16 == 0 else tuple(strides),
+            needs_hgmma=architecture == 90 and size == 2,
+        )
