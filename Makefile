@@ -1,12 +1,13 @@
 # Every target is a thin call; scripts/ and the `clipfast` command do the work.
 # ARGS passes options on: make demo ARGS="--steps 50", make test ARGS="-k tokenizer".
 
-.PHONY: help demo test test-all bench kernels gpu lint clean
+.PHONY: help demo test test-all exhaustive bench kernels gpu lint clean
 
 help:
 	@echo "make demo      train a small CLIP on real pairs and write runs/demo/report.html"
 	@echo "make test      prove it equal to open_clip, transformers and timm (without the slow tests)"
 	@echo "make test-all  the slow tests too"
+	@echo "make exhaustive  compile every configuration of every Triton kernel, which takes half an hour or more"
 	@echo "make bench     time clipfast beside its rivals"
 	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
 	@echo "make gpu       on a machine with an NVIDIA GPU: all tests and benchmarks; PART=tests or PART=bench for one"
@@ -18,11 +19,15 @@ demo:
 
 test:
 	scripts/setup_env.sh test
-	.venv/bin/pytest -m "not slow and not gpu" $(ARGS)
+	.venv/bin/pytest -m "not slow and not exhaustive and not gpu" $(ARGS)
 
 test-all:
 	scripts/setup_env.sh test
-	.venv/bin/pytest -m "not gpu" $(ARGS)
+	.venv/bin/pytest -m "not exhaustive and not gpu" $(ARGS)
+
+exhaustive:
+	scripts/setup_env.sh test
+	.venv/bin/pytest -m exhaustive $(ARGS)
 
 bench:
 	scripts/setup_env.sh test bench

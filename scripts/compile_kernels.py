@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compile every configuration of every Triton kernel for sm_80, sm_90 and sm_100, and print what each costs.
 
-    python scripts/compile_kernels.py [words of a label or a family ...] [--architectures 80 90 100]
+    python scripts/compile_kernels.py [words of a label or a family ...] [--architectures 80 90 100] [--every 1]
 
 No GPU is needed. The exit status is not 0 where a kernel spills registers, asks for more shared memory than the
 architecture has, or is a half-precision attention kernel for sm_90 without its tensor-core instructions (HGMMA).
@@ -38,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only kernels whose family and label hold all of these")
     parser.add_argument("--architectures", nargs="+", type=int, default=sorted(aot.SHARED_MEMORY))
+    parser.add_argument("--every", type=int, default=1, help="compile each n-th kernel only, for a quick look")
     options = parser.parse_args()
 
     wanted = [
@@ -47,6 +48,7 @@ def main() -> int:
         for architecture in job.architectures
         if architecture in options.architectures and all(word in f"{family} {job.label}" for word in options.words)
     ]
+    wanted = wanted[:: options.every]
     start, problems = time.monotonic(), []
     print(HEADER)
     with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -18,7 +18,7 @@ def compile_kernels(*words: str) -> subprocess.CompletedProcess[str]:
     # a fresh process: kernels of this one are interpreted
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=1500
+        [sys.executable, SCRIPT, *words], env=environment, capture_output=True, text=True, timeout=7200
     )
 
 
@@ -37,6 +37,13 @@ def test_a_family_in_short() -> None:
 
 
 @pytest.mark.slow
+def test_one_configuration_in_thirty_one() -> None:
+    # a prime number: neither families nor architectures are passed over in step
+    done = compile_kernels("--every", "31")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.exhaustive
 def test_every_configuration() -> None:
     done = compile_kernels()
     assert done.returncode == 0, done.stdout + done.stderr
