@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
+from harness import report
 
 from clipfast import ops
 
@@ -82,19 +83,20 @@ def test_forward_and_backward(dtype, capsys):
             began = time.perf_counter()
             step(losses[name], image, text, scale)
             each.append(time.perf_counter() - began)
+    # rounds are paired: each rival is compared with what ran beside it
+    ratios = {
+        name: statistics.median(t / mine for t, mine in zip(each, times["clipfast"], strict=True))
+        for name, each in times.items()
+    }
+    medians = {name: 1e3 * statistics.median(each) for name, each in times.items()}
+    missing = [name for name in losses if name not in times]
+    title = (
+        f"contrastive loss, forward and backward, B = {batch}, D = {WIDTH}, {dtype}, {torch.get_num_threads()} threads"
+    )
+    report(capsys, title, medians, op="contrastive_loss", ratios=ratios, missing=missing)
     with capsys.disabled():
-        print(
-            f"\ncontrastive loss, forward and backward, B = {batch}, D = {WIDTH}, {dtype}, {DEVICE}, "
-            f"{torch.get_num_threads()} threads"
-        )
-        for name in losses:
-            if name not in times:
-                print(f"  {name:<24} not installed or refused")
-                continue
-            # rounds are paired: each rival is compared with what ran beside it
-            ratio = statistics.median(t / mine for t, mine in zip(times[name], times["clipfast"], strict=True))
-            seconds = statistics.median(times[name])
-            print(
-                f"  {name:<24} {seconds:8.3f} s  {ratio:6.2f} × clipfast's time  "
-                f"{8 * batch**2 * WIDTH / seconds / 1e9:7.0f} GFLOP/s of 8·B²·D"
-            )
+        for name, ratio in ratios.items():
+            rate = 8 * batch**2 * WIDTH / medians[name] / 1e6
+            print(f"  {name:<28} {ratio:5.2f} × clipfast's time, {rate:6.0f} GFLOP/s of 8·B²·D")
+        for name in missing:
+            print(f"  {name:<28} not installed")

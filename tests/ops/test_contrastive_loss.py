@@ -8,11 +8,10 @@ import subprocess
 import sys
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_oracle import oracle
+from contrastive_oracle import LOSSES, compare, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -30,8 +29,6 @@ TILED = [
     ),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BIAS = -3.0
-LOSSES = {"contrastive": ops.contrastive_loss, "siglip": ops.siglip_loss}
 
 
 def features(batch: int, width: int, dtype: torch.dtype, kind: str = "trained", seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -48,48 +45,6 @@ def features(batch: int, width: int, dtype: torch.dtype, kind: str = "trained", 
     if kind != "large":
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     return image.to(dtype), text.to(dtype)
-
-
-def run(loss: object, image: Tensor, text: Tensor, scale: float, **options: object) -> list[Tensor]:
-    """Return a loss and its gradients of both features, the scale and (SigLIP) the bias."""
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    inputs = [t.detach().clone().requires_grad_() for t in (image, text)]
-    scalars = [torch.tensor(v, dtype=dtype, requires_grad=True) for v in (scale, BIAS)]
-    value = loss(*inputs, scalars[0], logit_bias=scalars[1], **options)
-    value.sum().backward()
-    return [value.detach(), *(t.grad for t in (*inputs, *scalars))]
-
-
-def compare(
-    name: str, backend: str, image: Tensor, text: Tensor, scale: float, cancels: bool = False, **options: object
-) -> None:
-    """Hold a backend to the rule: at most twice the reference's error and two units of rounding.
-
-    Units are of ``max|oracle|``; of the sum behind it for scalars, for gradients that cancel, and for SigLIP's, whose
-    sigmoids turn a logit's rounding into their own. In float64, where the oracle has no more digits than what it is
-    compared with, 1e-13 takes the place of the two units.
-    """
-    exact = oracle(name, image, text, scale, BIAS, **options)
-    with ops.backend("reference"):
-        reference = run(LOSSES[name], image, text, scale, **options)
-    with warnings.catch_warnings(), ops.backend(backend):
-        warnings.simplefilter("error")
-        fast = run(LOSSES[name], image, text, scale, **options)
-    for what, mine, theirs, value in zip(exact._fields, fast, reference, exact, strict=False):
-        assert mine.dtype == theirs.dtype
-        natural = float(np.abs(value).max())
-        if natural == 0 or cancels or name == "siglip" or what in ("loss", "d_scale", "d_bias"):
-            natural = exact.scales[what]
-        error, of_reference = (float(np.abs(t.double().numpy() - value).max()) for t in (mine, theirs))
-        limits = torch.finfo(mine.dtype)
-        allowed = 2 * of_reference + 2 * limits.eps * natural
-        if mine.dtype == torch.float64:
-            allowed = 2 * of_reference + 1e-13 * natural
-        # under the normal range digits are lost in any case
-        allowed += 2 * limits.tiny
-        assert error <= allowed, (
-            f"{name} {what}: error {error:.3e}, of the reference {of_reference:.3e}, {allowed=:.3e}"
-        )
 
 
 @pytest.mark.parametrize("backend", TILED)

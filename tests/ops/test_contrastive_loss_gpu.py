@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import assert_as_exact_as_reference
+from contrastive_oracle import LOSSES, compare
 from torch import Tensor
 
 from clipfast.ops import library
@@ -52,63 +52,21 @@ def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Te
     return row_loss.mean(), *ops.siglip_gradients(image, text, scale, bias, None, None, weight, 0)
 
 
-def by_formula(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Return the loss and its gradients by autograd, with logits in the dtype of ``scale``."""
-    arguments = [x.detach().clone().requires_grad_() for x in (image, text, scale, *([] if bias is None else [bias]))]
-    x = arguments[2] * (arguments[0].to(scale.dtype) @ arguments[1].to(scale.dtype).T)
-    batch = image.shape[0]
-    if bias is None:
-        labels = torch.arange(batch, device=x.device)
-        loss = (torch.nn.functional.cross_entropy(x, labels) + torch.nn.functional.cross_entropy(x.T, labels)) / 2
-    else:
-        z = 2 * torch.eye(batch, device=x.device, dtype=x.dtype) - 1
-        loss = -torch.nn.functional.logsigmoid(z * (x + arguments[3])).sum() / batch
-    return loss.detach(), *torch.autograd.grad(loss, arguments)
-
-
-def check(image: Tensor, text: Tensor, scale: float, bias: float | None = None) -> None:
-    batch, width = image.shape
-    given = [scalar(scale), *([] if bias is None else [scalar(bias)])]
-    fast = softmax(image, text, *given) if bias is None else siglip(image, text, *given)
-    reference = by_formula(image, text, *given)
-    oracle = by_formula(image.double(), text.double(), *[x.double() for x in given])
-    largest = float(oracle[0].abs().clamp(min=1))
-    # at width 1 half of the batch is alike, and what is summed is as large as the scale
-    of_features = scale if width == 1 else scale / batch
-    scales = (largest, of_features, of_features, largest, largest)
-    for name, a, r, o, s in zip(
-        ("loss", "d_image", "d_text", "d_scale", "d_bias"), fast, reference, oracle, scales, strict=False
-    ):
-        # a logit is off by units of rounding at its own size, and so is what is summed over logits
-        noise = scale if name in ("loss", "d_scale", "d_bias") else 1.0
-        assert_as_exact_as_reference(a, r, o, f"{name} at B={batch}, D={width}, {image.dtype}", s * max(1.0, noise))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("batch", "width"), SHAPES)
-def test_softmax(batch: int, width: int, dtype: torch.dtype) -> None:
-    check(*features(batch, width, dtype), scale=100.0)
+@pytest.mark.parametrize("name", LOSSES)
+def test_against_fp64(name: str, batch: int, width: int, dtype: torch.dtype) -> None:
+    compare(name, "native", *features(batch, width, dtype), scale=100.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("batch", "width"), SHAPES)
-def test_siglip(batch: int, width: int, dtype: torch.dtype) -> None:
-    check(*features(batch, width, dtype), scale=10.0, bias=-10.0)
-
-
-def test_float64() -> None:
-    image, text = features(300, 48, torch.float64)
-    for fast, oracle in zip(
-        softmax(image, text, scalar(50.0, torch.float64)),
-        by_formula(image, text, scalar(50.0, torch.float64)),
-        strict=True,
-    ):
-        torch.testing.assert_close(fast, oracle, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("name", LOSSES)
+def test_float64(name: str) -> None:
+    compare(name, "native", *features(300, 48, torch.float64), scale=50.0)
 
 
 def test_rows_that_start_anywhere() -> None:
     wide = torch.nn.functional.normalize(torch.randn(130, 2 * 37 + 3, device="cuda"), dim=-1).to(torch.bfloat16)
-    check(wide[:, 1:38], wide[:, 38:75], scale=30.0)
+    compare("contrastive", "native", wide[:, 1:38], wide[:, 38:75], scale=30.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

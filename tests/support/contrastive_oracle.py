@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from clipfast import ops
+
+BIAS = -3.0
+LOSSES = {"contrastive": ops.contrastive_loss, "siglip": ops.siglip_loss}
 
 
 class Oracle(NamedTuple):
@@ -31,7 +37,7 @@ def oracle(
     normalize: bool = False,
 ) -> Oracle:
     """Compute the loss ``name`` in float64."""
-    raw = [t.detach().double().numpy() for t in (image, text)]
+    raw = [t.detach().double().cpu().numpy() for t in (image, text)]
     # scalars as the tested code sees them: rounded to the features' precision of sums
     exact = torch.float64 if image.dtype == torch.float64 else torch.float32
     s, b = (torch.tensor(v, dtype=exact).item() for v in (scale, bias))
@@ -85,3 +91,45 @@ def oracle(
         )
     d_bias = 0.0 if name == "contrastive" else g.sum()
     return Oracle(np.asarray(loss), d_image, d_text, np.asarray((g * cosines).sum()), np.asarray(d_bias), scales)
+
+
+def run(loss: object, image: Tensor, text: Tensor, scale: float, **options: object) -> list[Tensor]:
+    """Return a loss and its gradients of both features, the scale and (SigLIP) the bias."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    inputs = [t.detach().clone().requires_grad_() for t in (image, text)]
+    scalars = [torch.tensor(v, dtype=dtype, device=image.device, requires_grad=True) for v in (scale, BIAS)]
+    value = loss(*inputs, scalars[0], logit_bias=scalars[1], **options)
+    value.sum().backward()
+    return [value.detach(), *(t.grad for t in (*inputs, *scalars))]
+
+
+def compare(
+    name: str, backend: str, image: Tensor, text: Tensor, scale: float, cancels: bool = False, **options: object
+) -> None:
+    """Hold a backend to the rule: at most twice the reference's error and two units of rounding.
+
+    Units are of ``max|oracle|``; of the sum behind it for scalars, for gradients that cancel, and for SigLIP's, whose
+    sigmoids turn a logit's rounding into their own. In float64, where the oracle has no more digits than what it is
+    compared with, 1e-13 takes the place of the two units.
+    """
+    exact = oracle(name, image, text, scale, BIAS, **options)
+    with ops.backend("reference"):
+        reference = run(LOSSES[name], image, text, scale, **options)
+    with warnings.catch_warnings(), ops.backend(backend):
+        warnings.simplefilter("error")
+        fast = run(LOSSES[name], image, text, scale, **options)
+    for what, mine, theirs, value in zip(exact._fields, fast, reference, exact, strict=False):
+        assert mine.dtype == theirs.dtype
+        natural = float(np.abs(value).max())
+        if natural == 0 or cancels or name == "siglip" or what in ("loss", "d_scale", "d_bias"):
+            natural = exact.scales[what]
+        error, of_reference = (float(np.abs(t.double().cpu().numpy() - value).max()) for t in (mine, theirs))
+        limits = torch.finfo(mine.dtype)
+        allowed = 2 * of_reference + 2 * limits.eps * natural
+        if mine.dtype == torch.float64:
+            allowed = 2 * of_reference + 1e-13 * natural
+        # under the normal range digits are lost in any case
+        allowed += 2 * limits.tiny
+        assert error <= allowed, (
+            f"{name} {what}: error {error:.3e}, of the reference {of_reference:.3e}, {allowed=:.3e}"
+        )
