@@ -35,8 +35,9 @@ def test_explain_names_the_implementation_and_its_rivals() -> None:
 def test_explain_gives_the_reason() -> None:
     offsets = torch.tensor([0, 4], dtype=torch.int32)
     text = clipfast.explain("attention", QKV[0], 2, cu_seqlens=offsets)
-    assert text.startswith("attention: reference")
-    assert "not torch (scaled_dot_product_attention): packed sequences" in text
+    assert text.startswith("attention: torch")
+    assert "not triton (packed queries, keys and values in place): head_dim 8 is not served" in text
+    assert "not reference (explicit softmax in plain PyTorch): a faster one serves the call" in text
 
 
 def test_explain_checks_the_call() -> None:
@@ -57,9 +58,8 @@ def test_a_backend_that_is_not_there_is_announced_once() -> None:
 
 
 def test_a_refused_call_is_announced_with_its_reason() -> None:
-    offsets = torch.tensor([0, 4], dtype=torch.int32)
-    with clipfast.backend("torch"), pytest.warns(ops.FallbackWarning, match="packed sequences"):
-        ops.attention(QKV[0], 2, cu_seqlens=offsets)
+    with clipfast.backend("triton"), pytest.warns(ops.FallbackWarning, match="head_dim 8 is not served"):
+        ops.attention(QKV, 2)
 
 
 def test_the_backend_is_restored() -> None:
