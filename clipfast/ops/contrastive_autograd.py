@@ -99,7 +99,7 @@ class _Contrastive(torch.autograd.Function):
         own = slice(0, image.shape[0])
         if ranks is not None:
             col_lse, col_rival, own = ranks.join_lse(col_lse), ranks.max(col_rival), ranks.own
-        ctx.plan, ctx.own = plan, own
+        ctx.plan = plan
         ctx.save_for_backward(image, others, logit_scale, row_lse, col_lse)
         # the large parts first: what is left of them is small, and exact
         losses = sum((lse[0] - positive + lse[1]) / 2 for lse in (row_lse, col_lse[:, own]))
@@ -113,40 +113,23 @@ class _Contrastive(torch.autograd.Function):
         image, text, logit_scale, row_lse, col_lse = ctx.saved_tensors
         plan, ranks = ctx.plan, ctx.plan.ranks
         row_weight = (grad / 2).contiguous()
-        if ranks is None or not plan.ring:
-            col_weight = row_weight if ranks is None else ranks.gather(row_weight)
-            d_image, d_text, d_scale = plan.kernels.gradients(
+        col_weight = row_weight if ranks is None else ranks.gather(row_weight)
+
+        def block(texts: Tensor, columns: slice, first_label: int) -> tuple[Tensor, ...]:
+            return plan.kernels.gradients(
                 image,
-                text,
+                texts,
                 logit_scale,
                 _factor(image, plan.normalize),
-                _factor(text, plan.normalize),
+                _factor(texts, plan.normalize),
                 row_lse,
-                col_lse,
+                col_lse[:, columns].contiguous(),
                 row_weight,
-                col_weight,
-                ctx.own.start,
+                col_weight[columns],
+                first_label,
             )
-            if ranks is not None:
-                d_text, text = ranks.reduce_scatter(d_text), text[ctx.own]
-        else:
-            col_weight = ranks.gather(row_weight)
 
-            def block(texts: Tensor, columns: slice, first_label: int) -> tuple[Tensor, ...]:
-                return plan.kernels.gradients(
-                    image,
-                    texts,
-                    logit_scale,
-                    _factor(image, plan.normalize),
-                    _factor(texts, plan.normalize),
-                    row_lse,
-                    col_lse[:, columns].contiguous(),
-                    row_weight,
-                    col_weight[columns],
-                    first_label,
-                )
-
-            d_image, d_text, (d_scale,) = _ring_gradients(image, text, ranks, block)
+        d_image, d_text, text, (d_scale,) = _all_blocks(image, text, plan, block)
         d_image = _through_norm(d_image, image, plan.normalize)
         return d_image, _through_norm(d_text, text, plan.normalize), d_scale, None
 
@@ -183,7 +166,7 @@ class _SigLip(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         image, text, logit_scale, logit_bias = ctx.saved_tensors
-        plan, ranks = ctx.plan, ctx.plan.ranks
+        plan = ctx.plan
         row_weight = grad.contiguous()
 
         def block(texts: Tensor, _: slice, first_label: int) -> tuple[Tensor, ...]:
@@ -198,15 +181,24 @@ class _SigLip(torch.autograd.Function):
                 first_label,
             )
 
-        if ranks is not None and plan.ring:
-            d_image, d_text, scalars = _ring_gradients(image, text, ranks, block)
-        elif ranks is not None:
-            d_image, d_text, *scalars = block(text, slice(None), ranks.own.start)
-            d_text, text = ranks.reduce_scatter(d_text), text[ranks.own]
-        else:
-            d_image, d_text, *scalars = block(text, slice(None), 0)
+        d_image, d_text, text, scalars = _all_blocks(image, text, plan, block)
         d_image = _through_norm(d_image, image, plan.normalize)
         return d_image, _through_norm(d_text, text, plan.normalize), *scalars, None
+
+
+def _all_blocks(image: Tensor, text: Tensor, plan: Plan, block: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Return ``d_image``, this rank's ``d_text`` and texts, and the gradients of scalars.
+
+    ``block(texts, columns, first_label)`` gives the gradients of this rank's rows with some of the columns.
+    """
+    ranks = plan.ranks
+    if ranks is not None and plan.ring:
+        d_image, d_text, scalars = _ring_gradients(image, text, ranks, block)
+        return d_image, d_text, text, scalars
+    d_image, d_text, *scalars = block(text, slice(None), 0 if ranks is None else ranks.own.start)
+    if ranks is None:
+        return d_image, d_text, text, scalars
+    return d_image, ranks.reduce_scatter(d_text), text[ranks.own], scalars
 
 
 def _label(ranks: Ranks, owner: int) -> int:
