@@ -27,6 +27,8 @@ _HOME_OF = {
     "Tokenizer": "clipfast.data.tokenizer",
     "tokenize": "clipfast.data.tokenizer",
     "image_transform": "clipfast.data.transform",
+    "exact_shortcuts": "clipfast.modules.shortcuts",
+    "trim_captions": "clipfast.modules.packing",
     "backend": "clipfast.ops.dispatch",
     "explain": "clipfast.ops.dispatch",
 }
@@ -59,7 +61,9 @@ if TYPE_CHECKING:
     from clipfast.models.create import create_model
     from clipfast.models.weights import load_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
+    from clipfast.modules.packing import trim_captions
     from clipfast.modules.resnet import ModifiedResNet
+    from clipfast.modules.shortcuts import exact_shortcuts
     from clipfast.modules.text import TextTransformer
     from clipfast.modules.vit import ViT
     from clipfast.ops.dispatch import backend, explain

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from clipfast import ops
 from clipfast.modules.vit import check_images
 
 
@@ -97,10 +98,8 @@ class AttentionPool2d(nn.Module):
         tokens = torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1)
         tokens = tokens + self.positional_embedding.to(tokens.dtype)
         # only the mean's query is read, so only it is formed
-        query, key, value = self.q_proj(tokens[:, :1]), self.k_proj(tokens), self.v_proj(tokens)
-        query, key, value = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        pooled = F.scaled_dot_product_attention(query, key, value)
-        return self.c_proj(pooled.transpose(1, 2).flatten(1))
+        query, key, value = self.q_proj(tokens[:, 0]), self.k_proj(tokens), self.v_proj(tokens)
+        return self.c_proj(ops.single_query_attention(query, key, value, self.heads))
 
 
 class ModifiedResNet(nn.Module):

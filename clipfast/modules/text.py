@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.modules.transformer import LayerNorm, Transformer, take_tokens
+from clipfast.modules.packing import pack
+from clipfast.modules.transformer import LayerNorm, Transformer
+
+POOLINGS = ("eos", "argmax")
 
 
 class TextTower(nn.Module):
@@ -26,12 +30,18 @@ class TextTower(nn.Module):
         output_dim: int | None,
         approximate: str,
         eos_id: int | None,
+        pooling: str = "eos",
     ) -> None:
         self.context_length = context_length
         self.vocab_size = vocab_size
         self.eos_id = vocab_size - 1 if eos_id is None else eos_id
         if not 0 <= self.eos_id < vocab_size:
             raise ValueError(f"TextTransformer(eos_id): got {eos_id}, expected an id below vocab_size = {vocab_size}")
+        if pooling not in POOLINGS:
+            raise ValueError(
+                f"TextTransformer(pooling): got {pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}"
+            )
+        self.pooling = pooling
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.text_projection = None if output_dim is None else nn.Parameter(torch.empty(width, output_dim))
         self.transformer = Transformer(width, layers, heads, mlp_ratio, approximate, causal=True)
@@ -55,17 +65,32 @@ class TextTower(nn.Module):
 
     def _text_features(self, tokens: Tensor) -> Tensor:
         """Return ``[B, E]`` from ``[B, L]``: the EOS token after the last LayerNorm and projection."""
-        x = self.transformer(self._embed_tokens(tokens))
-        # LayerNorm works row by row: the one row that is read suffices
-        pooled = self.ln_final(take_tokens(x, self._eos_positions(tokens)))
+        self._check_tokens(tokens)
+        read = self._read_positions(tokens)
+        if _waits_for_nothing(tokens) or not self.transformer.can_pack():
+            pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
+        else:
+            # the mask hides what lies behind the token that is read: it is left out
+            packing = pack(read, tokens.shape[1])
+            x = self.token_embedding(tokens.flatten()[packing.rows])
+            x = x + F.embedding(packing.positions, self.positional_embedding)
+            x = self.transformer(x, packing.cu_seqlens, packing.ends)
+            # LayerNorm works row by row: the rows that are read suffice
+            pooled = self.ln_final(x)[packing.order]
         return pooled if self.text_projection is None else pooled @ self.text_projection
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
-        self._check_tokens(tokens)
         return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
 
-    def _eos_positions(self, tokens: Tensor) -> Tensor:
-        """Return ``[B]``, the position of the first EOS token of each row."""
+    def _all_tokens(self, tokens: Tensor) -> Tensor:
+        """Return ``[B, L, W]``, what goes into the first block."""
+        self._check_tokens(tokens)
+        return self._embed_tokens(tokens)
+
+    def _read_positions(self, tokens: Tensor) -> Tensor:
+        """Return ``[B]``, the position of the token that each row is read at."""
+        if self.pooling == "argmax":
+            return tokens.argmax(dim=-1)
         return (tokens == self.eos_id).to(torch.uint8).argmax(dim=-1)
 
     def _check_tokens(self, tokens: Tensor) -> None:
@@ -85,12 +110,23 @@ class TextTower(nn.Module):
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"tokens: got ids {int(low)} to {int(high)}, expected 0 to {self.vocab_size - 1}")
             missing = (tokens != self.eos_id).all(dim=-1)
-            if missing.any():
+            if self.pooling == "eos" and missing.any():
                 rows = missing.nonzero().flatten().tolist()
                 raise ValueError(
                     f"tokens: got {len(rows)} rows without the EOS id {self.eos_id} (the first is row {rows[0]}), "
                     f"expected one in every row: the text's features are read there"
                 )
+
+
+def _waits_for_nothing(tokens: Tensor) -> bool:
+    """Return whether values cannot be read now: they are being traced, captured in a graph, or are none."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or tokens.is_meta
+        or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
+        or tokens.numel() == 0
+    )
 
 
 class TextTransformer(TextTower):
@@ -107,10 +143,12 @@ class TextTransformer(TextTower):
         approximate: The GELU: ``"none"`` (erf), ``"tanh"`` or ``"quick"`` (OpenAI's weights).
         eos_id: The id of the end-of-text token, where features are read; by default the last id, as in CLIP's
             vocabulary.
+        pooling: Where features are read: ``"eos"``, at the first EOS token; ``"argmax"``, at the largest id (the first
+            of them), as OpenAI's code and open_clip do: the same place, unless a row has no EOS.
 
     Raises:
-        ValueError: ``heads`` does not divide ``width``, ``eos_id`` is outside the vocabulary, or ``approximate`` is
-            not one of its values.
+        ValueError: ``heads`` does not divide ``width``, ``eos_id`` is outside the vocabulary, or ``approximate`` or
+            ``pooling`` is not one of its values.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021).
     """
@@ -127,11 +165,12 @@ class TextTransformer(TextTower):
         *,
         approximate: str = "none",
         eos_id: int | None = None,
+        pooling: str = "eos",
     ) -> None:
         super().__init__()
         self.output_dim = output_dim
         self._add_text_tower(
-            context_length, vocab_size, width, layers, heads, mlp_ratio, output_dim, approximate, eos_id
+            context_length, vocab_size, width, layers, heads, mlp_ratio, output_dim, approximate, eos_id, pooling
         )
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -150,11 +189,11 @@ class TextTransformer(TextTower):
 
     def forward_features(self, tokens: Tensor) -> Tensor:
         """Return all tokens after the last LayerNorm, ``[B, L, W]``."""
-        return self.ln_final(self.transformer(self._embed_tokens(tokens)))
+        return self.ln_final(self.transformer(self._all_tokens(tokens)))
 
     def get_attention_maps(self, tokens: Tensor) -> Tensor:
         """Return the attention weights of every block and head, ``[layers, B, H, L, L]`` (query, key)."""
-        return self.transformer.attention_maps(self._embed_tokens(tokens))
+        return self.transformer.attention_maps(self._all_tokens(tokens))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training; see :attr:`Transformer.grad_checkpointing`."""

@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
+from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
+
+# the token of every sequence that is read: one position for all, or one each [S]
+Read = int | Tensor
 
 
 class LayerNorm(nn.LayerNorm):
@@ -43,9 +47,34 @@ class SelfAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[B, N, W]`` from ``[B, N, W]``."""
-        return self.out_proj(ops.attention(self._qkv(x), self.heads, causal=self.causal))
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return ``[B, N, W]`` from ``[B, N, W]``; ``[total, W]`` with offsets ``[S + 1]`` of packed sequences."""
+        return self.out_proj(ops.attention(self._qkv(x), self.heads, causal=self.causal, cu_seqlens=cu_seqlens))
+
+    def forward_one(self, x: Tensor, query: Tensor, read: Read, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return ``[S, W]``, the rows of :meth:`forward` for one token a sequence.
+
+        Args:
+            x: As for :meth:`forward`: every token gives a key and a value.
+            query: ``[S, W]``, the tokens that ask.
+            read: Their positions, one for all or one each ``[S]``; packed sequences are asked by their last token.
+            cu_seqlens: As for :meth:`forward`.
+        """
+        width = x.shape[-1]
+        # two views by one split: their gradients come together without a sum over the whole
+        weights = self.in_proj_weight.split([width, 2 * width])
+        biases = self.in_proj_bias.split([width, 2 * width])
+        key, value = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
+        lengths = None
+        if self.causal and cu_seqlens is None:
+            if isinstance(read, int):
+                key, value = key[:, : read + 1], value[:, : read + 1]
+            else:
+                lengths = read + 1
+        query = F.linear(query, weights[0], biases[0])
+        return self.out_proj(
+            ops.single_query_attention(query, key, value, self.heads, lengths=lengths, cu_seqlens=cu_seqlens)
+        )
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention weights ``[B, H, N, N]`` (query, key) for ``[B, N, W]``."""
@@ -108,9 +137,25 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = LayerNorm(width)
         self.mlp = MLP(width, int(width * mlp_ratio), approximate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[B, N, W]`` from ``[B, N, W]``."""
-        y, x = ops.add_layer_norm(self.attn(self.ln_1(x)), x, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, read: Read | None = None) -> Tensor:
+        """Return ``[B, N, W]`` from ``[B, N, W]``.
+
+        Args:
+            x: ``[B, N, W]``; ``[total, W]`` with ``cu_seqlens``.
+            cu_seqlens: Offsets ``[S + 1]`` of sequences that are packed one behind the other.
+            read: The token of each sequence that is asked for: a position, or one each ``[B]``; with
+                ``cu_seqlens``, the rows ``[S]`` of the sequences' last tokens. None asks for all tokens.
+
+        Returns:
+            As ``x``; ``[S, W]`` with ``read``: keys and values are computed for all tokens, the rest for one.
+        """
+        y = self.ln_1(x)
+        if read is None:
+            y = self.attn(y, cu_seqlens)
+        else:
+            x, query = take_tokens(x, read), take_tokens(y, read)
+            y = self.attn.forward_one(y, query, read, cu_seqlens)
+        y, x = ops.add_layer_norm(y, x, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
         return x + self.mlp(y)
 
 
@@ -147,11 +192,31 @@ class Transformer(nn.Module):
             ResidualAttentionBlock(width, heads, mlp_ratio, approximate, causal) for _ in range(layers)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[B, N, W]`` from ``[B, N, W]``."""
-        for block in self.resblocks:
-            x = self._run(block, x)
-        return x
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, read: Read | None = None) -> Tensor:
+        """Return what the last block gives; arguments and result as :meth:`ResidualAttentionBlock.forward`.
+
+        ``cu_seqlens`` wants blocks that :meth:`can_pack`. ``read`` is a shortcut where :meth:`can_read_one`, and
+        otherwise a choice among all tokens.
+        """
+        shorten = read is not None and self.can_read_one()
+        for block in self.resblocks[:-1] if shorten else self.resblocks:
+            x = self._run(block, x, cu_seqlens)
+        if shorten:
+            return self._run(self.resblocks[-1], x, cu_seqlens, read)
+        return x if read is None else take_tokens(x, read)
+
+    def can_pack(self) -> bool:
+        """Return whether the blocks take packed sequences: they are clipfast's, and nobody watches them."""
+        return shortcuts_enabled() and all(_is_own(b) and not is_observed(b) for b in self.resblocks)
+
+    def can_read_one(self) -> bool:
+        """Return whether the last block may compute one token alone: it is clipfast's, and nobody watches it."""
+        return (
+            shortcuts_enabled()
+            and self.layers > 0
+            and _is_own(self.resblocks[-1])
+            and not is_observed(self.resblocks[-1])
+        )
 
     def intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the last block's output and those of chosen blocks.
@@ -183,10 +248,12 @@ class Transformer(nn.Module):
             x = block(x)
         return torch.stack(maps)
 
-    def _run(self, block: nn.Module, x: Tensor) -> Tensor:
+    def _run(self, block: nn.Module, x: Tensor, *rest: Tensor | int | None) -> Tensor:
+        if all(argument is None for argument in rest):
+            rest = ()  # a block of somebody else's takes nothing but tokens
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False)
-        return block(x)
+            return checkpoint(block, x, *rest, use_reentrant=False)
+        return block(x, *rest)
 
     def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
         if indices is None:
@@ -201,6 +268,21 @@ class Transformer(nn.Module):
         return {i % self.layers for i in indices}
 
 
-def take_tokens(x: Tensor, positions: Tensor) -> Tensor:
-    """Return ``[B, W]``: from each sequence of ``[B, N, W]`` the token at its position ``[B]``."""
-    return x[torch.arange(x.shape[0], device=x.device), positions]
+def take_tokens(x: Tensor, read: Read) -> Tensor:
+    """Return ``[S, W]``: from each sequence of ``[S, N, W]`` the token at ``read``, or those rows of ``[total, W]``."""
+    if isinstance(read, int):
+        return x[:, read]
+    if x.dim() == 2:
+        return x.index_select(0, read)
+    return x[torch.arange(x.shape[0], device=x.device), read]
+
+
+def _is_own(block: nn.Module) -> bool:
+    """Return whether a block and its attention compute what this file says."""
+    return (
+        isinstance(block, ResidualAttentionBlock)
+        and type(block).forward is ResidualAttentionBlock.forward
+        and isinstance(block.attn, SelfAttention)
+        and type(block.attn).forward is SelfAttention.forward
+        and type(block.attn).forward_one is SelfAttention.forward_one
+    )

@@ -139,9 +139,8 @@ class ViT(nn.Module):
         Raises:
             TypeError, ValueError: ``images`` is not as described.
         """
-        x = self.transformer(self._embed(images))
-        # LayerNorm works row by row: the one row that is read suffices
-        return self._project(self.ln_post(x[:, 0]))
+        # only the class token is read: the last block and LayerNorm compute no other
+        return self._project(self.ln_post(self.transformer(self._embed(images), read=0)))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return all tokens after the last LayerNorm, ``[B, 1 + patches, W]``, class token first."""

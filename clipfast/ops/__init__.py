@@ -9,6 +9,7 @@ from clipfast.ops.bias_gelu import bias_gelu
 from clipfast.ops.contrastive_loss import contrastive_loss, siglip_loss
 from clipfast.ops.dispatch import FallbackWarning, backend, explain
 from clipfast.ops.layer_norm import add_layer_norm, layer_norm
+from clipfast.ops.single_query_attention import single_query_attention
 
 __all__ = [
     "FallbackWarning",
@@ -20,4 +21,5 @@ __all__ = [
     "explain",
     "layer_norm",
     "siglip_loss",
+    "single_query_attention",
 ]

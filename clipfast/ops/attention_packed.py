@@ -1,11 +1,15 @@
 """Packed sequences by PyTorch's own attention: sequences of one length make one batch.
 
+Sequences that come in order of their lengths, as the text tower packs them, are read in place; others are permuted
+first.
+
 How many there are of which length is data, which ``torch.compile`` cannot trace: while it does, the same code is an
 operator to it. Its backward pass computes the forward pass again, which eager mode does not need to.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -28,13 +32,62 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(gradient, inverse, order), None, None
 
 
-def check_offsets(offsets: list[int], total: int) -> None:
+def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """Return ``x[order]`` for a permutation and its inverse."""
+    return _Permute.apply(x, order, inverse)
+
+
+def check_offsets(offsets: list[int], total: int, op: str = "attention") -> None:
     """Raise a ValueError unless ``offsets`` start at 0, never decrease and end at ``total``."""
     if offsets[0] != 0 or offsets[-1] != total or any(b < a for a, b in pairwise(offsets)):
         raise ValueError(
-            f"attention(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, never "
-            f"decrease and end at the {total} tokens of qkv"
+            f"{op}(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, never "
+            f"decrease and end at the {total} packed tokens"
         )
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Packed sequences by their length.
+
+    Attributes:
+        counts: ``(n, count)`` for every distinct length n > 0: that many sequences have it.
+        tokens: The permutation (and its inverse) that puts the tokens of one length behind each other, in the order
+            of ``counts``; None where they lie so.
+        sequences: The same for the sequences themselves, empty ones left out.
+    """
+
+    counts: list[tuple[int, int]]
+    tokens: tuple[Tensor, Tensor] | None
+    sequences: tuple[Tensor, Tensor] | None
+
+
+def group_by_length(offsets: list[int], device: torch.device) -> Groups:
+    """Return the groups of sequences that lie between ``offsets``; the permutations lie on ``device``."""
+    by_length: dict[int, list[int]] = {}
+    starts: list[int] = []
+    last, sorted_already = 0, True
+    for start, end in pairwise(offsets):
+        if end > start:
+            # not where a length comes back after another one
+            sorted_already &= end - start == last or end - start not in by_length
+            last = end - start
+            by_length.setdefault(last, []).append(len(starts))
+            starts.append(start)
+    counts = [(n, len(group)) for n, group in by_length.items()]
+    if sorted_already:
+        return Groups(counts, None, None)
+    sequences = torch.tensor([i for group in by_length.values() for i in group])
+    lengths = torch.tensor([n for n, count in counts for _ in range(count)])
+    # from where a token goes to where it comes from is as far as for its sequence's first
+    moves = torch.tensor(starts)[sequences] - (lengths.cumsum(0) - lengths)
+    tokens = torch.arange(offsets[-1]) + moves.repeat_interleave(lengths)
+    return Groups(counts, _with_inverse(tokens, device), _with_inverse(sequences, device))
+
+
+def _with_inverse(order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
+    return order.to(device), inverse.to(device)
 
 
 def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -52,28 +105,18 @@ def _by_length(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> T
     """
     offsets = cu_seqlens.tolist()
     check_offsets(offsets, qkv.shape[0])
-    by_length: dict[int, list[int]] = {}
-    for start, end in pairwise(offsets):
-        if end > start:
-            by_length.setdefault(end - start, []).append(start)
-    if not by_length:
+    groups = group_by_length(offsets, qkv.device)
+    if not groups.counts:
         return qkv[:, 0].flatten(1)
-    starts = torch.tensor([s for group in by_length.values() for s in group], device=qkv.device)
-    lengths = torch.tensor([n for n, group in by_length.items() for _ in group], device=qkv.device)
-    # the tokens, sequences of one length behind each other
-    first = lengths.cumsum(0) - lengths
-    order = torch.arange(qkv.shape[0], device=qkv.device) + (starts - first).repeat_interleave(lengths)
-    sorted_already = len(by_length) == 1
-    if not sorted_already:
-        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(qkv.shape[0], device=qkv.device))
-        qkv = _Permute.apply(qkv, order, inverse)
+    if groups.tokens is not None:
+        qkv = permute(qkv, *groups.tokens)
     parts = []
-    for tokens, n in zip(qkv.split([n * len(g) for n, g in by_length.items()]), by_length, strict=True):
+    for tokens, (n, _) in zip(qkv.split([n * count for n, count in groups.counts]), groups.counts, strict=True):
         query, key, value = tokens.unflatten(0, (-1, n)).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
         parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
     out = torch.cat(parts)
-    return out if sorted_already else _Permute.apply(out, inverse, order)
+    return out if groups.tokens is None else permute(out, *reversed(groups.tokens))
 
 
 _library = torch.library.Library("clipfast", "FRAGMENT")

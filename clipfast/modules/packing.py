@@ -1,0 +1,79 @@
+"""Captions without the tokens behind the one that is read: packed behind each other, or cut to a common length."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# few, so that a compiled or captured model keeps few variants; captions of pictures have 10 to 30 tokens
+CAPTION_BUCKETS = (8, 16, 24, 32, 48, 64, 77)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of packed captions come from and go to; captions are ordered by their length.
+
+    Attributes:
+        rows: ``[total]``: each packed token's index in the flattened ``[B · L]``.
+        positions: ``[total]``: its position in its caption.
+        cu_seqlens: ``[B + 1]`` int64 in host memory: the packed captions' offsets.
+        ends: ``[B]``: each caption's last packed token.
+        order: ``[B]``: where each caption of the batch lies among the packed ones.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    cu_seqlens: Tensor
+    ends: Tensor
+    order: Tensor
+
+
+def pack(read: Tensor, context_length: int) -> Packing:
+    """Return how to pack captions up to the token that is read.
+
+    Args:
+        read: ``[B]``: the position of each caption's last token. Where it lies on a GPU, this waits for it.
+        context_length: The length L of the rows that the captions come in.
+
+    Returns:
+        A :class:`Packing` whose tensors (but ``cu_seqlens``) lie on the device of ``read``. Captions of one length lie
+        behind each other, so that attention takes them as one batch without moving them.
+    """
+    lengths, by_length = (read.cpu().long() + 1).sort(stable=True)
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    positions = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(lengths)
+    rows = positions + (by_length * context_length).repeat_interleave(lengths)
+    order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length)))
+    rows, positions, ends, order = (t.to(read.device) for t in (rows, positions, cu_seqlens[1:] - 1, order))
+    return Packing(rows, positions, cu_seqlens, ends, order)
+
+
+def trim_captions(tokens: Tensor, *, eos_id: int = 49407, buckets: Sequence[int] = CAPTION_BUCKETS) -> Tensor:
+    """Cut the columns off that lie behind every caption's end: the form of captions for ``torch.compile``.
+
+    A compiled model, or one in a CUDA graph, cannot pack: how many tokens there are is data. It computes the columns
+    that it is given, so give it few. A model compiled with ``dynamic=False`` is compiled once for every bucket that
+    occurs.
+
+    Args:
+        tokens: Token ids ``[B, L]`` in host memory (elsewhere this waits for the device), each row with an EOS.
+        eos_id: The id of the end-of-text token.
+        buckets: The lengths that come out; L is one more.
+
+    Returns:
+        ``[B, L']``, a view: the shortest bucket that holds every row's first EOS.
+
+    Raises:
+        ValueError: ``tokens`` is not ``[B, L]``, or a row has no EOS.
+    """
+    if tokens.dim() != 2 or tokens.numel() == 0:
+        raise ValueError(f"trim_captions(tokens): got shape {tuple(tokens.shape)}, expected [B, L], not empty")
+    found = tokens == eos_id
+    if not bool(found.any(dim=-1).all()):
+        raise ValueError(f"trim_captions(tokens): got a row without the EOS id {eos_id}, expected one in every row")
+    longest = int(found.to(torch.uint8).argmax(dim=-1).max()) + 1
+    fitting = [length for length in buckets if longest <= length < tokens.shape[1]]
+    return tokens[:, : min(fitting, default=tokens.shape[1])]

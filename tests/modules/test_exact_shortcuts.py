@@ -1,0 +1,254 @@
+"""Packed captions and the one-token last block: the numbers of the dense towers, and when they stay away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import relative_error
+from torch import Tensor, nn
+
+import clipfast
+from clipfast.modules.transformer import MLP
+
+VOCABULARY, CONTEXT = 200, 77
+EOS = VOCABULARY - 1
+BOUND = 1e-12
+
+
+def text_tower(**changes: object) -> clipfast.TextTransformer:
+    torch.manual_seed(0)
+    sizes = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": 32, "layers": 3, "heads": 2}
+    model = clipfast.TextTransformer(**(sizes | {"output_dim": 24} | changes)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # no bias stays at zero, no norm at one
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def image_tower(**changes: object) -> clipfast.ViT:
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 3, "heads": 2, "output_dim": 24}
+    return clipfast.ViT(**(sizes | changes)).double()
+
+
+def captions_of(lengths: list[int]) -> Tensor:
+    """Return token ids with the EOS at ``lengths[i] - 1`` and other ids, no zeros, behind it."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    tokens = torch.randint(1, EOS - 1, (len(lengths), CONTEXT), generator=generator)
+    tokens[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = EOS
+    return tokens
+
+
+def outputs_and_gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(3)  # patch dropout draws
+    out = model(inputs)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    (weights * out).sum().backward()
+    return {"output": out.detach()} | {k: p.grad.clone() for k, p in model.named_parameters()}
+
+
+def assert_same_as_dense(model: nn.Module, inputs: Tensor) -> None:
+    short = outputs_and_gradients(model, inputs)
+    with clipfast.exact_shortcuts(False):
+        dense = outputs_and_gradients(model, inputs)
+    for name, expected in dense.items():
+        assert relative_error(short[name], expected) <= BOUND, name
+
+
+@contextmanager
+def rows_seen(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Collect how many tokens each MLP computes."""
+    seen: list[int] = []
+    forward = MLP.forward
+
+    def counting(self: MLP, x: Tensor) -> Tensor:
+        seen.append(x.shape[:-1].numel())
+        return forward(self, x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MLP, "forward", counting)
+        yield seen
+
+
+CAPTIONS = {
+    "every length": list(range(2, CONTEXT + 1)),
+    "all equal": [9] * 5,
+    "all full": [CONTEXT] * 3,
+    "EOS at position 1": [2, 2],
+    "EOS first": [1, 5],
+    "one": [12],
+    "mixed": [5, 70, 5, 31, 77, 2, 31],
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lengths", CAPTIONS.values(), ids=CAPTIONS.keys())
+def test_text_is_the_same_as_dense(lengths: list[int], checkpointing: bool) -> None:
+    model = text_tower()
+    model.set_grad_checkpointing(checkpointing)
+    assert_same_as_dense(model, captions_of(lengths))
+
+
+def test_the_first_of_several_eos_counts() -> None:
+    tokens = captions_of([10, 20, 30])
+    tokens[:, 40:50] = EOS
+    tokens[1, 60] = EOS
+    assert_same_as_dense(text_tower(), tokens)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(2, CONTEXT), min_size=1, max_size=9))
+def test_text_is_the_same_as_dense_for_any_lengths(lengths: list[int]) -> None:
+    assert_same_as_dense(text_tower(layers=2), captions_of(lengths))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"output_dim": None}, {"approximate": "quick"}, {"pooling": "argmax"}, {"layers": 1}]
+)
+def test_text_towers_of_other_kinds(changes: dict) -> None:
+    assert_same_as_dense(text_tower(**changes), captions_of([5, 3, 9]))
+
+
+def test_argmax_pooling_reads_rows_without_an_eos() -> None:
+    model, tokens = text_tower(pooling="argmax"), captions_of([5, 3, 9])
+    tokens[1] = torch.arange(CONTEXT) % 50 + 1
+    expected = model.forward_features(tokens)[[0, 1, 2], tokens.argmax(-1)] @ model.text_projection
+    assert relative_error(model(tokens), expected) <= BOUND
+    assert_same_as_dense(model, tokens)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"patch_dropout": 0.5}, {"layers": 1}, {"output_dim": None}])
+def test_images_are_the_same_as_dense(changes: dict, checkpointing: bool) -> None:
+    model = image_tower(**changes)
+    model.set_grad_checkpointing(checkpointing)
+    assert_same_as_dense(model, torch.randn(3, 3, 32, 32, dtype=torch.float64))
+
+
+def test_what_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    text, image, tokens = text_tower(), image_tower(), captions_of([5, 70, 2])
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    with rows_seen(text, monkeypatch) as seen:
+        text(tokens)
+        assert seen == [77, 77, 3]  # 5 + 70 + 2 tokens, and one each
+        image(images)
+        assert seen[3:] == [4 * 17, 4 * 17, 4]
+        seen.clear()
+        with clipfast.exact_shortcuts(False):
+            text(tokens), image(images)
+        assert seen == [3 * 77] * 3 + [4 * 17] * 3
+
+
+ASKING_FOR_TOKENS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "features": lambda m, x: m.forward_features(x),
+    "intermediates": lambda m, x: m.forward_intermediates(x),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING_FOR_TOKENS.values(), ids=ASKING_FOR_TOKENS.keys())
+def test_all_tokens_are_computed_when_they_are_asked_for(
+    ask: Callable[[nn.Module, Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = image_tower()
+    with rows_seen(model, monkeypatch) as seen:
+        ask(model, torch.randn(2, 3, 32, 32, dtype=torch.float64))
+    assert seen == [2 * 17] * 3
+
+
+def hook_forward(model: nn.Module, seen: list) -> None:
+    model.transformer.resblocks[-1].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+
+
+def hook_inside(model: nn.Module, seen: list) -> None:
+    model.transformer.resblocks[-1].mlp.c_fc.register_forward_pre_hook(lambda m, args: seen.append(args[0].shape))
+
+
+@pytest.mark.parametrize("hook", [hook_forward, hook_inside])
+def test_hooks_see_all_tokens(hook: Callable[[nn.Module, list], None]) -> None:
+    for model, inputs, shape in (
+        (text_tower(), captions_of([5, 3]), (2, CONTEXT, 32)),
+        (image_tower(), torch.randn(2, 3, 32, 32, dtype=torch.float64), (2, 17, 32)),
+    ):
+        before, seen = model(inputs), []
+        hook(model, seen)
+        assert relative_error(model(inputs), before) <= BOUND
+        assert seen == [shape]
+
+
+def test_a_hook_on_an_early_block_sees_all_tokens() -> None:
+    model, seen = text_tower(), []
+    model.transformer.resblocks[0].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    assert_same_as_dense(model, captions_of([5, 3]))
+    assert seen == [(2, CONTEXT, 32)] * 2
+
+
+def test_somebody_elses_block_gets_all_tokens() -> None:
+    class Doubling(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            assert x.shape == (2, CONTEXT, 32)
+            return 2 * x
+
+    model, tokens = text_tower(), captions_of([5, 3])
+    model.transformer.resblocks[2] = Doubling().double()
+    expected = model.forward_features(tokens)[[0, 1], [4, 2]] @ model.text_projection
+    assert relative_error(model(tokens), expected) <= BOUND
+
+
+def test_compiled_text_takes_columns_in_buckets() -> None:
+    model = text_tower()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch._dynamo.utils.counters.clear()
+    for longest in (5, 7, 30, 12, 77, 6, 31, 70):
+        tokens = captions_of([3, longest])
+        actual = compiled(clipfast.trim_captions(tokens, eos_id=EOS))
+        assert relative_error(actual, model(tokens)) <= BOUND
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 4  # 8, 16, 32 and 77 columns
+
+
+def test_compiled_gradients() -> None:
+    for model, inputs in (
+        (text_tower(), captions_of([5, 3, 30])),
+        (image_tower(), torch.randn(2, 3, 32, 32, dtype=torch.float64)),
+    ):
+        expected = outputs_and_gradients(model, inputs)
+        model.compile(fullgraph=True, backend="aot_eager")
+        for name, actual in outputs_and_gradients(model, inputs).items():
+            assert relative_error(actual, expected[name]) <= BOUND, name
+
+
+@pytest.mark.parametrize(
+    ("longest", "columns"), [(1, 8), (8, 8), (9, 16), (24, 24), (33, 48), (64, 64), (65, 77), (77, 77)]
+)
+def test_buckets(longest: int, columns: int) -> None:
+    tokens = captions_of([1, longest])
+    trimmed = clipfast.trim_captions(tokens, eos_id=EOS)
+    assert torch.equal(trimmed, tokens[:, :columns])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(2, 5, dtype=torch.long), "got a row without the EOS id 199"),
+        (torch.tensor([5, EOS]), r"got shape \(2,\), expected \[B, L\]"),
+        (torch.zeros(0, 5, dtype=torch.long), r"got shape \(0, 5\)"),
+    ],
+)
+def test_captions_that_cannot_be_cut(tokens: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        clipfast.trim_captions(tokens, eos_id=EOS)
+
+
+def test_no_captions() -> None:
+    assert text_tower()(torch.zeros(0, CONTEXT, dtype=torch.long)).shape == (0, 24)
+
+
+def test_wrong_pooling() -> None:
+    with pytest.raises(ValueError, match=r"pooling\): got 'last', expected one of 'eos', 'argmax'"):
+        text_tower(pooling="last")
