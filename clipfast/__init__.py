@@ -30,6 +30,7 @@ _HOME_OF = {
     "exact_shortcuts": "clipfast.modules.shortcuts",
     "trim_captions": "clipfast.modules.packing",
     "backend": "clipfast.ops.dispatch",
+    "deterministic": "clipfast.ops.dispatch",
     "explain": "clipfast.ops.dispatch",
 }
 _ROOMS = ("data", "evaluate", "models", "modules", "ops", "train", "visualize")
@@ -66,4 +67,4 @@ if TYPE_CHECKING:
     from clipfast.modules.shortcuts import exact_shortcuts
     from clipfast.modules.text import TextTransformer
     from clipfast.modules.vit import ViT
-    from clipfast.ops.dispatch import backend, explain
+    from clipfast.ops.dispatch import backend, deterministic, explain

@@ -63,6 +63,23 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
         "siglip_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "
         "Tensor? text_factor, Tensor row_weight, int first_label) "
         "-> (Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
+
+    // Inference on the CPU (csrc/cpu/encoder.cpp), for bfloat16 and float32. Whether this CPU has what it takes:
+    m.def("can_encode(bool bfloat16) -> bool");
+    // weight [columns, terms] in the form that products read it in
+    m.def("pack_weight(Tensor weight) -> Tensor");
+    // x [rows, terms] times such a weight, plus bias (float32) -> [rows, columns]
+    m.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, int columns) -> Tensor");
+    // A pre-norm transformer: x [tokens, width], sequences between cu_seqlens [S + 1] (int64, none empty). Twelve tensors
+    // a block: LayerNorm weight and bias; packed QKV weight [3 width, width] and bias; packed output projection and
+    // bias; LayerNorm weight and bias; the MLP's two packed weights, each with its bias; all but the packed ones
+    // float32. gelu: 0 erf, 1 tanh, 2 quick. read: the position of the token that is read of every sequence, -1 the
+    // last, -2 all of them -> [S, width] or [tokens, width].
+    m.def(
+        "encode(Tensor x, Tensor cu_seqlens, Tensor[] weights, int heads, bool causal, int gelu, float eps, int read) "
+        "-> Tensor");
+    // Give the memory that encode keeps for its next call back; returns how many bytes that were.
+    m.def("release_workspace() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CompositeExplicitAutograd, m) {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
+from clipfast.modules import inference
 from clipfast.modules.vit import check_images
 
 
@@ -168,6 +169,10 @@ class ModifiedResNet(nn.Module):
         Raises:
             TypeError, ValueError: ``images`` is not as described.
         """
+        # in training, BatchNorm is there for its batch
+        return inference.each_alone(self._features, images, lambda: self.training)
+
+    def _features(self, images: Tensor) -> Tensor:
         return self.attnpool(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast.modules import inference
 from clipfast.modules.packing import pack
 from clipfast.modules.transformer import LayerNorm, Transformer
 
@@ -64,8 +65,14 @@ class TextTower(nn.Module):
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
     def _text_features(self, tokens: Tensor) -> Tensor:
-        """Return ``[B, E]`` from ``[B, L]``: the EOS token after the last LayerNorm and projection."""
+        """Return ``[B, E]`` from ``[B, L]``: the token that is read, after the last LayerNorm and projection."""
         self._check_tokens(tokens)
+        embeddings = self.token_embedding.weight
+        return inference.each_alone(
+            self._features_of, tokens, lambda: self.transformer.packed_encoder(embeddings) is not None
+        )
+
+    def _features_of(self, tokens: Tensor) -> Tensor:
         read = self._read_positions(tokens)
         if _waits_for_nothing(tokens) or not self.transformer.can_pack():
             pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
@@ -77,7 +84,10 @@ class TextTower(nn.Module):
             x = self.transformer(x, packing.cu_seqlens, packing.ends)
             # LayerNorm works row by row: the rows that are read suffice
             pooled = self.ln_final(x)[packing.order]
-        return pooled if self.text_projection is None else pooled @ self.text_projection
+        if self.text_projection is None:
+            return pooled
+        x = inference.linear(self, pooled, self.text_projection, lambda w: w.T)
+        return pooled @ self.text_projection if x is None else x
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
         return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
+from clipfast.modules import inference
 from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
+from clipfast.ops.encoder import BlockWeights, PackedEncoder, encode, refusal
 
 # the token of every sequence that is read: one position for all, or one each [S]
 Read = int | Tensor
@@ -62,8 +64,7 @@ class SelfAttention(nn.Module):
         """
         width = x.shape[-1]
         # two views by one split: their gradients come together without a sum over the whole
-        weights = self.in_proj_weight.split([width, 2 * width])
-        biases = self.in_proj_bias.split([width, 2 * width])
+        weights, biases = (t.split([width, 2 * width]) for t in self.qkv_parameters())
         key, value = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
         lengths = None
         if self.causal and cu_seqlens is None:
@@ -80,8 +81,12 @@ class SelfAttention(nn.Module):
         """Return the attention weights ``[B, H, N, N]`` (query, key) for ``[B, N, W]``."""
         return attention_weights(self._qkv(x), self.heads, causal=self.causal)
 
+    def qkv_parameters(self) -> tuple[Tensor, Tensor]:
+        """Return the weight ``[3·W, W]`` and bias ``[3·W]`` of the projection to queries, keys and values."""
+        return self.in_proj_weight, self.in_proj_bias
+
     def _qkv(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return F.linear(x, *self.qkv_parameters())
 
 
 class MLP(nn.Module):
@@ -158,6 +163,18 @@ class ResidualAttentionBlock(nn.Module):
         y, x = ops.add_layer_norm(y, x, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
         return x + self.mlp(y)
 
+    def weights(self) -> BlockWeights:
+        """Return the parameters as :class:`~clipfast.ops.encoder.PackedEncoder` takes them."""
+        out, fc, proj = self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj
+        return BlockWeights(
+            (self.ln_1.weight, self.ln_1.bias),
+            self.attn.qkv_parameters(),
+            (out.weight, out.bias),
+            (self.ln_2.weight, self.ln_2.bias),
+            (fc.weight, fc.bias),
+            (proj.weight, proj.bias),
+        )
+
 
 class Transformer(nn.Module):
     """A stack of :class:`ResidualAttentionBlock`.
@@ -198,6 +215,9 @@ class Transformer(nn.Module):
         ``cu_seqlens`` wants blocks that :meth:`can_pack`. ``read`` is a shortcut where :meth:`can_read_one`, and
         otherwise a choice among all tokens.
         """
+        encoder = self.packed_encoder(x)
+        if encoder is not None:
+            return self._encode(encoder, x, cu_seqlens, read)
         shorten = read is not None and self.can_read_one()
         for block in self.resblocks[:-1] if shorten else self.resblocks:
             x = self._run(block, x, cu_seqlens)
@@ -217,6 +237,41 @@ class Transformer(nn.Module):
             and _is_own(self.resblocks[-1])
             and not is_observed(self.resblocks[-1])
         )
+
+    def packed_encoder(self, x: Tensor) -> PackedEncoder | None:
+        """Return the packed weights that compute the blocks for ``x`` on the CPU, or None where the modules do."""
+        if not self.layers or not inference.applies(x) or not all(_is_plain_block(b) for b in self.resblocks):
+            return None
+        first = self.resblocks[0]
+        made = inference.kept(
+            self,
+            self.parameters(),
+            x.dtype,
+            lambda: PackedEncoder(
+                [b.weights() for b in self.resblocks],
+                first.attn.heads,
+                first.attn.causal,
+                first.mlp.approximate,
+                first.ln_1.eps,
+            ),
+        )
+        return None if made is None or refusal(made) is not None else made
+
+    def _encode(self, encoder: PackedEncoder, x: Tensor, cu_seqlens: Tensor | None, read: Read | None) -> Tensor:
+        one = read is not None and shortcuts_enabled()
+        if cu_seqlens is not None:
+            out = encode(x, encoder, cu_seqlens=cu_seqlens, read=-1 if one else None)
+            return out if one or read is None else take_tokens(out, read)
+        batch, tokens = x.shape[:2]
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens)
+        # a causal encoder is read at the last token, where that is the one that is asked for
+        one = one and isinstance(read, int) and (not encoder.causal or read == tokens - 1)
+        position = None if not one else -1 if encoder.causal else read
+        out = encode(x.flatten(0, 1), encoder, cu_seqlens=offsets, read=position)
+        if one:
+            return out
+        out = out.unflatten(0, (batch, tokens))
+        return out if read is None else take_tokens(out, read)
 
     def intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
         """Return the last block's output and those of chosen blocks.
@@ -285,4 +340,16 @@ def _is_own(block: nn.Module) -> bool:
         and isinstance(block.attn, SelfAttention)
         and type(block.attn).forward is SelfAttention.forward
         and type(block.attn).forward_one is SelfAttention.forward_one
+    )
+
+
+def _is_plain_block(block: nn.Module) -> bool:
+    """Return whether a block's parameters say all that it computes, and nobody watches it compute."""
+    return (
+        _is_own(block)
+        and type(block.ln_1) is LayerNorm
+        and type(block.ln_2) is LayerNorm
+        and type(block.mlp).forward is MLP.forward
+        and all(_is_plain(linear) for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj))
+        and not is_observed(block)
     )

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast.modules import inference
+from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import LayerNorm, Transformer
 
 
@@ -139,8 +141,14 @@ class ViT(nn.Module):
         Raises:
             TypeError, ValueError: ``images`` is not as described.
         """
+        return inference.each_alone(self._features, images, lambda: self._is_batch_invariant(images))
+
+    def _features(self, images: Tensor) -> Tensor:
         # only the class token is read: the last block and LayerNorm compute no other
         return self._project(self.ln_post(self.transformer(self._embed(images), read=0)))
+
+    def _is_batch_invariant(self, images: Tensor) -> bool:
+        return self.transformer.packed_encoder(images) is not None and not is_observed(self)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return all tokens after the last LayerNorm, ``[B, 1 + patches, W]``, class token first."""
@@ -206,10 +214,23 @@ class ViT(nn.Module):
 
     def _embed(self, images: Tensor) -> Tensor:
         check_images(images, *self.image_size, self.conv1.weight)
-        x = self.conv1(images).flatten(2).transpose(1, 2)
+        x = self._patches(images)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         x = x + self.positional_embedding.to(x.dtype)
         return self.ln_pre(self.patch_dropout(x))
 
+    def _patches(self, images: Tensor) -> Tensor:
+        """Return ``[B, patches, W]``: the convolution's patches do not overlap, so it is a product."""
+        if type(self.conv1) is nn.Conv2d and self.conv1.bias is None and not is_observed(self.conv1):
+            size, (rows, columns) = self.patch_size, self.grid_size
+            pixels = images.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
+            x = inference.linear(self.conv1, pixels.flatten(3).flatten(0, 2), self.conv1.weight, lambda w: w.flatten(1))
+            if x is not None:
+                return x.unflatten(0, (-1, rows * columns))
+        return self.conv1(images).flatten(2).transpose(1, 2)
+
     def _project(self, pooled: Tensor) -> Tensor:
-        return pooled if self.proj is None else pooled @ self.proj
+        if self.proj is None:
+            return pooled
+        x = inference.linear(self, pooled, self.proj, lambda w: w.T)
+        return pooled @ self.proj if x is None else x

@@ -7,7 +7,8 @@ the function however it was imported and not the file of the same name.
 from clipfast.ops.attention import attention
 from clipfast.ops.bias_gelu import bias_gelu
 from clipfast.ops.contrastive_loss import contrastive_loss, siglip_loss
-from clipfast.ops.dispatch import FallbackWarning, backend, explain
+from clipfast.ops.dispatch import FallbackWarning, backend, deterministic, explain
+from clipfast.ops.encoder import release_workspace
 from clipfast.ops.layer_norm import add_layer_norm, layer_norm
 from clipfast.ops.single_query_attention import single_query_attention
 
@@ -18,8 +19,10 @@ __all__ = [
     "backend",
     "bias_gelu",
     "contrastive_loss",
+    "deterministic",
     "explain",
     "layer_norm",
+    "release_workspace",
     "siglip_loss",
     "single_query_attention",
 ]

@@ -96,6 +96,39 @@ def backend(name: str) -> Iterator[None]:
         _wanted = previous
 
 
+def is_wanted(name: str) -> bool:
+    """Return whether a backend was asked for by name."""
+    return _wanted == name
+
+
+_deterministic = False
+
+
+@contextmanager
+def deterministic(enabled: bool = True) -> Iterator[None]:
+    """Make embeddings independent of their batch, bitwise, inside a ``with`` block and for the whole process.
+
+    Matrix products add up in an order that depends on how many rows there are, so that an image's features differ in
+    their last digits from batch to batch. Inside the block they do not: the op library's own CPU products have one
+    order of sums for every row, and where those cannot serve (another device or dtype, with gradients, without the
+    library), towers take one image or caption at a time, which is slow. docs/numerics.md says what either costs.
+
+    Args:
+        enabled: Whether to; a block with False inside one with True goes back to any order.
+    """
+    global _deterministic
+    previous, _deterministic = _deterministic, bool(enabled)
+    try:
+        yield
+    finally:
+        _deterministic = previous
+
+
+def is_deterministic() -> bool:
+    """Return whether results may not depend on the batch."""
+    return _deterministic
+
+
 def register(
     op: str,
     prepare: Callable[..., tuple[Any, ...]],

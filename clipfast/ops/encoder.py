@@ -1,0 +1,300 @@
+"""A whole pre-norm transformer without gradients, from weights that were packed once: inference on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipfast.ops import dispatch, library
+from clipfast.ops.attention import attention
+from clipfast.ops.bias_gelu import APPROXIMATIONS, bias_gelu
+from clipfast.ops.layer_norm import layer_norm
+from clipfast.ops.single_query_attention import single_query_attention
+
+# tokens that oneDNN's implementation takes at a time: what lies between two steps stays in reach of the caches
+_CHUNK = 2048
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """The parameters of one block, ``[out, in]`` as those of linear layers, all in one dtype.
+
+    Attributes:
+        ln_1: Weight and bias ``[W]`` of the LayerNorm before attention.
+        qkv: Weight ``[3·W, W]`` and bias of the projection to queries, keys and values.
+        out: Weight ``[W, W]`` and bias of the projection behind attention.
+        ln_2: Weight and bias ``[W]`` of the LayerNorm before the MLP.
+        fc: Weight ``[hidden, W]`` and bias of the MLP's first layer.
+        proj: Weight ``[W, hidden]`` and bias of its second.
+    """
+
+    ln_1: tuple[Tensor, Tensor]
+    qkv: tuple[Tensor, Tensor]
+    out: tuple[Tensor, Tensor]
+    ln_2: tuple[Tensor, Tensor]
+    fc: tuple[Tensor, Tensor]
+    proj: tuple[Tensor, Tensor]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return all twelve."""
+        return *self.ln_1, *self.qkv, *self.out, *self.ln_2, *self.fc, *self.proj
+
+
+class PackedEncoder:
+    """A transformer's weights, packed by the implementation that first needs them.
+
+    The packed copies take as much memory as the weights do.
+
+    Args:
+        blocks: The blocks, first to last.
+        heads: The number of heads.
+        causal: Whether a token attends to itself and those before it only.
+        approximate: The GELU, as in :func:`clipfast.ops.bias_gelu`.
+        eps: The LayerNorms'.
+    """
+
+    def __init__(self, blocks: Sequence[BlockWeights], heads: int, causal: bool, approximate: str, eps: float) -> None:
+        self.blocks = tuple(blocks)
+        self.heads = heads
+        self.causal = causal
+        self.approximate = approximate
+        self.eps = eps
+        self._native: list[Tensor] | None = None
+        self._onednn: list[tuple[Tensor, ...]] | None = None
+
+    @property
+    def width(self) -> int:
+        """The width of tokens."""
+        return self.blocks[0].ln_1[0].shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.blocks[0].ln_1[0].dtype
+
+    def native_weights(self) -> list[Tensor]:
+        """Return the weights as ``clipfast::encode`` takes them."""
+        # two threads that come first at the same time pack twice, and either result serves
+        if self._native is None:
+            pack = torch.ops.clipfast.pack_weight
+            weights: list[Tensor] = []
+            for b in self.blocks:
+                for (weight, bias), packed in (
+                    (b.ln_1, False), (b.qkv, True), (b.out, True), (b.ln_2, False), (b.fc, True), (b.proj, True)
+                ):  # fmt: skip
+                    weights.append(pack(weight.detach().contiguous()) if packed else weight.detach().float())
+                    weights.append(bias.detach().float().contiguous())
+            self._native = weights
+        return self._native
+
+    def onednn_weights(self) -> list[tuple[Tensor, ...]]:
+        """Return the packed weights of each block's four layers, and of the last block's keys and values."""
+        if self._onednn is None:
+            pack = torch.ops.mkldnn._reorder_linear_weight
+            layers = [[w.detach() for w, _ in (b.qkv, b.out, b.fc, b.proj)] for b in self.blocks]
+            if _folds(self.approximate, self.dtype):
+                # x·σ(1.702·x) = silu(1.702·x) / 1.702
+                for weights in layers:
+                    weights[2], weights[3] = weights[2] * 1.702, weights[3] / 1.702
+            layers[-1].append(layers[-1][0][self.width :].contiguous())
+            self._onednn = [tuple(pack(w.contiguous(), _CHUNK) for w in weights) for weights in layers]
+        return self._onednn
+
+
+def encode(x: Tensor, encoder: PackedEncoder, *, cu_seqlens: Tensor, read: int | None = None) -> Tensor:
+    """Run a transformer's blocks without gradients.
+
+    Args:
+        x: Packed tokens ``[total, W]`` in host memory, in the dtype of the weights.
+        encoder: The weights.
+        cu_seqlens: Offsets ``[S + 1]`` (int64, host memory) of the sequences, none of them empty.
+        read: The position of the token that is read of every sequence, -1 for the last; None for all. A causal
+            encoder is read at the last.
+
+    Returns:
+        ``[S, W]``, or ``[total, W]`` where all are read, in the dtype of ``x``.
+
+    Raises:
+        ValueError: The shapes, dtypes or offsets do not fit.
+    """
+    return dispatch.call("encoder", x, encoder, cu_seqlens=cu_seqlens, read=read)
+
+
+def refusal(encoder: PackedEncoder) -> str | None:
+    """Return why the modules compute these weights' blocks, and no implementation of this op, or None."""
+    if dispatch.is_wanted("reference"):
+        return "the reference backend was asked for"
+    reason = _native_unable(encoder)
+    # oneDNN's sums depend on the batch
+    if reason is None or dispatch.is_deterministic() or _onednn_unable(encoder) is None:
+        return reason if dispatch.is_deterministic() else None
+    return f"{reason}; {_onednn_unable(encoder)}"
+
+
+def release_workspace() -> int:
+    """Give back the memory that encoders on the CPU keep for their next call; return how many bytes that were.
+
+    They keep at most 8 blocks and 256 MB.
+    """
+    return torch.ops.clipfast.release_workspace() if library.unavailable() is None else 0
+
+
+def _prepare(
+    x: Tensor, encoder: PackedEncoder, *, cu_seqlens: Tensor, read: int | None = None
+) -> tuple[Tensor, PackedEncoder, Tensor, int | None]:
+    if x.dim() != 2 or x.shape[1] != encoder.width or x.dtype != encoder.dtype or x.device.type != "cpu":
+        raise ValueError(
+            f"encode(x): got {x.dtype} {tuple(x.shape)} on {x.device}, expected {encoder.dtype} "
+            f"[total, {encoder.width}] on the CPU"
+        )
+    if cu_seqlens.dtype != torch.int64 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"encode(cu_seqlens): got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int64 offsets [S + 1]"
+        )
+    offsets = cu_seqlens.tolist()
+    shortest = min((end - start for start, end in pairwise(offsets)), default=1)
+    if offsets[0] != 0 or offsets[-1] != x.shape[0] or shortest < 1:
+        raise ValueError(
+            f"encode(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, end at the "
+            f"{x.shape[0]} tokens of x and leave no sequence empty"
+        )
+    if read is not None and not -1 <= read < shortest:
+        raise ValueError(f"encode(read): got {read}, expected -1 to {shortest - 1}, the last of the shortest sequence")
+    if encoder.causal and read is not None and read != -1:
+        raise ValueError(f"encode(read): got {read}, expected -1 or None for a causal encoder")
+    return x, encoder, cu_seqlens, read
+
+
+def _native_unable(encoder: PackedEncoder) -> str | None:
+    if library.unavailable() is not None:
+        return library.unavailable()
+    if encoder.dtype not in (torch.float32, torch.bfloat16):
+        return f"{encoder.dtype} is not served (float32 and bfloat16 are)"
+    if not torch.ops.clipfast.can_encode(encoder.dtype == torch.bfloat16):
+        return f"this CPU lacks the instructions (AVX-512{'_BF16' if encoder.dtype == torch.bfloat16 else ''})"
+    if encoder.width % 32 or encoder.width // encoder.heads % 2 or encoder.blocks[0].fc[0].shape[0] % 2:
+        return f"width {encoder.width} with {encoder.heads} heads is not served (multiples of 32, even heads)"
+    return None
+
+
+def _native_refusal(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> str | None:
+    reason = _native_unable(encoder)
+    if reason is None and prefers_onednn(encoder.dtype) and _onednn_unable(encoder) is None:
+        return "this CPU has AMX, which oneDNN uses"
+    return reason
+
+
+def prefers_onednn(dtype: torch.dtype) -> bool:
+    """Return whether oneDNN's products are faster here than the library's own: AMX multiplies bfloat16 for it."""
+    # asked for by name, or held to one order of sums: the library's own
+    if dispatch.is_wanted("native") or dispatch.is_deterministic():
+        return False
+    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+
+
+def _native(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
+    return torch.ops.clipfast.encode(
+        x.contiguous(),
+        cu_seqlens.contiguous(),
+        encoder.native_weights(),
+        encoder.heads,
+        encoder.causal,
+        APPROXIMATIONS.index(encoder.approximate),
+        encoder.eps,
+        -2 if read is None else read,
+    )
+
+
+def _onednn_unable(encoder: PackedEncoder) -> str | None:
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return "this PyTorch has no oneDNN"
+    if encoder.dtype == torch.bfloat16:
+        return None if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "oneDNN has no bfloat16 on this CPU"
+    return None if encoder.dtype == torch.float32 else f"oneDNN packs no {encoder.dtype}"
+
+
+def _onednn_refusal(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> str | None:
+    if dispatch.is_deterministic():
+        return "oneDNN's sums depend on the batch"
+    return _onednn_unable(encoder)
+
+
+def _folds(approximate: str, dtype: torch.dtype) -> bool:
+    # scaled weights would be rounded once more in bfloat16
+    return approximate == "quick" and dtype == torch.float32
+
+
+def _onednn(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
+    """Products by oneDNN from its packed weights, with bias, GELU and residual in them."""
+    offsets, parts, first = cu_seqlens.tolist(), [], 0
+    while first < len(offsets) - 1:
+        last = first + 1
+        while last < len(offsets) - 1 and offsets[last + 1] - offsets[first] <= _CHUNK:
+            last += 1
+        rows = slice(offsets[first], offsets[last])
+        parts.append(_onednn_chunk(x[rows], encoder, cu_seqlens[first : last + 1] - offsets[first], read))
+        first = last
+    return torch.cat(parts) if parts else x
+
+
+def _onednn_chunk(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise
+    add = linear.binary
+    heads, width = encoder.heads, encoder.width
+    for block, packed in zip(encoder.blocks, encoder.onednn_weights(), strict=True):
+        y = layer_norm(x, *block.ln_1, encoder.eps)
+        if read is None or block is not encoder.blocks[-1]:
+            qkv = linear(y, packed[0], block.qkv[1], "none", [], "")
+            y = _attention(qkv, encoder, cu_seqlens)
+        else:
+            rows = cu_seqlens[1:] - 1 if read == -1 else cu_seqlens[:-1] + read
+            weight, bias = block.qkv
+            query = F.linear(y[rows], weight[:width], bias[:width])
+            key, value = linear(y, packed[4], bias[width:], "none", [], "").chunk(2, dim=-1)
+            y, x = single_query_attention(query, key, value, heads, cu_seqlens=cu_seqlens), x[rows]
+        x = add(y, x, packed[1], block.out[1], "add")
+        y = layer_norm(x, *block.ln_2, encoder.eps)
+        bias = block.fc[1]
+        if _folds(encoder.approximate, encoder.dtype):
+            hidden = linear(y, packed[2], bias * 1.702, "swish", [], "")
+        elif encoder.approximate == "quick":
+            hidden = bias_gelu(linear(y, packed[2], bias, "none", [], ""), None, "quick")
+        else:
+            hidden = linear(y, packed[2], bias, "gelu", [], encoder.approximate)
+        x = add(hidden, x, packed[3], block.proj[1], "add")
+    return x
+
+
+def _attention(qkv: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor) -> Tensor:
+    sequences = cu_seqlens.shape[0] - 1
+    tokens = qkv.shape[0] // sequences
+    # sequences of one length, as images are, need no packing
+    if torch.equal(cu_seqlens, torch.arange(0, (sequences + 1) * tokens, tokens)):
+        return attention(qkv.unflatten(0, (sequences, tokens)), encoder.heads, causal=encoder.causal).flatten(0, 1)
+    return attention(qkv, encoder.heads, causal=encoder.causal, cu_seqlens=cu_seqlens)
+
+
+def _reference(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
+    """The specification: block by block in plain PyTorch, every token computed."""
+    for block in encoder.blocks:
+        qkv = F.linear(layer_norm(x, *block.ln_1, encoder.eps), *block.qkv)
+        x = x + F.linear(attention(qkv, encoder.heads, causal=encoder.causal, cu_seqlens=cu_seqlens), *block.out)
+        hidden = F.linear(layer_norm(x, *block.ln_2, encoder.eps), *block.fc)
+        x = x + F.linear(bias_gelu(hidden, None, encoder.approximate), *block.proj)
+    if read is None:
+        return x
+    return x[cu_seqlens[1:] - 1 if read == -1 else cu_seqlens[:-1] + read]
+
+
+dispatch.register(
+    "encoder",
+    _prepare,
+    dispatch.Implementation("native", "the op library's own products, all steps fused", _native, _native_refusal),
+    dispatch.Implementation("torch", "oneDNN's packed weights", _onednn, _onednn_refusal),
+    dispatch.Implementation("reference", "block by block in plain PyTorch", _reference),
+)

@@ -1,0 +1,304 @@
+"""Inference on the CPU from packed weights: the modules' numbers, weights that follow every change, and independence
+of the batch."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_exact_as_reference
+from torch import Tensor, nn
+
+import clipfast
+from clipfast.modules import inference, transformer
+from clipfast.ops import library
+
+CONFIG = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 100, "width": 64, "heads": 2, "layers": 3},
+}
+EOS = 99
+
+
+def model_of(dtype: torch.dtype = torch.float32, **changes: object) -> clipfast.CLIP:
+    torch.manual_seed(0)
+    model = clipfast.create_model(CONFIG | changes).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def images_of(batch: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def captions_of(lengths: list[int]) -> Tensor:
+    tokens = torch.randint(1, 98, (len(lengths), 77), generator=torch.Generator().manual_seed(2))
+    tokens[torch.arange(len(lengths)), torch.tensor(lengths) - 1] = EOS
+    return tokens
+
+
+TOKENS = captions_of([5, 77, 2, 30, 5])
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Collect the calls of the packed encoder."""
+    calls: list[str] = []
+    original = transformer.encode
+
+    def counting(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        calls.append(f"{x.shape[0]} tokens")
+        return original(x, *args, **kwargs)
+
+    monkeypatch.setattr(transformer, "encode", counting)
+    return calls
+
+
+def native_serves(dtype: torch.dtype) -> bool:
+    return (
+        dtype != torch.float64
+        and library.unavailable() is None
+        and torch.ops.clipfast.can_encode(dtype == torch.bfloat16)
+    )
+
+
+def by_modules(function: Callable[[], Tensor]) -> Tensor:
+    with torch.no_grad(), clipfast.backend("reference"):
+        return function()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shortcuts", [True, False])
+@pytest.mark.parametrize("approximate", ["none", "quick"])
+def test_the_same_numbers(dtype: torch.dtype, shortcuts: bool, approximate: str, encoded: list[str]) -> None:
+    model = model_of(dtype, approximate=approximate)
+    oracle = copy.deepcopy(model).double()
+    images = images_of(dtype=dtype)
+    with torch.no_grad(), clipfast.exact_shortcuts(shortcuts):
+        fast = model.encode_image(images), model.encode_text(TOKENS)
+    assert encoded == ["51 tokens", f"{TOKENS.numel() if not shortcuts else 5 + 77 + 2 + 30 + 5} tokens"]
+    for actual, name, inputs in zip(fast, ("encode_image", "encode_text"), (images, TOKENS), strict=True):
+        reference = by_modules(lambda name=name, inputs=inputs: getattr(model, name)(inputs))
+        exact = by_modules(
+            lambda name=name, inputs=inputs: getattr(oracle, name)(
+                inputs.double() if inputs.is_floating_point() else inputs
+            )
+        )
+        assert_as_exact_as_reference(actual, reference, exact, name)
+
+
+def test_tokens_and_intermediates_are_those_of_the_modules() -> None:
+    model, images = model_of(), images_of()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.visual.forward_features(images), by_modules(lambda: model.visual.forward_features(images))
+        )
+        features, tokens = model.visual.forward_intermediates(images)
+        torch.testing.assert_close(features, model.visual(images))
+        assert len(tokens) == 3
+
+
+def test_gradients_go_through_the_modules(encoded: list[str]) -> None:
+    model = model_of()
+    model.encode_image(images_of()).sum().backward()
+    assert not encoded
+    model.requires_grad_(False)
+    model.encode_image(images_of())
+    assert encoded
+    encoded.clear()
+    images = images_of().requires_grad_()
+    model.encode_image(images).sum().backward()
+    assert not encoded
+    assert images.grad is not None
+
+
+def step(model: nn.Module) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.encode_image(images_of()).sum().backward()
+    optimizer.step()
+    return model
+
+
+def load(model: nn.Module) -> nn.Module:
+    model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()})
+    return model
+
+
+def load_by_assignment(model: nn.Module) -> nn.Module:
+    model.load_state_dict({k: v + 0.01 for k, v in model.state_dict().items()}, assign=True)
+    return model
+
+
+def write(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.visual.transformer.resblocks[1].mlp.c_fc.bias.add_(1)
+    return model
+
+
+def replace(model: nn.Module) -> nn.Module:
+    layer = model.visual.transformer.resblocks[0].attn.out_proj
+    layer.weight = nn.Parameter(2 * layer.weight.detach())
+    return model
+
+
+def write_patches_and_projection(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        model.visual.conv1.weight.mul_(1.5)
+        model.visual.proj.mul_(1.5)
+    return model
+
+
+def data(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.1
+    return model
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        step,
+        load,
+        load_by_assignment,
+        write,
+        replace,
+        write_patches_and_projection,
+        data,
+        copy.deepcopy,
+        nn.Module.double,
+    ],
+)
+def test_packed_weights_follow(change: Callable[[nn.Module], nn.Module]) -> None:
+    model, images = model_of(), images_of()
+    with torch.no_grad():
+        before = model.encode_image(images)
+    model = change(model)
+    images = images.to(model.visual.proj.dtype)
+    with torch.no_grad():
+        after = model.encode_image(images)
+    torch.testing.assert_close(after, by_modules(lambda: model.encode_image(images)))
+    if change not in (copy.deepcopy, nn.Module.double):
+        assert not torch.allclose(after, before)
+
+
+def hook(model: nn.Module) -> None:
+    model.visual.transformer.resblocks[1].mlp.register_forward_hook(lambda *args: None)
+
+
+def adapt(model: nn.Module) -> None:
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    model.visual.transformer.resblocks[1].mlp.c_fc.__class__ = Adapted
+
+
+def quantise(model: nn.Module) -> None:
+    torch.ao.quantization.quantize_dynamic(model.visual.transformer, {nn.Linear}, inplace=True)
+
+
+def scale_norm(model: nn.Module) -> None:
+    class Doubled(transformer.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model.visual.transformer.resblocks[0].ln_1.__class__ = Doubled
+
+
+@pytest.mark.parametrize("change", [hook, adapt, quantise, scale_norm])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*torch.ao.quantization:UserWarning")
+def test_changed_blocks_compute_for_themselves(change: Callable[[nn.Module], None], encoded: list[str]) -> None:
+    model, images = model_of(), images_of()
+    change(model)
+    with torch.no_grad():
+        actual = model.encode_image(images)
+    assert not encoded
+    torch.testing.assert_close(actual, by_modules(lambda: model.encode_image(images)))
+
+
+def test_autocast_and_dispatch_modes_go_through_the_modules(encoded: list[str]) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, images = model_of(), images_of()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        model.encode_image(images)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encode_image(images)
+    assert counter.get_total_flops() > 0
+    with torch.inference_mode():
+        converted = model_of().to(torch.float64).to(torch.float32)
+        converted.encode_image(images)  # made in inference mode: changes would go unnoticed
+    assert not encoded
+
+
+def test_models_are_copied_and_pickled_without_what_was_packed() -> None:
+    model, images = model_of(), images_of()
+    size = len(pickle.dumps(model))
+    with torch.no_grad():
+        expected = model.encode_image(images)
+        assert len(pickle.dumps(model)) == size
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+            assert torch.equal(other.encode_image(images), expected)
+
+
+def test_packed_weights_go_with_the_model() -> None:
+    model = model_of()
+    with torch.no_grad():
+        model.encode_image(images_of())
+    owner = weakref.ref(model.visual.transformer)
+    assert owner() in inference._kept
+    del model
+    gc.collect()
+    assert owner() is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_deterministic_embeddings_do_not_depend_on_the_batch(dtype: torch.dtype, encoded: list[str]) -> None:
+    model, images = model_of(dtype), images_of(7, dtype)
+    lengths = [5, 77, 2, 30, 5, 12, 77]
+    tokens = captions_of(lengths)
+    with torch.no_grad(), clipfast.deterministic():
+        image = model.encode_image(images, normalize=True)
+        text = model.encode_text(tokens, normalize=True)
+        assert len(encoded) == (2 if native_serves(dtype) else 0)
+        for rows in ([0], [3], [6], [1, 2], [6, 0, 3], [5, 4, 3, 2, 1, 0]):
+            assert torch.equal(model.encode_image(images[rows], normalize=True), image[rows]), rows
+            assert torch.equal(model.encode_text(tokens[rows], normalize=True), text[rows]), rows
+    expected = by_modules(lambda: F.normalize(model.encode_image(images), dim=-1))
+    assert F.cosine_similarity(image.double(), expected.double()).min() > 1 - 10 * torch.finfo(dtype).eps ** 2 - 1e-12
+
+
+def test_deterministic_training_takes_rows_alone() -> None:
+    model, images = model_of(), images_of(3)
+    with clipfast.deterministic():
+        together = model.encode_image(images)
+        for i in range(3):
+            assert torch.equal(model.encode_image(images[i : i + 1])[0], together[i])
+        together.square().sum().backward()
+    got = model.visual.proj.grad.clone()
+    model.zero_grad()
+    model.encode_image(images).square().sum().backward()
+    torch.testing.assert_close(got, model.visual.proj.grad)
+
+
+def test_deterministic_resnet() -> None:
+    model = model_of(vision_cfg={"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}).eval()
+    images = images_of(3)
+    with torch.no_grad(), clipfast.deterministic():
+        together = model.encode_image(images)
+        for i in range(3):
+            assert torch.equal(model.encode_image(images[i : i + 1])[0], together[i])

@@ -1,0 +1,252 @@
+"""The packed encoder: every implementation as exact as plain PyTorch, whatever else is in the batch, and its errors."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from oracle import assert_as_exact_as_reference
+from torch import Tensor
+
+import clipfast
+from clipfast import ops
+from clipfast.ops import library
+from clipfast.ops.encoder import BlockWeights, PackedEncoder, encode
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def unable(backend: str, dtype: torch.dtype) -> str | None:
+    if backend == "native":
+        if library.unavailable() is not None:
+            return library.unavailable()
+        return None if torch.ops.clipfast.can_encode(dtype == torch.bfloat16) else "this CPU lacks the instructions"
+    bfloat16 = dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "oneDNN has no bfloat16 on this CPU" if bfloat16 else None
+
+
+def skip_if_unable(backend: str, dtype: torch.dtype) -> None:
+    reason = unable(backend, dtype)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def block_weights(width: int, hidden: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int, scale: float = 1.0) -> Tensor:
+        return scale * torch.randn(*shape, generator=generator)
+
+    def layer(out: int, into: int) -> tuple[Tensor, Tensor]:
+        return drawn(out, into, scale=into**-0.5), drawn(out, scale=0.1)
+
+    norm = lambda: (1 + drawn(width, scale=0.1), drawn(width, scale=0.1))  # noqa: E731
+    return [norm(), layer(3 * width, width), layer(width, width), norm(), layer(hidden, width), layer(width, hidden)]
+
+
+def encoder_of(
+    dtype: torch.dtype,
+    width: int = 64,
+    heads: int = 2,
+    layers: int = 3,
+    *,
+    causal: bool = False,
+    approximate: str = "none",
+    hidden: int | None = None,
+    rounded_to: torch.dtype | None = None,
+) -> PackedEncoder:
+    """Return an encoder in ``dtype`` whose weights were rounded to ``rounded_to``, by default the same."""
+    blocks = []
+    for i in range(layers):
+        pairs = block_weights(width, 4 * width if hidden is None else hidden, i)
+        blocks.append(BlockWeights(*(tuple(t.to(rounded_to or dtype).to(dtype) for t in pair) for pair in pairs)))
+    return PackedEncoder(blocks, heads, causal, approximate, 1e-5)
+
+
+def tokens_of(lengths: list[int], width: int = 64, seed: int = 9) -> tuple[Tensor, Tensor]:
+    x = torch.randn(sum(lengths), width, generator=torch.Generator().manual_seed(seed))
+    return x, torch.tensor([0, *torch.tensor(lengths).cumsum(0)])
+
+
+def run(backend: str, x: Tensor, encoder: PackedEncoder, offsets: Tensor, read: int | None) -> Tensor:
+    with clipfast.backend(backend):
+        return encode(x, encoder, cu_seqlens=offsets, read=read)
+
+
+CASES = {
+    "images": ({}, [17] * 3, 0),
+    "images, all tokens": ({}, [17] * 3, None),
+    "a later token": ({}, [5, 9], 4),
+    "captions": ({"causal": True}, [5, 1, 9, 33, 9], -1),
+    "captions, all tokens": ({"causal": True}, [5, 1, 9, 33, 9], None),
+    "tanh": ({"approximate": "tanh"}, [9, 9], 0),
+    "quick": ({"approximate": "quick"}, [9, 9], 0),
+    "one layer": ({"layers": 1}, [9, 2], 0),
+    "one token": ({"causal": True}, [1], -1),
+    "heads of 80": ({"width": 160}, [50, 50], 0),
+    "heads of 8": ({"heads": 8}, [50, 7], 0),
+    "hidden 72": ({"hidden": 72}, [50], 0),
+    "more than a chunk": ({"layers": 2}, [197] * 4 + [600], 0),
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("changes", "lengths", "read"), CASES.values(), ids=CASES.keys())
+def test_as_exact_as_the_reference(
+    backend: str, dtype: torch.dtype, changes: dict, lengths: list[int], read: int | None
+) -> None:
+    skip_if_unable(backend, dtype)
+    x, offsets = tokens_of(lengths, changes.get("width", 64))
+    x = x.to(dtype)
+    fast = run(backend, x, encoder_of(dtype, **changes), offsets, read)
+    reference = run("reference", x, encoder_of(dtype, **changes), offsets, read)
+    exact = run("reference", x.double(), encoder_of(torch.float64, rounded_to=dtype, **changes), offsets, read)
+    assert_as_exact_as_reference(fast, reference, exact, "tokens")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_sequence_does_not_depend_on_its_neighbours(dtype: torch.dtype, causal: bool) -> None:
+    skip_if_unable("native", dtype)
+    lengths = [3, 50, 1, 197, 77, 8, 50]
+    encoder = encoder_of(dtype, causal=causal)
+    x, offsets = tokens_of(lengths)
+    together = run("native", x.to(dtype), encoder, offsets, -1 if causal else 0)
+    for i, sequence in enumerate(x.to(dtype).split(lengths)):
+        alone = run("native", sequence, encoder, torch.tensor([0, lengths[i]]), -1 if causal else 0)
+        assert torch.equal(alone[0], together[i]), f"sequence {i} of {lengths[i]} tokens"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_do_not_change_a_bit(dtype: torch.dtype) -> None:
+    skip_if_unable("native", dtype)
+    encoder, (x, offsets) = encoder_of(dtype), tokens_of([50] * 5)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run("native", x.to(dtype), encoder, offsets, 0))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_calls_from_many_threads_at_once(backend: str) -> None:
+    skip_if_unable(backend, torch.float32)
+    encoder = encoder_of(torch.float32)
+    inputs = [tokens_of([50, 7 + i], seed=i) for i in range(6)]
+    expected = [run(backend, x, encoder_of(torch.float32), offsets, 0) for x, offsets in inputs]
+    wrong: list[int] = []
+
+    def serve(i: int) -> None:
+        for _ in range(10):
+            if not torch.equal(encode(inputs[i][0], encoder, cu_seqlens=inputs[i][1], read=0), expected[i]):
+                wrong.append(i)
+
+    with clipfast.backend(backend):
+        threads = [threading.Thread(target=serve, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_the_workspace_is_bounded_and_given_back() -> None:
+    skip_if_unable("native", torch.float32)
+    encoder = encoder_of(torch.float32)
+    ops.release_workspace()
+    sizes = []
+    for count in (20, 400):
+        x, offsets = tokens_of([50] * count)
+        run("native", x, encoder, offsets, 0)
+        sizes.append(ops.release_workspace())
+    # 512 tokens of 64: stream and read stream, normed, wide, queries; and what attention needs
+    assert 0 < sizes[0] == sizes[1] < 3 * 2**20
+    assert ops.release_workspace() == 0
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+def test_nan_stays_nan_and_in_its_sequence(backend: str, dtype: torch.dtype, approximate: str) -> None:
+    skip_if_unable(backend, dtype)
+    x, offsets = tokens_of([9, 9, 9])
+    x[12, 3] = torch.nan
+    out = run(backend, x.to(dtype), encoder_of(dtype, approximate=approximate), offsets, 0)
+    assert out.isnan().all(dim=1).tolist() == [False, True, False]
+    assert not out[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+@pytest.mark.parametrize("approximate", ["none", "tanh", "quick"])
+def test_small_and_large_activations(scale: float, approximate: str) -> None:
+    skip_if_unable("native", torch.float32)
+
+    def scaled(dtype: torch.dtype) -> PackedEncoder:
+        encoder = encoder_of(dtype, layers=1, approximate=approximate, rounded_to=torch.float32)
+        (weight, bias), block = encoder.blocks[0].fc, encoder.blocks[0]
+        changed = BlockWeights(block.ln_1, block.qkv, block.out, block.ln_2, (weight * scale, bias * scale), block.proj)
+        return PackedEncoder([changed], 2, False, approximate, 1e-5)
+
+    x, offsets = tokens_of([33])
+    fast = run("native", x, scaled(torch.float32), offsets, None)
+    reference = run("reference", x, scaled(torch.float32), offsets, None)
+    exact = run("reference", x.double(), scaled(torch.float64), offsets, None)
+    assert_as_exact_as_reference(fast, reference, exact, "tokens")
+
+
+def test_no_sequences() -> None:
+    encoder, offsets = encoder_of(torch.float32), torch.tensor([0])
+    for backend in ("native", "torch", "reference"):
+        skip_if_unable(backend, torch.float32)
+        assert run(backend, torch.empty(0, 64), encoder, offsets, 0).shape == (0, 64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.ones(6, 32)}, r"encode\(x\): got torch.float32 \(6, 32\).*\[total, 64\]"),
+        ({"x": torch.ones(6, 64, dtype=torch.float64)}, "got torch.float64"),
+        ({"cu_seqlens": torch.tensor([0, 3, 5])}, r"encode\(cu_seqlens\): got 0 … 5"),
+        ({"cu_seqlens": torch.tensor([0, 0, 6])}, "leave no sequence empty"),
+        ({"cu_seqlens": torch.tensor([0, 6], dtype=torch.int32)}, "got torch.int32"),
+        ({"read": 2}, r"encode\(read\): got 2, expected -1 to 1"),
+        ({"read": -2}, r"encode\(read\): got -2"),
+    ],
+)
+def test_wrong_arguments(changes: dict, message: str) -> None:
+    arguments = {"x": torch.ones(6, 64), "cu_seqlens": torch.tensor([0, 2, 6]), "read": 0} | changes
+    with pytest.raises(ValueError, match=message):
+        encode(arguments.pop("x"), encoder_of(torch.float32), **arguments)
+
+
+def test_a_causal_encoder_is_read_at_the_last_token() -> None:
+    with pytest.raises(ValueError, match="got 0, expected -1 or None for a causal encoder"):
+        encode(torch.ones(6, 64), encoder_of(torch.float32, causal=True), cu_seqlens=torch.tensor([0, 6]), read=0)
+
+
+def test_the_operator_checks_what_it_is_given() -> None:
+    skip_if_unable("native", torch.float32)
+    encoder, (x, offsets) = encoder_of(torch.float32), tokens_of([3, 3])
+    weights = encoder.native_weights()
+
+    def call(x: Tensor = x, offsets: Tensor = offsets, weights: list[Tensor] = weights, heads: int = 2) -> Tensor:
+        return torch.ops.clipfast.encode(x, offsets, weights, heads, False, 0, 1e-5, 0)
+
+    assert call().shape == (2, 64)
+    for wrong in (
+        {"x": x[:, :33].contiguous()},
+        {"offsets": offsets.int()},
+        {"offsets": torch.tensor([0, 7])},
+        {"weights": weights[:-1]},
+        {"weights": weights[::-1]},
+        {"weights": []},
+        {"heads": 3},
+    ):
+        with pytest.raises(RuntimeError, match="encode"):
+            call(**wrong)
