@@ -66,6 +66,59 @@ def _round(function: Callable[..., object], inputs: list[tuple[Tensor, ...]], ca
     return start.elapsed_time(end) / calls
 
 
+def paired(sides: dict[str, Callable[[], object] | None], rounds: int) -> dict[str, list[float]]:
+    """Return the wall times in seconds of every side that is there, taken in turn, a round at a time."""
+    present = {name: call for name, call in sides.items() if call is not None}
+    times: dict[str, list[float]] = {name: [] for name in present}
+    for round_ in range(rounds + 1):
+        for name, call in present.items():
+            began = time.perf_counter()
+            call()
+            if ON_GPU:
+                torch.cuda.synchronize()
+            if round_:  # the first one warms up
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def report_paired(
+    capsys: object,
+    title: str,
+    times: dict[str, list[float]],
+    sides: dict[str, object],
+    items: int,
+    **facts: dict[str, float],
+) -> None:
+    """Report :func:`paired` times: items a second, and each side's time over the first one's in the same round.
+
+    Args:
+        capsys: pytest's.
+        title: What was timed.
+        times: As :func:`paired` gives them.
+        sides: All sides; those without times are named as not installed.
+        items: How many items one call computes.
+        **facts: More numbers a side.
+    """
+    first = next(iter(times.values()))
+    ratios = {
+        name: statistics.median(t / mine for t, mine in zip(each, first, strict=True)) for name, each in times.items()
+    }
+    medians = {name: 1e3 * statistics.median(each) for name, each in times.items()}
+    missing = [name for name in sides if name not in times]
+    tuned = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"}
+    title = f"{title}, {torch.get_num_threads()} threads"
+    report(capsys, title, medians, ratios=ratios, missing=missing, rounds=len(first), allocator=tuned, **facts)
+    with capsys.disabled():
+        print(f"  allocator: {tuned or 'defaults'}; {len(first)} rounds")
+        for name, ratio in ratios.items():
+            line = f"  {name:<28} {items / medians[name] * 1e3:9.2f} /s {ratio:6.2f} × {next(iter(times))}'s time"
+            for fact, values in facts.items():
+                line += f", {fact} {values[name]:.6f}" if name in values else ""
+            print(line)
+        for name in missing:
+            print(f"  {name:<28} not installed")
+
+
 def copy_bandwidth() -> float:
     """Return the bytes a second that a copy of a large tensor reads and writes, in GB/s."""
     inputs = rotating(lambda: tuple(torch.randn(2, MEMORY // 16, device=DEVICE)))
