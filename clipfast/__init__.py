@@ -19,6 +19,9 @@ _HOME_OF = {
     "TextConfig": "clipfast.models.config",
     "CLIP": "clipfast.models.clip",
     "load_weights": "clipfast.models.weights",
+    "accelerate": "clipfast.models.accelerate",
+    "acceleration": "clipfast.models.accelerate",
+    "restore": "clipfast.models.accelerate",
     "ViT": "clipfast.modules.vit",
     "ModifiedResNet": "clipfast.modules.resnet",
     "TextTransformer": "clipfast.modules.text",
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from clipfast import data, evaluate, models, modules, ops, train, visualize
     from clipfast.data.tokenizer import Tokenizer, tokenize
     from clipfast.data.transform import image_transform
+    from clipfast.models.accelerate import accelerate, acceleration, restore
     from clipfast.models.clip import CLIP
     from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, list_models
     from clipfast.models.create import create_model

@@ -1,0 +1,172 @@
+"""Models of other libraries made fast in place, with the very Parameters that they have."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from clipfast.models.accelerated import Accelerated, AccelerateWarning, is_accelerated, put_on, take_off
+from clipfast.models.twins import Refusal
+
+Model = TypeVar("Model", bound=nn.Module)
+
+LIBRARIES = ("open_clip", "transformers", "timm", "torchvision")
+_SUPPORTED = (
+    "open_clip's CLIP, CustomTextCLIP and their towers, transformers' CLIPModel, CLIPVisionModel* and CLIPTextModel* "
+    "(version 5), timm's VisionTransformer and torchvision's VisionTransformer, or a model that holds one of them"
+)
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """What was found in a model.
+
+    Attributes:
+        accelerated: The accelerated modules' paths; the model's own is ``""``.
+        left_alone: The paths of towers that run their original code, and why.
+    """
+
+    accelerated: tuple[str, ...]
+    left_alone: dict[str, str]
+
+    def __str__(self) -> str:
+        done = ", ".join(path or "the model" for path in self.accelerated) or "nothing"
+        lines = [f"  {path or 'the model'}: {reason}" for path, reason in self.left_alone.items()]
+        return "\n".join([f"accelerated: {done}", *(["left alone:"] if lines else []), *lines])
+
+
+def accelerate(model: Model, *, token_outputs: bool = True) -> Model:
+    """Make a CLIP of open_clip, transformers, timm or torchvision fast, in place.
+
+    Towers are found wherever they are in ``model``. Each keeps its modules, Parameters, state dict, call signatures and
+    outputs, and computes with clipfast's: optimizers, checkpoints, EMA, DDP and ``torch.compile`` go on as they are.
+    The original code serves calls that ask for what clipfast does not give (``docs/accelerate.md`` lists them) and
+    modules with hooks inside.
+
+    Args:
+        model: The model; accelerating it again takes up what could not be done before, and is otherwise nothing.
+        token_outputs: Whether the outputs of transformers' ``CLIPModel`` and ``CLIP…Model…`` keep ``last_hidden_state``.
+            Without it, it is None in them, and the exact shortcuts apply: only what the pooled output needs is
+            computed. The other libraries tell by the call whether tokens are wanted.
+
+    Returns:
+        ``model``. Its ``isinstance`` checks hold; the towers' classes are subclasses of what they were.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: Nothing in ``model`` can be accelerated; the message names its parts and why.
+
+    Warns:
+        AccelerateWarning: Some towers are left alone; each is named with its reason.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate(model): got {type(model).__name__}, expected a torch.nn.Module: {_SUPPORTED}")
+    found = _walk(model, put=True, token_outputs=token_outputs)
+    if not found.accelerated:
+        parts = "".join(f"\n  {path or 'the model'}: {reason}" for path, reason in found.left_alone.items())
+        raise ValueError(
+            f"accelerate(model): got a {type(model).__module__}.{type(model).__qualname__} with nothing in it that can "
+            f"be accelerated, expected {_SUPPORTED}{parts}"
+        )
+    if found.left_alone:
+        parts = "; ".join(f"{path or 'the model'}: {reason}" for path, reason in found.left_alone.items())
+        warnings.warn(f"clipfast.accelerate leaves alone {parts}", AccelerateWarning, stacklevel=2)
+    return model
+
+
+def acceleration(model: nn.Module) -> Acceleration:
+    """Tell what of a model is accelerated, and what is not and why; printed, it is a list."""
+    return _walk(model, put=False)
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`: every module is of its original class again and holds what it held.
+
+    Args:
+        model: The model; nothing happens where it is not accelerated.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+        ValueError: An accelerated module was wrapped since, such as by FSDP2; restore before that.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"restore(model): got {type(model).__name__}, expected a torch.nn.Module")
+    for module in model.modules():
+        if isinstance(module, Accelerated):
+            take_off(module)
+    return model
+
+
+def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
+    accelerated, left_alone = [], {}
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        if is_accelerated(module):
+            accelerated.append(path)
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            # one reason for a frozen model, not one for each of its parts
+            if not path or not isinstance(modules[path.rpartition(".")[0]], torch.jit.ScriptModule):
+                left_alone[path] = "it is TorchScript, whose code is fixed"
+            continue
+        library = _library_of(module)
+        if library is None:
+            continue
+        try:
+            mixin, options = _match(library, module, modules.get(path.rpartition(".")[0]) if path else None, wanted)
+            if mixin is None:
+                continue
+            if put:
+                put_on(module, mixin, options)
+                accelerated.append(path)
+            else:
+                left_alone[path] = "it was not accelerated, or was changed since"
+        except Refusal as refusal:
+            left_alone[path] = str(refusal)
+    return Acceleration(tuple(accelerated), left_alone)
+
+
+def _library_of(module: nn.Module) -> str | None:
+    """Return which of the libraries a module's class, or one it is derived from, comes from."""
+    for cls in type(module).__mro__:
+        name = cls.__module__.partition(".")[0]
+        if name in LIBRARIES:
+            return name
+    return None
+
+
+def _match(
+    library: str, module: nn.Module, parent: nn.Module | None, wanted: dict[str, Any]
+) -> tuple[type | None, dict[str, Any]]:
+    """Return how a module is accelerated, or None for what is no tower."""
+    family = _family(library)
+    for original, mixin, methods in family.KINDS:
+        if isinstance(module, original):
+            base = module._original_class if isinstance(module, Accelerated) else type(module)
+            for name in methods:
+                changed = name in module.__dict__ or getattr(base, name) is not getattr(original, name)
+                if changed:
+                    raise Refusal(f"its {name} is not that of {library}'s {original.__name__}")
+            return mixin, family.options_for(module, parent, **wanted)
+    for cls in type(module).__mro__:
+        if cls.__name__ in family.LEFT_ALONE and cls.__module__.partition(".")[0] == library:
+            raise Refusal(f"{cls.__name__}: {family.LEFT_ALONE[cls.__name__]}")
+    return None, {}
+
+
+def _family(library: str) -> ModuleType:
+    """Import the file that knows a library's towers; the library is loaded already, since a module of it exists."""
+    try:
+        return importlib.import_module(f"clipfast.models.accelerate_{library}")
+    except (ImportError, AttributeError) as error:
+        version = getattr(importlib.import_module(library), "__version__", "of this version")
+        raise Refusal(f"{library} {version} is not known ({error})") from error

@@ -1,0 +1,177 @@
+"""open_clip's towers, accelerated: ``CLIP``, ``CustomTextCLIP`` and whatever else holds its transformers.
+
+Served by clipfast: ``VisionTransformer.forward`` with every pooling, and the text of ``CLIP.encode_text`` and
+``TextTransformer.forward`` with every pooling, causal or not. Where one token is read (class token; the largest id or
+the EOS of causal text) and tokens are not asked for, the exact shortcuts apply. ``forward_intermediates`` is open_clip's
+own code.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from open_clip import model as open_clip_model
+from open_clip import transformer as open_clip_transformer
+from torch import Tensor, nn
+
+from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.twins import (
+    TwinBlock,
+    TwinLayerNorm,
+    TwinText,
+    TwinTransformer,
+    TwinViT,
+    attention_of_pytorch,
+    gelu_of,
+    of_type,
+    require,
+)
+
+_NORMS = (open_clip_transformer.LayerNorm, open_clip_transformer.LayerNormFp32, nn.LayerNorm)
+_GELUS = {open_clip_transformer.QuickGELU: "quick"}
+
+
+class VisionTower(Accelerated):
+    """open_clip's ``VisionTransformer``."""
+
+    def make_twin(self) -> Twin:
+        """Return the twin of blocks and pooling; see :class:`~clipfast.models.accelerated.Accelerated`."""
+        transformer = _transformer(self.transformer, causal=False)
+        if not self._reads_one():
+            return Twin(self, TwinViT(transformer, nn.Identity()), ["transformer"])
+        ln_post = TwinLayerNorm(self.ln_post, _NORMS, "ln_post")
+        return Twin(self, TwinViT(transformer, ln_post), ["transformer", "ln_post"])
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return pooled features ``[B, E]``, and the tokens too with ``output_tokens``."""
+        twin = self.serving_twin()
+        if twin is None:
+            return super().forward(x)
+        x = self._embeds(x)
+        if self._reads_one() and not self.output_tokens and isinstance(twin.ln_post, TwinLayerNorm):
+            pooled, tokens = twin(x), None
+        else:
+            pooled, tokens = self._pool(twin.tokens(x))
+        if self.proj is not None:
+            pooled = pooled @ self.proj
+        return (pooled, tokens) if self.output_tokens else pooled
+
+    def _reads_one(self) -> bool:
+        return self.attn_pool is None and self.pool_type == "tok"
+
+
+class TextTower(Accelerated):
+    """open_clip's ``TextTransformer``."""
+
+    def make_twin(self) -> Twin:
+        """Return the twin of embeddings, blocks and the last LayerNorm."""
+        require(self.cls_emb is None, "it appends a class token with a mask of its own (cls_emb)")
+        require(not self.use_pad_mask, "it masks padding (use_pad_mask)")
+        return _text_twin(self, self.pool_type, self.eos_id)
+
+    def forward(self, text: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Return features ``[B, E]``, and the tokens too with ``output_tokens``."""
+        twin = self.serving_twin()
+        if twin is None or not twin.takes(text):
+            return super().forward(text)
+        if self.output_tokens:
+            tokens = twin.tokens(text)
+            pooled = open_clip_transformer.text_global_pool(tokens, text, self.pool_type, self.eos_id)
+        else:
+            pooled, tokens = _pooled(twin, text, self.pool_type, self.eos_id), None
+        pooled = _project(pooled, self.text_projection)
+        return (pooled, tokens) if self.output_tokens else pooled
+
+
+class TextAtRoot(Accelerated):
+    """open_clip's ``CLIP``, which holds the text tower's parts itself."""
+
+    def make_twin(self) -> Twin:
+        """Return the twin of embeddings, blocks and the last LayerNorm of the text tower."""
+        return _text_twin(self, self.text_pool_type, self.text_eos_id)
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Return features ``[B, E]``, of unit length with ``normalize``."""
+        twin = self.serving_twin()
+        if twin is None or not twin.takes(text):
+            return super().encode_text(text, normalize=normalize)
+        features = _project(_pooled(twin, text, self.text_pool_type, self.text_eos_id), self.text_projection)
+        return F.normalize(features, dim=-1) if normalize else features
+
+
+# what is accelerated: the class, its accelerated form, and the methods that this file knows the insides of
+KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
+    (open_clip_transformer.VisionTransformer, VisionTower, ("forward", "_embeds", "_pool", "_global_pool")),
+    (open_clip_transformer.TextTransformer, TextTower, ("forward", "_embeds")),
+    (open_clip_model.CLIP, TextAtRoot, ("encode_text",)),
+)
+# towers that are known and left alone
+LEFT_ALONE: dict[str, str] = {
+    "ModifiedResNet": "a ResNet's convolutions are PyTorch's either way",
+    "HFTextEncoder": "its text model is not CLIP's",
+    "MultimodalTransformer": "its blocks attend across modalities",
+}
+
+
+def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> dict[str, Any]:
+    """Return what an accelerated module has to know beside itself: nothing here."""
+    return {}
+
+
+def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
+    of_type(source, open_clip_transformer.Transformer, "transformer")
+    blocks = [_block(block, f"block {i}", causal) for i, block in enumerate(source.resblocks)]
+    return TwinTransformer(blocks, lambda: source.grad_checkpointing)
+
+
+def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
+    of_type(source, open_clip_transformer.ResidualAttentionBlock, name)
+    for scale in (source.ls_1, source.ls_2):
+        of_type(scale, nn.Identity, f"{name}'s layer scale")
+    require(not hasattr(source, "ln_1_kv"), f"{name} attends across modalities")
+    of_type(source.mlp, nn.Sequential, f"{name}'s MLP")
+    require(list(source.mlp._modules) == ["c_fc", "gelu", "c_proj"], f"{name}'s MLP has parts that are not known")
+    return TwinBlock(
+        TwinLayerNorm(source.ln_1, _NORMS, f"{name}'s ln_1"),
+        attention_of_pytorch(source.attn, f"{name}'s attention", causal),
+        TwinLayerNorm(source.ln_2, _NORMS, f"{name}'s ln_2"),
+        source.mlp.c_fc,
+        source.mlp.c_proj,
+        gelu_of(source.mlp.gelu, _GELUS, f"{name}'s activation"),
+        name,
+    )
+
+
+def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
+    causal = owner.attn_mask is not None
+    if causal and not owner.attn_mask.is_meta:
+        mask = owner.attn_mask
+        expected = torch.full_like(mask, -torch.inf).triu(1)
+        require(torch.equal(mask, expected), "its attn_mask is not the causal one")
+    weak = weakref.ref(owner)
+    positions: Callable[[], Tensor] = lambda: weak().positional_embedding  # noqa: E731
+    tower = TwinText(
+        owner.token_embedding,
+        positions,
+        _transformer(owner.transformer, causal),
+        TwinLayerNorm(owner.ln_final, _NORMS, "ln_final"),
+        eos_id if pool_type == "eos" else None,
+    )
+    return Twin(owner, tower, ["token_embedding", "transformer", "ln_final"])
+
+
+def _pooled(twin: TwinText, text: Tensor, pool_type: str, eos_id: int | None) -> Tensor:
+    reads_there = pool_type == twin.pooling and (pool_type == "argmax" or eos_id == twin.eos_id)
+    if reads_there and twin.is_causal:
+        return twin(text)
+    return open_clip_transformer.text_global_pool(twin.tokens(text), text, pool_type, eos_id)
+
+
+def _project(pooled: Tensor, projection: nn.Module | Tensor | None) -> Tensor:
+    if projection is None:
+        return pooled
+    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection

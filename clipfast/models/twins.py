@@ -1,0 +1,281 @@
+"""Twins: clipfast's towers over the very modules and Parameters of a tower of another library.
+
+A twin owns nothing. Linear, convolution and embedding layers are the other tower's own, called where they stand; the
+parts that clipfast computes in its own way read the other's Parameters anew at every call. Whatever replaces,
+shards or casts a Parameter therefore reaches the twin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clipfast.modules.text import TextTransformer
+from clipfast.modules.transformer import MLP, LayerNorm, ResidualAttentionBlock, SelfAttention, Transformer
+from clipfast.modules.vit import ViT
+
+
+class Refusal(Exception):  # noqa: N818  # not an error: the module stays as it is
+    """Why a module is left as it is."""
+
+
+def require(condition: bool, reason: str) -> None:
+    """Raise a :class:`Refusal` unless ``condition``."""
+    if not condition:
+        raise Refusal(reason)
+
+
+def of_type(module: object, types: type | tuple[type, ...], name: str) -> nn.Module:
+    """Return ``module``, or refuse what is not exactly of one of ``types``: a subclass may compute something else."""
+    types = types if isinstance(types, tuple) else (types,)
+    if type(module) not in types:
+        expected = " or ".join(dict.fromkeys(f"{t.__module__.split('.')[0]}'s {t.__name__}" for t in types))
+        raise Refusal(f"{name} is a {type(module).__module__}.{type(module).__qualname__}, expected {expected}")
+    return module
+
+
+def gelu_of(module: object, kinds: dict[type, str], name: str) -> str:
+    """Return clipfast's name of the GELU that ``module`` computes; ``kinds`` names those beside PyTorch's."""
+    if type(module) is nn.GELU:
+        return module.approximate
+    require(type(module) in kinds, f"{name} is a {type(module).__qualname__}, expected a GELU")
+    return kinds[type(module)]
+
+
+class TwinLayerNorm(LayerNorm):
+    """clipfast's LayerNorm with the Parameters of another one."""
+
+    def __init__(self, source: nn.Module, types: tuple[type, ...], name: str) -> None:
+        nn.Module.__init__(self)
+        self.source = of_type(source, types, name)
+        require(
+            len(source.normalized_shape) == 1 and source.weight is not None and source.bias is not None,
+            f"{name} has no weight, no bias, or more than one dimension",
+        )
+        self.normalized_shape, self.eps, self.elementwise_affine = source.normalized_shape, source.eps, True
+
+    @property
+    def weight(self) -> Tensor:
+        """The other's weight, ``[C]``."""
+        return self.source.weight
+
+    @property
+    def bias(self) -> Tensor:
+        """The other's bias, ``[C]``."""
+        return self.source.bias
+
+
+class TwinAttention(SelfAttention):
+    """clipfast's attention with the Parameters of another one.
+
+    Args:
+        source: What holds the projection of queries, keys and values: an ``nn.MultiheadAttention``, a linear layer for
+            all three, or one for each.
+        out_proj: The output projection.
+        heads: The number of heads.
+        causal: Whether a token attends to itself and those before it only.
+        name: The attention's name, for refusals.
+    """
+
+    def __init__(
+        self, source: Sequence[nn.Module], out_proj: nn.Module, heads: int, causal: bool = False, *, name: str
+    ) -> None:
+        nn.Module.__init__(self)
+        self.heads, self.causal = heads, causal
+        self.source = nn.ModuleList(source)
+        self.out_proj = out_proj
+        self._packed = len(source) == 1 and isinstance(source[0], nn.MultiheadAttention)
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        require(weight is not None and bias is not None, f"{name} has no joint projection with a bias")
+        require(
+            weight.shape[0] == 3 * weight.shape[1] and weight.shape[1] % heads == 0,
+            f"{name} projects to {weight.shape[0]} values, expected three times the width {weight.shape[1]}",
+        )
+
+    @property
+    def in_proj_weight(self) -> Tensor:
+        """``[3W, W]``; made of three, it passes its gradient on to them."""
+        if self._packed:
+            return self.source[0].in_proj_weight
+        return self.source[0].weight if len(self.source) == 1 else torch.cat([part.weight for part in self.source])
+
+    @property
+    def in_proj_bias(self) -> Tensor | None:
+        """``[3W]``."""
+        if self._packed:
+            return self.source[0].in_proj_bias
+        if any(part.bias is None for part in self.source):
+            return None
+        return self.source[0].bias if len(self.source) == 1 else torch.cat([part.bias for part in self.source])
+
+
+def attention_of_pytorch(source: nn.Module, name: str, causal: bool = False) -> TwinAttention:
+    """Return the twin of an ``nn.MultiheadAttention`` that attends to its own input."""
+    of_type(source, nn.MultiheadAttention, name)
+    require(source.bias_k is None and not source.add_zero_attn, f"{name} adds keys of its own")
+    return TwinAttention([source], source.out_proj, source.num_heads, causal, name=name)
+
+
+class TwinBlock(ResidualAttentionBlock):
+    """clipfast's block over another one's parts.
+
+    Args:
+        ln_1: The LayerNorm before attention.
+        attention: The attention.
+        ln_2: The LayerNorm before the MLP.
+        c_fc: The MLP's first layer.
+        c_proj: Its second.
+        approximate: The GELU between them.
+        name: The block's name, for refusals.
+    """
+
+    def __init__(
+        self,
+        ln_1: TwinLayerNorm,
+        attention: TwinAttention,
+        ln_2: TwinLayerNorm,
+        c_fc: nn.Module,
+        c_proj: nn.Module,
+        approximate: str,
+        name: str,
+    ) -> None:
+        nn.Module.__init__(self)
+        of_type(attention.out_proj, (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear), f"{name}'s output")
+        self.ln_1, self.attn, self.ln_2 = ln_1, attention, ln_2
+        self.mlp = MLP.__new__(MLP)
+        nn.Module.__init__(self.mlp)
+        self.mlp.approximate = approximate
+        self.mlp.c_fc = of_type(c_fc, nn.Linear, f"{name}'s first linear layer")
+        self.mlp.c_proj = of_type(c_proj, nn.Linear, f"{name}'s second linear layer")
+
+
+class TwinTransformer(Transformer):
+    """clipfast's stack over another one's blocks.
+
+    Args:
+        blocks: The blocks.
+        checkpoints: Tells whether blocks are computed again in the backward pass, as the other would now.
+    """
+
+    def __init__(self, blocks: Iterable[TwinBlock], checkpoints: Callable[[], bool]) -> None:
+        nn.Module.__init__(self)
+        self.resblocks = nn.ModuleList(blocks)
+        require(len(self.resblocks) > 0, "it has no blocks")
+        self.layers = len(self.resblocks)
+        self.width = self.resblocks[0].attn.out_proj.out_features
+        self._checkpoints = checkpoints
+
+    @property
+    def grad_checkpointing(self) -> bool:
+        """Whether blocks are computed again in the backward pass."""
+        return self._checkpoints()
+
+
+class TwinViT(ViT):
+    """clipfast's ViT behind another one's embedding of patches, up to the pooled token, ``[B, W]``.
+
+    Called with the tokens ``[B, N, W]`` that go into the first block, class token first.
+
+    Args:
+        transformer: The blocks.
+        ln_post: The last LayerNorm, or an identity.
+    """
+
+    def __init__(self, transformer: TwinTransformer, ln_post: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.transformer, self.ln_post = transformer, ln_post
+        self.proj = self.output_dim = None
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """Return the last block's tokens, ``[B, N, W]``, before the last LayerNorm."""
+        return self.transformer(x)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Leave it to the other library's code: its class and position embeddings take many forms."""
+        return images
+
+
+class _Embedding(nn.Module):
+    """An embedding in the dtype that the blocks compute in."""
+
+    def __init__(self, source: nn.Module, dtype: Callable[[], torch.dtype]) -> None:
+        super().__init__()
+        self.source = of_type(source, nn.Embedding, "token_embedding")
+        require(source.max_norm is None, "token_embedding changes its weight when it is read (max_norm)")
+        self._dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """``[vocabulary, W]``."""
+        return self.source.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return ``[..., W]`` from ``[...]``."""
+        return self.source(tokens).to(self._dtype())
+
+
+class TwinText(TextTransformer):
+    """clipfast's text transformer over another one's parts, up to the pooled token after the last LayerNorm, ``[B, W]``.
+
+    Args:
+        token_embedding: The embedding of tokens.
+        positions: Gives the embeddings ``[L, W]`` of positions.
+        transformer: The blocks.
+        ln_final: The last LayerNorm.
+        eos_id: The id whose first occurrence is read; None reads at the largest id.
+    """
+
+    def __init__(
+        self,
+        token_embedding: nn.Module,
+        positions: Callable[[], Tensor],
+        transformer: TwinTransformer,
+        ln_final: TwinLayerNorm,
+        eos_id: int | None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.transformer, self.ln_final = transformer, ln_final
+        self.token_embedding = _Embedding(token_embedding, self._dtype)
+        self.vocab_size, self.eos_id = token_embedding.num_embeddings, eos_id
+        self.pooling = "argmax" if eos_id is None else "eos"
+        self.text_projection = self.output_dim = None
+        self._positions = positions
+
+    @property
+    def positional_embedding(self) -> Tensor:
+        """``[L, W]`` in the dtype that the blocks compute in."""
+        return self._positions().to(self._dtype())
+
+    @property
+    def context_length(self) -> int:
+        """The longest caption, in tokens."""
+        return self._positions().shape[0]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token attends to itself and those before it only."""
+        return self.transformer.resblocks[0].attn.causal
+
+    def takes(self, tokens: object) -> bool:
+        """Return whether ``tokens`` are ids ``[B, L]``, of which nothing but the values can be wrong."""
+        return (
+            isinstance(tokens, Tensor)
+            and tokens.dim() == 2
+            and 1 <= tokens.shape[1] <= self.context_length
+            and tokens.dtype in (torch.int64, torch.int32)
+        )
+
+    def tokens(self, tokens: Tensor) -> Tensor:
+        """Return all tokens after the last LayerNorm, ``[B, L, W]``."""
+        return self.ln_final(self.transformer(self._embed_tokens(tokens)))
+
+    def _dtype(self) -> torch.dtype:
+        return self.transformer.resblocks[0].mlp.c_fc.weight.dtype
+
+    def _eos_positions(self, tokens: Tensor) -> Tensor:
+        return tokens.argmax(dim=-1) if self.pooling == "argmax" else super()._eos_positions(tokens)
+
+    def _check_tokens(self, tokens: Tensor) -> None:
+        """Leave it to the other library what it takes: rows without an EOS are read at their first token."""
