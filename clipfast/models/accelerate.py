@@ -51,9 +51,9 @@ def accelerate(model: Model, *, token_outputs: bool = True) -> Model:
 
     Args:
         model: The model; accelerating it again takes up what could not be done before, and is otherwise nothing.
-        token_outputs: Whether the outputs of transformers' ``CLIPModel`` and ``CLIP…Model…`` keep ``last_hidden_state``.
-            Without it, it is None in them, and the exact shortcuts apply: only what the pooled output needs is
-            computed. The other libraries tell by the call whether tokens are wanted.
+        token_outputs: Whether the outputs of transformers' models keep ``last_hidden_state``. Without it, it is None in
+            them, and the exact shortcuts apply: only what the pooled output needs is computed. The other libraries'
+            calls tell whether tokens are wanted.
 
     Returns:
         ``model``. Its ``isinstance`` checks hold; the towers' classes are subclasses of what they were.
@@ -157,9 +157,9 @@ def _match(
                 if changed:
                     raise Refusal(f"its {name} is not that of {library}'s {original.__name__}")
             return mixin, family.options_for(module, parent, **wanted)
-    for cls in type(module).__mro__:
-        if cls.__name__ in family.LEFT_ALONE and cls.__module__.partition(".")[0] == library:
-            raise Refusal(f"{cls.__name__}: {family.LEFT_ALONE[cls.__name__]}")
+    reason = family.left_alone(module)
+    if reason is not None:
+        raise Refusal(reason)
     return None, {}
 
 

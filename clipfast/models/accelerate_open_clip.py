@@ -2,8 +2,8 @@
 
 Served by clipfast: ``VisionTransformer.forward`` with every pooling, and the text of ``CLIP.encode_text`` and
 ``TextTransformer.forward`` with every pooling, causal or not. Where one token is read (class token; the largest id or
-the EOS of causal text) and tokens are not asked for, the exact shortcuts apply. ``forward_intermediates`` is open_clip's
-own code.
+the EOS of causal text) and tokens are not asked for, the exact shortcuts apply. ``forward_intermediates`` is the
+library's own code.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from open_clip import hf_model, modified_resnet, timm_model
 from open_clip import model as open_clip_model
 from open_clip import transformer as open_clip_transformer
 from torch import Tensor, nn
@@ -32,6 +33,11 @@ from clipfast.models.twins import (
 )
 
 _NORMS = (open_clip_transformer.LayerNorm, open_clip_transformer.LayerNormFp32, nn.LayerNorm)
+_LEFT_ALONE = {
+    modified_resnet.ModifiedResNet: "a ResNet's convolutions are PyTorch's either way",
+    hf_model.HFTextEncoder: "its text model is not CLIP's",
+    open_clip_transformer.MultimodalTransformer: "its blocks attend across modalities",
+}
 _GELUS = {open_clip_transformer.QuickGELU: "quick"}
 
 
@@ -109,12 +115,17 @@ KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
     (open_clip_transformer.TextTransformer, TextTower, ("forward", "_embeds")),
     (open_clip_model.CLIP, TextAtRoot, ("encode_text",)),
 )
-# towers that are known and left alone
-LEFT_ALONE: dict[str, str] = {
-    "ModifiedResNet": "a ResNet's convolutions are PyTorch's either way",
-    "HFTextEncoder": "its text model is not CLIP's",
-    "MultimodalTransformer": "its blocks attend across modalities",
-}
+
+
+def left_alone(module: nn.Module) -> str | None:
+    """Return why a tower is left as it is; None for what is no tower, or is one whose parts are."""
+    for kind, reason in _LEFT_ALONE.items():
+        if isinstance(module, kind):
+            return f"{kind.__name__}: {reason}"
+    trunk = getattr(module, "trunk", None) if isinstance(module, timm_model.TimmModel) else None
+    if trunk is not None and not any(c.__name__ == "VisionTransformer" for c in type(trunk).__mro__):
+        return f"its trunk is timm's {type(trunk).__name__}, expected a VisionTransformer"
+    return None
 
 
 def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> dict[str, Any]:

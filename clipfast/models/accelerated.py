@@ -112,8 +112,9 @@ class Accelerated:
             twin = self.make_twin()
         except Refusal as refusal:
             twin = None
+            name = self._original_class.__name__
             warnings.warn(
-                f"clipfast: {self._original_class.__name__} was changed and runs its original code from now on: {refusal}",
+                f"clipfast: a {name} was changed and runs its original code from now on: {refusal}",
                 AccelerateWarning,
                 stacklevel=4,
             )

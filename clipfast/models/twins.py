@@ -17,7 +17,7 @@ from clipfast.modules.transformer import MLP, LayerNorm, ResidualAttentionBlock,
 from clipfast.modules.vit import ViT
 
 
-class Refusal(Exception):  # noqa: N818  # not an error: the module stays as it is
+class Refusal(Exception):
     """Why a module is left as it is."""
 
 
@@ -217,7 +217,7 @@ class _Embedding(nn.Module):
 
 
 class TwinText(TextTransformer):
-    """clipfast's text transformer over another one's parts, up to the pooled token after the last LayerNorm, ``[B, W]``.
+    """clipfast's text transformer over another one's parts, up to the pooled token, ``[B, W]``.
 
     Args:
         token_embedding: The embedding of tokens.
@@ -271,11 +271,17 @@ class TwinText(TextTransformer):
         """Return all tokens after the last LayerNorm, ``[B, L, W]``."""
         return self.ln_final(self.transformer(self._embed_tokens(tokens)))
 
+    def read_positions(self, tokens: Tensor) -> Tensor:
+        """Return ``[B]``, the position of the token that each row is read at."""
+        if self.eos_id is None:
+            return tokens.argmax(dim=-1)
+        return (tokens == self.eos_id).to(torch.uint8).argmax(dim=-1)
+
     def _dtype(self) -> torch.dtype:
         return self.transformer.resblocks[0].mlp.c_fc.weight.dtype
 
     def _eos_positions(self, tokens: Tensor) -> Tensor:
-        return tokens.argmax(dim=-1) if self.pooling == "argmax" else super()._eos_positions(tokens)
+        return self.read_positions(tokens)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         """Leave it to the other library what it takes: rows without an EOS are read at their first token."""

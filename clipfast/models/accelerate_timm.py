@@ -1,0 +1,112 @@
+"""timm's ``VisionTransformer``, accelerated: CLIP's and the many others of its layout.
+
+Served by clipfast: ``forward`` and ``forward_features``. Where the class token is read, ``forward`` computes the last
+block for it alone. Patch, class, register and position embeddings, patch dropout, pooling and the head are timm's code;
+``forward_intermediates`` and calls with an attention mask too.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from timm import layers as timm_layers
+from timm.layers import activations, norm
+from timm.models import vision_transformer
+from torch import Tensor, nn
+
+from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.twins import (
+    TwinAttention,
+    TwinBlock,
+    TwinLayerNorm,
+    TwinTransformer,
+    TwinViT,
+    gelu_of,
+    of_type,
+    require,
+)
+
+_NORMS = (norm.LayerNorm, norm.LayerNormFp32, nn.LayerNorm)
+_GELUS = {activations.GELU: "none", activations.GELUTanh: "tanh", activations.QuickGELU: "quick"}
+
+
+class VisionTower(Accelerated):
+    """timm's ``VisionTransformer``."""
+
+    def make_twin(self) -> Twin:
+        """Return the twin of blocks and the last LayerNorm."""
+        of_type(self.blocks, nn.Sequential, "blocks")
+        weak = weakref.ref(self)
+        blocks = [_block(block, f"block {i}") for i, block in enumerate(self.blocks)]
+        ln_post = nn.Identity() if type(self.norm) is nn.Identity else TwinLayerNorm(self.norm, _NORMS, "norm")
+        tower = TwinViT(TwinTransformer(blocks, lambda: weak().grad_checkpointing), ln_post)
+        return Twin(self, tower, ["blocks", "norm"])
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return all tokens, ``[B, N, W]``."""
+        twin = self.serving_twin()
+        if twin is None or attn_mask is not None or is_causal:
+            return super().forward_features(x, **_masks(attn_mask, is_causal))
+        return twin.ln_post(twin.tokens(self._clipfast_embed(x)))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Return what the head gives, ``[B, classes]``."""
+        twin = self.serving_twin() if self.global_pool == "token" and self.attn_pool is None else None
+        if twin is None or attn_mask is not None or is_causal:
+            return super().forward(x, **_masks(attn_mask, is_causal))
+        pooled = twin(self._clipfast_embed(x))
+        return self.head(self.head_drop(self.fc_norm(pooled)))
+
+    def _clipfast_embed(self, x: Tensor) -> Tensor:
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+
+
+KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
+    (
+        vision_transformer.VisionTransformer,
+        VisionTower,
+        ("forward", "forward_features", "forward_head", "pool", "_pos_embed"),
+    ),
+)
+
+
+def left_alone(module: nn.Module) -> str | None:
+    """Return why a tower is left as it is; None for what is no tower."""
+    return None
+
+
+def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> dict[str, Any]:
+    """Return what an accelerated tower has to know beside itself: nothing here."""
+    return {}
+
+
+def _masks(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
+    """Return the arguments that were given: older versions have none of them."""
+    given = {} if attn_mask is None else {"attn_mask": attn_mask}
+    return given | ({"is_causal": is_causal} if is_causal else {})
+
+
+def _block(source: nn.Module, name: str) -> TwinBlock:
+    of_type(source, vision_transformer.Block, name)
+    for part in ("ls1", "ls2"):
+        of_type(getattr(source, part), nn.Identity, f"{name}'s layer scale")
+    for part in ("drop_path1", "drop_path2"):
+        of_type(getattr(source, part), (nn.Identity, timm_layers.DropPath), f"{name}'s {part}")
+    mlp = of_type(source.mlp, timm_layers.Mlp, f"{name}'s MLP")
+    of_type(mlp.norm, nn.Identity, f"{name}'s LayerNorm in its MLP")
+    attention = of_type(source.attn, timm_layers.Attention, f"{name}'s attention")
+    for part in ("q_norm", "k_norm", "norm"):
+        of_type(getattr(attention, part, nn.Identity()), nn.Identity, f"{name}'s {part} in its attention")
+    require(getattr(attention, "gate", None) is None, f"{name}'s attention has a gate")
+    require(attention.scale == attention.head_dim**-0.5, f"{name} has a scale of its own")
+    of_type(attention.qkv, nn.Linear, f"{name}'s qkv")
+    return TwinBlock(
+        TwinLayerNorm(source.norm1, _NORMS, f"{name}'s norm1"),
+        TwinAttention([attention.qkv], attention.proj, attention.num_heads, name=f"{name}'s attention"),
+        TwinLayerNorm(source.norm2, _NORMS, f"{name}'s norm2"),
+        mlp.fc1,
+        mlp.fc2,
+        gelu_of(mlp.act, _GELUS, f"{name}'s activation"),
+        name,
+    )
