@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Generator, Iterable
@@ -11,6 +10,7 @@ from pathlib import Path
 import interpreter
 import pytest
 import torch
+import torchvision_on_cpu
 
 import clipfast  # noqa: F401  # from wherever it is, before the path changes
 
@@ -21,11 +21,8 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _root]
 # models come from code here, never from a hub
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-if not torch.cuda.is_available() and importlib.util.find_spec("torchvision"):
-    # torchvision has no CPU build: its Python half asks for these two schemas when it is imported
-    _schemas = torch.library.Library("torchvision", "DEF")
-    for _name in ("nms", "qnms"):
-        _schemas.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+# before the rivals, which import torchvision
+torchvision_on_cpu.enable()
 
 # before the rivals, which import Triton
 interpreter.enable()

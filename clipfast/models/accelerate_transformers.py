@@ -150,9 +150,7 @@ def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
         TwinLayerNorm(source.layer_norm2, _NORMS, f"{name}'s layer_norm2"),
         source.mlp.fc1,
         source.mlp.fc2,
-        "none"
-        if _is_erf_gelu(source.mlp.activation_fn)
-        else gelu_of(source.mlp.activation_fn, _GELUS, f"{name}'s MLP"),
+        gelu_of(source.mlp.activation_fn, _GELUS, f"{name}'s activation"),
         name,
     )
 

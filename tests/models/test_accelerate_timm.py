@@ -1,0 +1,108 @@
+"""clipfast.accelerate on timm's vision transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import tiny
+import torch
+from acceleration import COMMON, RARE, Case, assert_close, counted, parametrize
+from torch import nn
+
+import clipfast
+
+SIZES = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2, "num_classes": 32}
+
+
+def images(dtype: torch.dtype) -> dict[str, Any]:
+    return {"x": torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(3)).to(dtype)}
+
+
+def vit(name: str = "vit_base_patch32_clip_224", **changes: Any) -> nn.Module:
+    return tiny.drawn(timm.create_model(name, **(SIZES | changes)))
+
+
+def without_head_bias() -> nn.Module:
+    model = vit()
+    model.head = nn.Linear(64, 32, bias=False)
+    return model
+
+
+CLIP = Case("CLIP", vit, images)
+CASES = [
+    CLIP,
+    Case("quickgelu", partial(vit, "vit_base_patch32_clip_quickgelu_224"), images),
+    Case("no head", partial(vit, num_classes=0), images),
+    Case("no head bias", without_head_bias, images),
+    Case("no norm before", partial(vit, "vit_base_patch16_224"), images),
+    Case("mean of tokens", partial(vit, global_pool="avg"), images),
+    Case("registers", partial(vit, reg_tokens=2, no_embed_class=True), images),
+    Case("any image size", partial(vit, dynamic_img_size=True), images),
+    Case("patch dropout", partial(vit, patch_drop_rate=0.5), images),
+]
+
+
+@parametrize(CASES, COMMON)
+def test_accelerated(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@parametrize([CLIP], RARE)
+def test_accelerated_clip(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+def test_tokens_are_served() -> None:
+    model, original = CLIP.pair()
+    x = images(torch.float64)["x"]
+    with counted() as calls:
+        assert_close([model.forward_features(x)], [original.forward_features(x)], 1e-12)
+    assert len(calls) == 1
+
+
+def test_the_original_serves_masks() -> None:
+    model, original = CLIP.pair()
+    x = images(torch.float64)["x"]
+    with counted() as calls:
+        assert_close([model(x, is_causal=True)], [original(x, is_causal=True)], 0)
+        mask = torch.zeros(5, 5, dtype=torch.float64)
+        assert_close([model(x, attn_mask=mask)], [original(x, attn_mask=mask)], 0)
+        torch.jit.trace(model, (x,), check_trace=False)
+    assert not calls
+
+
+def test_dropout_in_training_runs_the_original() -> None:
+    case = Case("", partial(vit, drop_path_rate=0.5), images)
+    model, original = case.pair()
+    with counted() as calls:
+        assert_close(case.call(model), case.call(original), 0)
+        assert not calls
+        assert_close(case.call(model.eval()), case.call(original.eval()), 1e-12)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("vit_base_patch32_clip_224", {"init_values": 1e-5}, "block 0's layer scale is a timm.*LayerScale"),
+        ("vit_base_patch32_clip_224", {"qk_norm": True}, "block 0's q_norm"),
+        ("vit_base_patch32_clip_224", {"qkv_bias": False}, "no joint projection with a bias"),
+        ("deit_tiny_distilled_patch16_224", {}, "its forward_head is not that of timm's VisionTransformer"),
+        ("vit_base_patch16_rpn_224", {}, "block 0 is a timm.*expected timm's Block"),
+    ],
+)
+def test_refused_by_name(name: str, changes: dict[str, Any], reason: str) -> None:
+    model = vit(name, **changes)
+    before = type(model), list(model.__dict__)
+    with pytest.raises(ValueError, match=f"(?s)nothing in it that can be accelerated.*the model: .*{reason}"):
+        clipfast.accelerate(model)
+    assert (type(model), list(model.__dict__)) == before
+
+
+def test_another_architecture_is_refused() -> None:
+    with pytest.raises(ValueError, match="got a timm.models.resnet.ResNet with nothing in it"):
+        clipfast.accelerate(timm.create_model("resnet18"))

@@ -1,0 +1,376 @@
+"""What must hold for every model that ``clipfast.accelerate`` takes: the checks that its tests share."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import relative_error
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import clipfast
+from clipfast.models import twins
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that is accelerated.
+
+    Attributes:
+        name: The test's name.
+        make: Makes the model in float32.
+        inputs: Makes the arguments of a call from a dtype.
+        options: For ``accelerate``.
+        towers: How many towers of the model clipfast serves in a call.
+        missing: The outputs that acceleration leaves out, by their index.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[torch.dtype], dict[str, Any]]
+    towers: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def pair(self, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module]:
+        """Return the accelerated model and the original, with the same weights."""
+        torch.manual_seed(0)
+        original = self.make().to(dtype)
+        return clipfast.accelerate(copy.deepcopy(original), **self.options), original
+
+    def call(self, model: nn.Module, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """Return all the tensors that a call gives."""
+        torch.manual_seed(1)
+        return tensors_of(model(**self.inputs(dtype)))
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Return the tensors of a library's output, in order; None stays None in fields of its own."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    return [t for part in output if part is not None for t in tensors_of(part)]
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Count the calls of twins' blocks' stacks: whoever forgets to serve a call is found out."""
+    calls: list[int] = []
+    forward = twins.TwinTransformer.forward
+
+    def count(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    with mock.patch.object(twins.TwinTransformer, "forward", count):
+        yield calls
+
+
+def loss_of(outputs: list[Tensor]) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return sum((torch.randn(t.shape, generator=generator).to(t) * t).sum() for t in outputs if t.requires_grad)
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], bound: float) -> None:
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        assert relative_error(a, e) <= bound
+
+
+def assert_same_gradients(model: nn.Module, original: nn.Module, bound: float = 1e-12) -> None:
+    expected = {k: p.grad for k, p in original.named_parameters()}
+    actual = {k: p.grad for k, p in model.named_parameters()}
+    assert list(actual) == list(expected)
+    for key, value in expected.items():
+        assert (actual[key] is None) == (value is None), key
+        if value is None:
+            continue
+        # a key bias moves all scores of a query alike: its gradient is nothing but rounding
+        scale = expected[key.replace("k_proj.bias", "v_proj.bias")].abs().max()
+        assert scale > 0, key
+        assert (actual[key] - value).abs().max() <= bound * scale, key
+
+
+def check_outputs_and_gradients(case: Case) -> None:
+    model, original = case.pair()
+    with counted() as calls:
+        outputs = case.call(model)
+    assert len(calls) == case.towers
+    expected = case.call(original)
+    assert_close(outputs, comparable(case, expected), 1e-12)
+    loss_of(outputs).backward()
+    loss_of(comparable(case, expected)).backward()
+    assert_same_gradients(model, original)
+    with torch.no_grad():
+        assert_close(case.call(model.eval()), comparable(case, case.call(original.eval())), 1e-12)
+
+
+def comparable(case: Case, outputs: list[Tensor]) -> list[Tensor]:
+    """Leave out of the original's outputs the tokens that the accelerated model was told to leave out."""
+    return outputs if case.options.get("token_outputs", True) else [t for t in outputs if t.dim() < 3]
+
+
+def check_float32_outputs(case: Case) -> None:
+    model, original = case.pair(torch.float32)
+    exact = copy.deepcopy(original).double()
+    with torch.no_grad():
+        outputs = case.call(model, torch.float32)
+        expected = comparable(case, case.call(original, torch.float32))
+        oracle = comparable(case, case.call(exact))
+    for a, e, o in zip(outputs, expected, oracle, strict=True):
+        assert a.dtype == e.dtype == torch.float32
+        assert relative_error(a, o) <= max(2 * relative_error(e, o), 2e-6)
+
+
+def check_checkpointed_gradients(case: Case) -> None:
+    model, original = case.pair()
+    for m in (model, original):
+        if hasattr(m, "set_grad_checkpointing"):
+            m.set_grad_checkpointing()
+        elif hasattr(m, "gradient_checkpointing_enable"):
+            m.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            pytest.skip("the library has no checkpointing")
+    module = "clipfast.modules.transformer.checkpoint"
+    with mock.patch(module, side_effect=torch.utils.checkpoint.checkpoint) as checkpoint:
+        outputs = case.call(model)
+    assert checkpoint.called
+    loss_of(outputs).backward()
+    loss_of(comparable(case, case.call(original))).backward()
+    assert_same_gradients(model, original)
+
+
+def check_same_state(case: Case) -> None:
+    torch.manual_seed(0)
+    model = case.make()
+    before = {k: (v, v.data_ptr()) for k, v in model.state_dict(keep_vars=True).items()}
+    names = [n for n, _ in model.named_modules()]
+    text = repr(model)
+    case.call(clipfast.accelerate(model, **case.options), torch.float32)
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(before)
+    for key, (value, pointer) in before.items():
+        assert after[key] is value or not isinstance(value, nn.Parameter), key
+        assert after[key].data_ptr() == pointer, key
+    assert [n for n, _ in model.named_modules()] == names
+    assert repr(model) == text
+
+
+def train(case: Case, model: nn.Module, steps: int = 5) -> list[float]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        outputs = [t for t in case.call(model) if t.dim() < 3]
+        loss = loss_of(outputs) / sum(t.numel() for t in outputs)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def check_training(case: Case) -> None:
+    model, original = case.pair()
+    expected = train(case, original)
+    assert len(set(expected)) == 5
+    assert train(case, model) == pytest.approx(expected, rel=1e-10)
+
+
+def check_saved_and_loaded(case: Case) -> None:
+    model, original = case.pair()
+    train(case, model, 1)
+    expected = case.call(model)
+    state = reloaded(model.state_dict(), weights_only=True)
+    original.load_state_dict(state)
+    assert_close(expected, comparable(case, case.call(original)), 1e-12)
+    whole = reloaded(model, weights_only=False)
+    assert type(whole) is type(model)
+    with counted() as calls:
+        assert_close(case.call(whole), expected, 0)
+    assert len(calls) == case.towers
+    clipfast.restore(whole)
+    assert type(whole) is type(original)
+
+
+def reloaded(value: Any, weights_only: bool) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=weights_only)
+
+
+def check_loaded_by_assignment(case: Case) -> None:
+    model, original = case.pair()
+    state = {k: 1.1 * v if v.is_floating_point() else v for k, v in original.state_dict().items()}
+    case.call(model)
+    for m in (model, original):
+        m.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    outputs, expected = case.call(model), comparable(case, case.call(original))
+    assert_close(outputs, expected, 1e-12)
+    loss_of(outputs).backward()
+    loss_of(expected).backward()
+    assert_same_gradients(model, original)
+
+
+def check_copied(case: Case) -> None:
+    model, _ = case.pair()
+    expected = case.call(model)
+    twin = copy.deepcopy(model)
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    with counted() as calls:
+        assert_close(case.call(twin), expected, 0)
+    assert len(calls) == case.towers
+    loss_of(case.call(twin)).backward()
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(0.1)
+    assert_close(case.call(model), expected, 0)
+    assert relative_error(case.call(twin)[0], expected[0]) > 1e-3
+
+
+def check_ddp(case: Case) -> None:
+    model, original = case.pair()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        unused = case.options.get("unused", False)
+        with counted() as calls:
+            loss_of(case.call(DistributedDataParallel(model, find_unused_parameters=unused))).backward()
+        assert len(calls) == case.towers
+    finally:
+        dist.destroy_process_group()
+    loss_of(comparable(case, case.call(original))).backward()
+    assert_same_gradients(model, original)
+
+
+def check_compiled(case: Case) -> None:
+    model, original = case.pair()
+    torch._dynamo.reset()
+    with counted() as calls:
+        outputs = case.call(torch.compile(model, backend="aot_eager", fullgraph=True))
+    assert len(calls) == case.towers
+    expected = comparable(case, case.call(original))
+    assert_close(outputs, expected, 1e-12)
+    loss_of(outputs).backward()
+    loss_of(expected).backward()
+    assert_same_gradients(model, original)
+
+
+def first_norm(model: nn.Module) -> nn.Module:
+    """Return a LayerNorm inside the first block of a tower."""
+    return next(m for n, m in model.named_modules() if isinstance(m, nn.LayerNorm) and re.search(r"[._]0\.", n))
+
+
+def check_hooked(case: Case) -> None:
+    model, original = case.pair()
+    seen = []
+    handle = first_norm(model).register_forward_hook(lambda module, args, output: seen.append(output))
+    with counted() as calls:
+        outputs = case.call(model)
+    assert len(calls) == case.towers - 1
+    assert len(seen) == 1
+    assert seen[0].dim() == 3
+    if case.towers == 1:
+        assert_close(outputs, case.call(original), 0)
+    handle.remove()
+    with counted() as calls:
+        case.call(model)
+    assert len(calls) == case.towers
+
+
+class _OtherNorm(nn.LayerNorm):
+    pass
+
+
+def check_changed(case: Case) -> None:
+    model, original = case.pair()
+    for m in (model, original):
+        norm = first_norm(m)
+        norm.__class__ = _OtherNorm
+    with counted() as calls, pytest.warns(clipfast.models.accelerate.AccelerateWarning, match="_OtherNorm"):
+        outputs = case.call(model)
+    assert len(calls) == case.towers - 1
+    if case.towers == 1:
+        assert_close(outputs, case.call(original), 0)
+    assert "_OtherNorm" in str(clipfast.acceleration(model)) or "changed" in str(clipfast.acceleration(model))
+    for m in model.modules():
+        if isinstance(m, _OtherNorm):
+            m.__class__ = type(next(n for n in original.modules() if isinstance(n, nn.LayerNorm) and n is not norm))
+    clipfast.accelerate(model, **case.options)
+    with counted() as calls:
+        case.call(model)
+    assert len(calls) == case.towers
+
+
+def check_restored(case: Case) -> None:
+    torch.manual_seed(0)
+    model = case.make().double()
+    assert clipfast.restore(model) is model
+    before = [(type(m), list(m.__dict__)) for m in model.modules()]
+    expected = case.call(model)
+    assert clipfast.accelerate(model, **case.options) is model
+    classes = [type(m) for m in model.modules()]
+    assert isinstance(model, before[0][0])
+    assert clipfast.accelerate(model, **case.options) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert classes != [c for c, _ in before]
+    case.call(model)
+    assert clipfast.restore(model) is model
+    assert [(type(m), list(m.__dict__)) for m in model.modules()] == before
+    with counted() as calls:
+        assert_close(case.call(model), expected, 0)
+    assert not calls
+
+
+def check_freed(case: Case) -> None:
+    """A model that is no longer used frees its memory at once, not when garbage is collected."""
+    model, _ = case.pair(torch.float32)
+    case.call(model, torch.float32)
+    alive = weakref.ref(model)
+    del model
+    assert alive() is None
+
+
+COMMON: tuple[Callable[[Case], None], ...] = (
+    check_outputs_and_gradients,
+    check_float32_outputs,
+    check_same_state,
+    check_training,
+    check_saved_and_loaded,
+    check_copied,
+    check_compiled,
+    check_restored,
+)
+# on one case of every family
+RARE: tuple[Callable[[Case], None], ...] = (
+    check_checkpointed_gradients,
+    check_loaded_by_assignment,
+    check_ddp,
+    check_hooked,
+    check_changed,
+    check_freed,
+)
+
+
+def parametrize(cases: list[Case], checks: tuple[Callable[[Case], None], ...]) -> pytest.MarkDecorator:
+    """Return the mark that runs every check on every case."""
+    return pytest.mark.parametrize(
+        ("check", "case"),
+        [
+            pytest.param(check, case, id=f"{check.__name__.removeprefix('check_')}-{case.name}")
+            for case in cases
+            for check in checks
+        ],
+    )
