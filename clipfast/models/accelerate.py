@@ -100,9 +100,7 @@ def restore(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore(model): got {type(model).__name__}, expected a torch.nn.Module")
-    for module in model.modules():
-        if isinstance(module, Accelerated):
-            take_off(module)
+    take_off(model.modules())
     return model
 
 

@@ -194,18 +194,21 @@ def put_on(module: nn.Module, mixin: type, options: dict[str, Any]) -> None:
         raise
 
 
-def take_off(module: nn.Module) -> None:
-    """Undo :func:`put_on`.
+def take_off(modules: Iterable[nn.Module]) -> None:
+    """Undo :func:`put_on` where it was done, in all ``modules`` or in none.
 
     Raises:
-        ValueError: Another library made a subclass of the accelerated class since.
+        ValueError: Another library made a subclass of an accelerated class since.
     """
-    cls = type(module)
-    if cls is not accelerated_class(cls._original_class, cls._mixin):
-        raise ValueError(
-            f"restore(model): got a {cls.__name__} that was wrapped after clipfast.accelerate, expected the model as "
-            f"accelerate left it; restore before wrapping"
-        )
-    for name in (_TWIN, _OPTIONS):
-        module.__dict__.pop(name, None)
-    module.__class__ = cls._original_class
+    accelerated = [module for module in modules if isinstance(module, Accelerated)]
+    for module in accelerated:
+        cls = type(module)
+        if cls is not accelerated_class(cls._original_class, cls._mixin):
+            raise ValueError(
+                f"restore(model): got a {cls.__name__} that was wrapped after clipfast.accelerate, expected the model "
+                f"as accelerate left it; restore before wrapping"
+            )
+    for module in accelerated:
+        for name in (_TWIN, _OPTIONS):
+            module.__dict__.pop(name, None)
+        module.__class__ = type(module)._original_class

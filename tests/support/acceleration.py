@@ -366,6 +366,7 @@ RARE: tuple[Callable[[Case], None], ...] = (
 
 def parametrize(cases: list[Case], checks: tuple[Callable[[Case], None], ...]) -> pytest.MarkDecorator:
     """Return the mark that runs every check on every case."""
+    torch.set_num_threads(1)  # more take longer for models as small as these
     return pytest.mark.parametrize(
         ("check", "case"),
         [
