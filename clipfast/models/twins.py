@@ -198,13 +198,13 @@ class TwinViT(ViT):
 
 
 class _Embedding(nn.Module):
-    """An embedding in the dtype that the blocks compute in."""
+    """An embedding in the dtype of a linear layer."""
 
-    def __init__(self, source: nn.Module, dtype: Callable[[], torch.dtype]) -> None:
+    def __init__(self, source: nn.Module, linear: nn.Module) -> None:
         super().__init__()
         self.source = of_type(source, nn.Embedding, "token_embedding")
         require(source.max_norm is None, "token_embedding changes its weight when it is read (max_norm)")
-        self._dtype = dtype
+        self.linear = linear
 
     @property
     def weight(self) -> Tensor:
@@ -213,7 +213,7 @@ class _Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return ``[..., W]`` from ``[...]``."""
-        return self.source(tokens).to(self._dtype())
+        return self.source(tokens).to(self.linear.weight.dtype)
 
 
 class TwinText(TextTransformer):
@@ -237,7 +237,7 @@ class TwinText(TextTransformer):
     ) -> None:
         nn.Module.__init__(self)
         self.transformer, self.ln_final = transformer, ln_final
-        self.token_embedding = _Embedding(token_embedding, self._dtype)
+        self.token_embedding = _Embedding(token_embedding, transformer.resblocks[0].mlp.c_fc)
         self.vocab_size, self.eos_id = token_embedding.num_embeddings, eos_id
         self.pooling = "argmax" if eos_id is None else "eos"
         self.text_projection = self.output_dim = None
@@ -246,7 +246,7 @@ class TwinText(TextTransformer):
     @property
     def positional_embedding(self) -> Tensor:
         """``[L, W]`` in the dtype that the blocks compute in."""
-        return self._positions().to(self._dtype())
+        return self._positions().to(self.token_embedding.linear.weight.dtype)
 
     @property
     def context_length(self) -> int:
@@ -273,15 +273,7 @@ class TwinText(TextTransformer):
 
     def read_positions(self, tokens: Tensor) -> Tensor:
         """Return ``[B]``, the position of the token that each row is read at."""
-        if self.eos_id is None:
-            return tokens.argmax(dim=-1)
-        return (tokens == self.eos_id).to(torch.uint8).argmax(dim=-1)
-
-    def _dtype(self) -> torch.dtype:
-        return self.transformer.resblocks[0].mlp.c_fc.weight.dtype
-
-    def _eos_positions(self, tokens: Tensor) -> Tensor:
-        return self.read_positions(tokens)
+        return self._read_positions(tokens)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         """Leave it to the other library what it takes: rows without an EOS are read at their first token."""

@@ -11,7 +11,7 @@ import open_clip
 import pytest
 import tiny
 import torch
-from acceleration import COMMON, RARE, Case, assert_close, counted, parametrize
+from acceleration import COMMON, RARE, Case, assert_close, check_checkpointed_gradients, counted, parametrize
 from oracle import relative_error
 from rivals import captions
 from torch import Tensor, nn
@@ -66,7 +66,7 @@ def test_accelerated(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 
-@parametrize([CLIP, next(c for c in CASES if c.name == "CustomTextCLIP")], RARE)
+@parametrize([CLIP, next(c for c in CASES if c.name == "CustomTextCLIP")], (*RARE, check_checkpointed_gradients))
 def test_accelerated_clip(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import tiny
 import torch
-from acceleration import COMMON, RARE, Case, assert_close, counted, parametrize
+from acceleration import COMMON, RARE, Case, assert_close, check_checkpointed_gradients, counted, parametrize
 from torch import nn
 
 import clipfast
@@ -51,7 +51,7 @@ def test_accelerated(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 
-@parametrize([CLIP], RARE)
+@parametrize([CLIP], (*RARE, check_checkpointed_gradients))
 def test_accelerated_clip(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 

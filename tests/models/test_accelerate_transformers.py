@@ -11,7 +11,17 @@ import pytest
 import tiny
 import torch
 import transformers
-from acceleration import COMMON, RARE, Case, assert_close, counted, parametrize, tensors_of
+from acceleration import (
+    COMMON,
+    RARE,
+    Case,
+    assert_close,
+    check_checkpointed_gradients,
+    check_compiled,
+    counted,
+    parametrize,
+    tensors_of,
+)
 from rivals import captions
 from torch import Tensor, nn
 
@@ -86,8 +96,13 @@ def test_accelerated(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 
-@parametrize([CLIP], RARE)
+@parametrize([CLIP], (*RARE, check_checkpointed_gradients))
 def test_accelerated_clip(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@parametrize([TEXT, next(c for c in CASES if c.name == "CLIP pooled")], (check_compiled,))
+def test_compiled(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 

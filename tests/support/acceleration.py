@@ -33,7 +33,6 @@ class Case:
         inputs: Makes the arguments of a call from a dtype.
         options: For ``accelerate``.
         towers: How many towers of the model clipfast serves in a call.
-        missing: The outputs that acceleration leaves out, by their index.
     """
 
     name: str
@@ -139,10 +138,8 @@ def check_checkpointed_gradients(case: Case) -> None:
     for m in (model, original):
         if hasattr(m, "set_grad_checkpointing"):
             m.set_grad_checkpointing()
-        elif hasattr(m, "gradient_checkpointing_enable"):
-            m.gradient_checkpointing_enable({"use_reentrant": False})
         else:
-            pytest.skip("the library has no checkpointing")
+            m.gradient_checkpointing_enable({"use_reentrant": False})
     module = "clipfast.modules.transformer.checkpoint"
     with mock.patch(module, side_effect=torch.utils.checkpoint.checkpoint) as checkpoint:
         outputs = case.call(model)
@@ -245,9 +242,8 @@ def check_ddp(case: Case) -> None:
     model, original = case.pair()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        unused = case.options.get("unused", False)
         with counted() as calls:
-            loss_of(case.call(DistributedDataParallel(model, find_unused_parameters=unused))).backward()
+            loss_of(case.call(DistributedDataParallel(model))).backward()
         assert len(calls) == case.towers
     finally:
         dist.destroy_process_group()
@@ -338,9 +334,9 @@ def check_freed(case: Case) -> None:
     """A model that is no longer used frees its memory at once, not when garbage is collected."""
     model, _ = case.pair(torch.float32)
     case.call(model, torch.float32)
-    alive = weakref.ref(model)
+    alive = [weakref.ref(part) for part in (model, *model.parameters())]
     del model
-    assert alive() is None
+    assert not [ref for ref in alive if ref() is not None]
 
 
 COMMON: tuple[Callable[[Case], None], ...] = (
@@ -350,12 +346,11 @@ COMMON: tuple[Callable[[Case], None], ...] = (
     check_training,
     check_saved_and_loaded,
     check_copied,
-    check_compiled,
     check_restored,
 )
 # on one case of every family
 RARE: tuple[Callable[[Case], None], ...] = (
-    check_checkpointed_gradients,
+    check_compiled,
     check_loaded_by_assignment,
     check_ddp,
     check_hooked,
