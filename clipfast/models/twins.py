@@ -163,6 +163,9 @@ class TwinTransformer(Transformer):
         nn.Module.__init__(self)
         self.resblocks = nn.ModuleList(blocks)
         require(len(self.resblocks) > 0, "it has no blocks")
+        # clipfast's stacks are of one kind, and the packed encoder takes the first block's word for all
+        kinds = {(b.attn.heads, b.mlp.approximate, *(ln.eps for ln in (b.ln_1, b.ln_2))) for b in self.resblocks}
+        require(len(kinds) == 1 and len({*next(iter(kinds))[2:]}) == 1, "its blocks differ in heads, GELU or epsilon")
         self.layers = len(self.resblocks)
         self.width = self.resblocks[0].attn.out_proj.out_features
         self._checkpoints = checkpoints

@@ -119,7 +119,9 @@ def _is_plain(linear: nn.Module) -> bool:
     Layers that were hooked, wrapped, parametrised, quantised or adapted since they were made are called.
     """
     hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and linear.bias is not None and not hooked
+    # nn.MultiheadAttention's output projection is a Linear under another name
+    plain = type(linear) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return plain and linear.bias is not None and not hooked
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -347,8 +349,8 @@ def _is_plain_block(block: nn.Module) -> bool:
     """Return whether a block's parameters say all that it computes, and nobody watches it compute."""
     return (
         _is_own(block)
-        and type(block.ln_1) is LayerNorm
-        and type(block.ln_2) is LayerNorm
+        and type(block.ln_1).forward is LayerNorm.forward
+        and type(block.ln_2).forward is LayerNorm.forward
         and type(block.mlp).forward is MLP.forward
         and all(_is_plain(linear) for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj))
         and not is_observed(block)

@@ -217,10 +217,16 @@ def test_saved_as_pretrained(tmp_path: Path) -> None:
     assert type(loaded) is transformers.CLIPModel
 
 
-def test_only_a_tower_that_fits_is_accelerated() -> None:
+@pytest.mark.parametrize(
+    ("activation", "reason"),
+    [
+        (nn.ReLU, "text_model: layer 1's activation is a ReLU, expected a GELU"),
+        (partial(nn.GELU, approximate="tanh"), "text_model: its blocks differ in heads, GELU or epsilon"),
+    ],
+)
+def test_only_a_tower_that_fits_is_accelerated(activation: Callable[[], nn.Module], reason: str) -> None:
     model = tiny.transformers_clip()
-    model.text_model.encoder.layers[1].mlp.activation_fn = nn.ReLU()
-    reason = "text_model: layer 1's activation is a ReLU, expected a GELU"
+    model.text_model.encoder.layers[1].mlp.activation_fn = activation()
     with pytest.warns(clipfast.models.accelerate.AccelerateWarning, match=reason):
         clipfast.accelerate(model)
     assert clipfast.acceleration(model).accelerated == ("vision_model",)

@@ -13,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+import tiny
 import torch
 import torch.distributed as dist
 from oracle import relative_error
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clipfast
 from clipfast.models import twins
+from clipfast.modules import transformer
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,30 @@ def check_freed(case: Case) -> None:
     assert not [ref for ref in alive if ref() is not None]
 
 
+def check_packed_inference(case: Case) -> None:
+    """Inference on the CPU takes the packed encoder where clipfast's own towers take it."""
+    with torch.no_grad():
+        served = tiny.vit().transformer.packed_encoder(torch.randn(1, 5, 64)) is not None
+    if not served:
+        pytest.skip("clipfast's own towers do not take the packed encoder here")
+    model, original = case.pair(torch.float32)
+    encode, calls = transformer.encode, []
+
+    def count(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return encode(*args, **kwargs)
+
+    with torch.no_grad(), mock.patch.object(transformer, "encode", count):
+        outputs = case.call(model, torch.float32)
+        assert len(calls) == case.towers
+        assert_close(outputs, comparable(case, case.call(original, torch.float32)), 2e-6)
+        for m in (model, original):
+            for p in m.parameters():
+                p.mul_(1.1)
+        outputs = case.call(model, torch.float32)
+        assert_close(outputs, comparable(case, case.call(original, torch.float32)), 2e-6)
+
+
 COMMON: tuple[Callable[[Case], None], ...] = (
     check_outputs_and_gradients,
     check_float32_outputs,
@@ -356,6 +382,7 @@ RARE: tuple[Callable[[Case], None], ...] = (
     check_hooked,
     check_changed,
     check_freed,
+    check_packed_inference,
 )
 
 
