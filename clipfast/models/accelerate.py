@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from clipfast.models.accelerated import Accelerated, AccelerateWarning, is_accelerated, put_on, take_off
+from clipfast.models.accelerated import Accelerated, AccelerateWarning, is_accelerated, put_on, set_options, take_off
 from clipfast.models.twins import Refusal
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,7 +50,8 @@ def accelerate(model: Model, *, token_outputs: bool = True) -> Model:
     modules with hooks inside.
 
     Args:
-        model: The model; accelerating it again takes up what could not be done before, and is otherwise nothing.
+        model: The model. Accelerating it again takes up what could not be done before, with the options given then;
+            clipfast's own models are returned as they are.
         token_outputs: Whether the outputs of transformers' models keep ``last_hidden_state``. Without it, it is None in
             them, and the exact shortcuts apply: only what the pooled output needs is computed. The other libraries'
             calls tell whether tokens are wanted.
@@ -68,7 +69,8 @@ def accelerate(model: Model, *, token_outputs: bool = True) -> Model:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate(model): got {type(model).__name__}, expected a torch.nn.Module: {_SUPPORTED}")
     found = _walk(model, put=True, token_outputs=token_outputs)
-    if not found.accelerated:
+    own = any(type(module).__module__.partition(".")[0] == "clipfast" for module in model.modules())
+    if not found.accelerated and (found.left_alone or not own):
         parts = "".join(f"\n  {path or 'the model'}: {reason}" for path, reason in found.left_alone.items())
         raise ValueError(
             f"accelerate(model): got a {type(model).__module__}.{type(model).__qualname__} with nothing in it that can "
@@ -108,9 +110,6 @@ def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
     accelerated, left_alone = [], {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        if is_accelerated(module):
-            accelerated.append(path)
-            continue
         if isinstance(module, torch.jit.ScriptModule):
             # one reason for a frozen model, not one for each of its parts
             if not path or not isinstance(modules[path.rpartition(".")[0]], torch.jit.ScriptModule):
@@ -123,7 +122,11 @@ def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
             mixin, options = _match(library, module, modules.get(path.rpartition(".")[0]) if path else None, wanted)
             if mixin is None:
                 continue
-            if put:
+            if is_accelerated(module):
+                if put:
+                    set_options(module, options)
+                accelerated.append(path)
+            elif put:
                 put_on(module, mixin, options)
                 accelerated.append(path)
             else:

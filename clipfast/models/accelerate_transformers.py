@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.clip import modeling_clip
 
 from clipfast.models.accelerated import Accelerated, Twin
@@ -127,8 +128,9 @@ def left_alone(module: nn.Module) -> str | None:
 
 def options_for(module: nn.Module, parent: nn.Module | None, *, token_outputs: bool = True) -> dict[str, Any]:
     """Return what an accelerated tower has to know beside itself: whether its tokens are wanted."""
-    # what holds the tower may read its tokens, whatever the caller of the whole reads
-    return {"token_outputs": token_outputs or not (parent is None or isinstance(parent, _READ_POOLED))}
+    # other models read the tokens of their towers, whatever the caller of the whole reads
+    read_by_parent = isinstance(parent, PreTrainedModel) and not isinstance(parent, _READ_POOLED)
+    return {"token_outputs": token_outputs or read_by_parent}
 
 
 def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:

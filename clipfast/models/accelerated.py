@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _global
 
 from clipfast.models.twins import Refusal
 
@@ -60,7 +61,16 @@ class Twin:
                 hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
                 if any(not _is_idle(hook) for kind in hooks for hook in kind.values()):
                     return True
-        return torch.nn.modules.module._has_any_global_hook()
+        return _global._has_any_global_hook() and any(
+            not _is_idle(hook)
+            for kind in (
+                _global._global_forward_hooks,
+                _global._global_forward_pre_hooks,
+                _global._global_backward_hooks,
+                _global._global_backward_pre_hooks,
+            )
+            for hook in kind.values()
+        )
 
     def is_noisy(self) -> bool:
         """Return whether the original would drop values at random now."""
@@ -73,11 +83,12 @@ def _is_rate(module: nn.Module, name: str) -> bool:
 
 
 def _is_idle(hook: object) -> bool:
-    """Return whether a hook of transformers waits for a call that asks for hidden states or attention weights.
+    """Return whether a hook does not mind which modules compute.
 
-    The first such call leaves them behind for good; those calls are left to the original anyway.
+    transformers' hooks wait for calls that ask for hidden states or attention weights, which the original serves
+    anyway; the first such call leaves them behind for good. PyTorch's counter of operations asks where it is.
     """
-    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+    return getattr(hook, "__module__", "") in ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 
 
 class Accelerated:
@@ -172,6 +183,11 @@ def is_accelerated(module: nn.Module) -> bool:
     return isinstance(module, Accelerated) and module.__dict__.get(_TWIN) is not None
 
 
+def set_options(module: nn.Module, options: dict[str, Any]) -> None:
+    """Change what an accelerated module has to know beside itself."""
+    module.__dict__[_OPTIONS] = options
+
+
 def put_on(module: nn.Module, mixin: type, options: dict[str, Any]) -> None:
     """Accelerate a module in place.
 
@@ -180,12 +196,12 @@ def put_on(module: nn.Module, mixin: type, options: dict[str, Any]) -> None:
     """
     if isinstance(module, Accelerated):
         # changed since, and then its twin was given up
-        module.__dict__[_OPTIONS] = options
+        set_options(module, options)
         module.__dict__[_TWIN] = module.make_twin()
         return
     original = module.__class__
     module.__class__ = accelerated_class(original, mixin)
-    module.__dict__[_OPTIONS] = options
+    set_options(module, options)
     try:
         module.__dict__[_TWIN] = module.make_twin()
     except BaseException:

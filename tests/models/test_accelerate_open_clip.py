@@ -15,6 +15,7 @@ from acceleration import COMMON, RARE, Case, assert_close, check_checkpointed_gr
 from oracle import relative_error
 from rivals import captions
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
 from clipfast.models.accelerate import AccelerateWarning
@@ -264,6 +265,30 @@ def test_quantised_and_scripted_modules_are_left_alone() -> None:
         clipfast.accelerate(model)
     with pytest.raises(ValueError, match="the model: it is TorchScript"):
         clipfast.accelerate(torch.jit.trace(clip().visual, (both(torch.float32)["image"],)))
+
+
+def test_global_hooks() -> None:
+    model, original = CLIP.pair()
+    seen = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    with counted() as calls:
+        CLIP.call(model)
+    handle.remove()
+    assert not calls
+    assert model.visual.transformer.resblocks[0].ln_1 in seen
+    with counted() as calls, FlopCounterMode(display=False) as fast:
+        CLIP.call(model)
+    assert len(calls) == 2
+    with FlopCounterMode(display=False) as slow:
+        CLIP.call(original)
+    assert 0 < fast.get_total_flops() < slow.get_total_flops()
+
+
+def test_own_models_are_fast_already() -> None:
+    model = clipfast.create_model(tiny.CONFIG)
+    kind = type(model)
+    assert clipfast.restore(clipfast.accelerate(model)) is model
+    assert type(model) is kind
 
 
 def test_what_is_no_model_is_refused() -> None:

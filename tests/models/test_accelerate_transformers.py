@@ -124,6 +124,19 @@ def test_a_classifier_keeps_the_tokens_that_it_reads() -> None:
     assert len(calls) == 1
 
 
+def test_accelerating_again_changes_the_options() -> None:
+    case = Case("", tiny.transformers_clip, both)
+    model, _ = case.pair()
+    whole = len(case.call(model))
+    assert len(case.call(clipfast.accelerate(model, token_outputs=False))) == whole - 2
+    assert len(case.call(clipfast.accelerate(model))) == whole
+
+
+def test_a_wrapped_tower_may_leave_its_tokens_out() -> None:
+    wrapped = clipfast.accelerate(nn.Sequential(tiny.transformers_vision(False)), token_outputs=False)
+    assert wrapped(torch.randn(2, 3, 32, 32)).last_hidden_state is None
+
+
 def test_masks_of_padding() -> None:
     """With tokens in the output a mask shows in those of padding; without, nothing before the EOS is hidden."""
     for options, served in (({}, 0), (POOLED, 1)):

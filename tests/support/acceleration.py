@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import re
 import weakref
@@ -157,7 +158,9 @@ def check_same_state(case: Case) -> None:
     before = {k: (v, v.data_ptr()) for k, v in model.state_dict(keep_vars=True).items()}
     names = [n for n, _ in model.named_modules()]
     text = repr(model)
+    signatures = [signatures_of(m) for m in model.modules()]
     case.call(clipfast.accelerate(model, **case.options), torch.float32)
+    assert [signatures_of(m) for m in model.modules()] == signatures
     after = model.state_dict(keep_vars=True)
     assert list(after) == list(before)
     for key, (value, pointer) in before.items():
@@ -165,6 +168,12 @@ def check_same_state(case: Case) -> None:
         assert after[key].data_ptr() == pointer, key
     assert [n for n, _ in model.named_modules()] == names
     assert repr(model) == text
+
+
+def signatures_of(module: nn.Module) -> list[list[tuple[str, Any]]]:
+    """Return names and defaults of the arguments of the methods that acceleration overrides."""
+    methods = [getattr(module, name, None) for name in ("forward", "encode_text", "forward_features")]
+    return [[(p.name, p.default) for p in inspect.signature(m).parameters.values()] for m in methods if m is not None]
 
 
 def train(case: Case, model: nn.Module, steps: int = 5) -> list[float]:
