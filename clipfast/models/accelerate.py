@@ -23,6 +23,10 @@ _SUPPORTED = (
 )
 
 
+class _UnknownLibrary(Refusal):
+    pass
+
+
 @dataclass(frozen=True)
 class Acceleration:
     """What was found in a model.
@@ -110,30 +114,51 @@ def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
     accelerated, left_alone = [], {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            # one reason for a frozen model, not one for each of its parts
-            if not path or not isinstance(modules[path.rpartition(".")[0]], torch.jit.ScriptModule):
-                left_alone[path] = "it is TorchScript, whose code is fixed"
-            continue
-        library = _library_of(module)
-        if library is None:
-            continue
+        parent = modules[path.rpartition(".")[0]] if path else None
         try:
-            mixin, options = _match(library, module, modules.get(path.rpartition(".")[0]) if path else None, wanted)
-            if mixin is None:
+            found = _match(module, parent, wanted)
+            if found is None:
                 continue
-            if is_accelerated(module):
-                if put:
-                    set_options(module, options)
-                accelerated.append(path)
+            if put and is_accelerated(module):
+                set_options(module, found[1])
             elif put:
-                put_on(module, mixin, options)
-                accelerated.append(path)
-            else:
-                left_alone[path] = "it was not accelerated, or was changed since"
+                put_on(module, *found)
+            elif not is_accelerated(module):
+                raise Refusal("it was not accelerated, or was changed since")
+            accelerated.append(path)
         except Refusal as refusal:
-            left_alone[path] = str(refusal)
+            # a library that is not known is named once, not for each of its modules
+            if not (isinstance(refusal, _UnknownLibrary) and str(refusal) in left_alone.values()):
+                left_alone[path] = str(refusal)
     return Acceleration(tuple(accelerated), left_alone)
+
+
+def _match(module: nn.Module, parent: nn.Module | None, wanted: dict[str, Any]) -> tuple[type, dict[str, Any]] | None:
+    """Return the accelerated form of a module and its options, or None for what is no tower.
+
+    Raises:
+        Refusal: It is a tower that cannot be accelerated.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        # one reason for a frozen model, not one for each of its parts
+        if isinstance(parent, torch.jit.ScriptModule):
+            return None
+        raise Refusal("it is TorchScript, whose code is fixed")
+    library = _library_of(module)
+    if library is None:
+        return None
+    family = _family(library)
+    for original, mixin, methods in family.KINDS:
+        if isinstance(module, original):
+            base = module._original_class if isinstance(module, Accelerated) else type(module)
+            for name in methods:
+                if name in module.__dict__ or getattr(base, name) is not getattr(original, name):
+                    raise Refusal(f"its {name} is not that of {library}'s {original.__name__}")
+            return mixin, family.options_for(module, parent, **wanted)
+    reason = family.left_alone(module)
+    if reason is not None:
+        raise Refusal(reason)
+    return None
 
 
 def _library_of(module: nn.Module) -> str | None:
@@ -145,29 +170,10 @@ def _library_of(module: nn.Module) -> str | None:
     return None
 
 
-def _match(
-    library: str, module: nn.Module, parent: nn.Module | None, wanted: dict[str, Any]
-) -> tuple[type | None, dict[str, Any]]:
-    """Return how a module is accelerated, or None for what is no tower."""
-    family = _family(library)
-    for original, mixin, methods in family.KINDS:
-        if isinstance(module, original):
-            base = module._original_class if isinstance(module, Accelerated) else type(module)
-            for name in methods:
-                changed = name in module.__dict__ or getattr(base, name) is not getattr(original, name)
-                if changed:
-                    raise Refusal(f"its {name} is not that of {library}'s {original.__name__}")
-            return mixin, family.options_for(module, parent, **wanted)
-    reason = family.left_alone(module)
-    if reason is not None:
-        raise Refusal(reason)
-    return None, {}
-
-
 def _family(library: str) -> ModuleType:
     """Import the file that knows a library's towers; the library is loaded already, since a module of it exists."""
     try:
         return importlib.import_module(f"clipfast.models.accelerate_{library}")
     except (ImportError, AttributeError) as error:
         version = getattr(importlib.import_module(library), "__version__", "of this version")
-        raise Refusal(f"{library} {version} is not known ({error})") from error
+        raise _UnknownLibrary(f"{library} {version} is not known ({error})") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -106,3 +107,10 @@ def test_refused_by_name(name: str, changes: dict[str, Any], reason: str) -> Non
 def test_another_architecture_is_refused() -> None:
     with pytest.raises(ValueError, match="got a timm.models.resnet.ResNet with nothing in it"):
         clipfast.accelerate(timm.create_model("resnet18"))
+
+
+def test_an_unknown_version_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "clipfast.models.accelerate_timm", None)
+    with pytest.raises(ValueError, match=f"\n  the model: timm {timm.__version__} is not known") as caught:
+        clipfast.accelerate(vit())
+    assert str(caught.value).count("\n") == 1
