@@ -11,7 +11,8 @@ import pytest
 import timm
 import tiny
 import torch
-from acceleration import COMMON, RARE, Case, assert_close, check_checkpointed_gradients, counted, parametrize
+from acceleration import Case, assert_close, counted
+from acceleration_checks import COMMON, RARE, check_checkpointed_gradients, parametrize
 from torch import nn
 
 import clipfast

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from acceleration import COMMON, RARE, Case, assert_close, counted, parametrize
+from acceleration import Case, assert_close, counted
+from acceleration_checks import COMMON, RARE, parametrize
 from torch import nn
 from torchvision.models import resnet18, vit_b_16
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer

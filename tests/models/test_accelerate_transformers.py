@@ -11,17 +11,8 @@ import pytest
 import tiny
 import torch
 import transformers
-from acceleration import (
-    COMMON,
-    RARE,
-    Case,
-    assert_close,
-    check_checkpointed_gradients,
-    check_compiled,
-    counted,
-    parametrize,
-    tensors_of,
-)
+from acceleration import Case, assert_close, counted, tensors_of
+from acceleration_checks import COMMON, RARE, check_checkpointed_gradients, check_compiled, parametrize
 from rivals import captions
 from torch import Tensor, nn
 
