@@ -205,7 +205,7 @@ def test_zero_shot_prompts(name: str, dtype: torch.dtype, capsys: object) -> Non
 
 
 def training_step(model: torch.nn.Module, loss: Callable[..., Tensor], images: Tensor, tokens: Tensor):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, foreach=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> Tensor:
         optimizer.zero_grad()

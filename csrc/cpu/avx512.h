@@ -26,31 +26,37 @@ inline __m512 multiply_add(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 
+// Sums of more units than these are made of parts, as BLAS does: rounding errors grow with the length of a sum
+constexpr int64_t units_a_part = 192;
+
 // Σ_k A[r, k] · B[k, c] for `rows` rows and 32 columns: store(r, half, sum) gets columns 16·half to 16·half + 15 of row
-// r. start(r, half) is what the sums begin with. A sum is taken in the order of k whatever `rows` is: a row's result
-// does not depend on its neighbours.
-template <int rows, class Start, class Store>
-inline void register_tile(int64_t units, const uint32_t* a, int64_t a_row, int64_t a_unit, const uint32_t* b,
-                          const Start& start, const Store& store) {
-    __m512 sum[rows][2];
+// r. A sum is taken in one order whatever `rows` is: a row's result does not depend on its neighbours.
+template <int rows, class Store>
+inline void register_tile(int64_t units, const uint32_t* a, int64_t a_row, const uint32_t* b, const Store& store) {
+    __m512 total[rows][2];
+    for (int64_t part = 0; part == 0 || part < units; part += units_a_part) {
+        const int64_t end = units - part < units_a_part ? units : part + units_a_part;
+        __m512 sum[rows][2];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-        sum[r][0] = start(r, 0);
-        sum[r][1] = start(r, 1);
-    }
-    for (int64_t k = 0; k < units; ++k) {
-        const __m512i b0 = _mm512_loadu_si512(b + k * panel), b1 = _mm512_loadu_si512(b + k * panel + 16);
+        for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        for (int64_t k = part; k < end; ++k) {
+            const __m512i b0 = _mm512_loadu_si512(b + k * panel), b1 = _mm512_loadu_si512(b + k * panel + 16);
 #pragma GCC unroll 8
-        for (int r = 0; r < rows; ++r) {
-            const __m512i x = _mm512_set1_epi32(int(a[r * a_row + k * a_unit]));
-            sum[r][0] = multiply_add(sum[r][0], x, b0);
-            sum[r][1] = multiply_add(sum[r][1], x, b1);
+            for (int r = 0; r < rows; ++r) {
+                const __m512i x = _mm512_set1_epi32(int(a[r * a_row + k]));
+                sum[r][0] = multiply_add(sum[r][0], x, b0);
+                sum[r][1] = multiply_add(sum[r][1], x, b1);
+            }
         }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+            for (int half = 0; half < 2; ++half)
+                total[r][half] = part ? _mm512_add_ps(total[r][half], sum[r][half]) : sum[r][half];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-        store(r, 0, sum[r][0]);
-        store(r, 1, sum[r][1]);
+        store(r, 0, total[r][0]);
+        store(r, 1, total[r][1]);
     }
 }
 

@@ -37,8 +37,6 @@ inline void store(Element* p, __mmask16 mask, __m512 x) {
 #endif
 }
 
-inline __m512 zero(int, int) { return _mm512_setzero_ps(); }
-
 // ---------------------------------------------------------------------------------------------------------------
 // products
 
@@ -49,8 +47,8 @@ void tile(const Product& p, int64_t row, int64_t column) {
     __m512 bias[2];
     for (int half = 0; half < 2; ++half)
         bias[half] = p.bias ? _mm512_maskz_loadu_ps(masks[half], p.bias + column + 16 * half) : _mm512_setzero_ps();
-    register_tile<rows>(units, units_at(p.a, row * p.terms), units, 1,
-                        static_cast<const uint32_t*>(p.b) + column * units, zero, [&](int r, int half, __m512 sum) {
+    register_tile<rows>(units, units_at(p.a, row * p.terms), units,
+                        static_cast<const uint32_t*>(p.b) + column * units, [&](int r, int half, __m512 sum) {
                             const int64_t at = (row + r) * p.c_row + column + 16 * half;
                             sum = _mm512_add_ps(sum, bias[half]);
                             if constexpr (then == Product::Then::add) {
@@ -222,7 +220,7 @@ void attend(const Head& h, const Scratch& s, int64_t query) {
     // whole panels of keys up to the last that a row sees
     const int64_t end = h.causal ? padded(query + rows) : keys;
     for (int64_t j = 0; j < end; j += panel)
-        register_tile<rows>(units, units_at(h.q, query * h.row), h.row / terms_a_unit, 1, s.keys + j * units, zero,
+        register_tile<rows>(units, units_at(h.q, query * h.row), h.row / terms_a_unit, s.keys + j * units,
                             [&](int r, int half, __m512 sum) {
                                 _mm512_storeu_ps(s.scores + r * keys + j + 16 * half, sum);
                             });
@@ -233,8 +231,8 @@ void attend(const Head& h, const Scratch& s, int64_t query) {
     }
     Element* out = static_cast<Element*>(h.out) + query * h.out_row;
     for (int64_t d = 0; d < h.head_dim; d += panel)
-        register_tile<rows>(end / terms_a_unit, units_at(s.weights, 0), keys / terms_a_unit, 1,
-                            s.values + d * (keys / terms_a_unit), zero, [&](int r, int half, __m512 sum) {
+        register_tile<rows>(end / terms_a_unit, units_at(s.weights, 0), keys / terms_a_unit,
+                            s.values + d * (keys / terms_a_unit), [&](int r, int half, __m512 sum) {
                                 store(out + r * h.out_row + d + 16 * half, first(h.head_dim - d - 16 * half),
                                       _mm512_mul_ps(sum, rescale[r]));
                             });
