@@ -15,7 +15,7 @@ using Element = uint16_t;
 using Element = float;
 #endif
 constexpr int64_t terms_a_unit = sizeof(uint32_t) / sizeof(Element);
-constexpr int64_t tile_rows = 96;  // their activations and a panel stay in the second-level cache
+constexpr int64_t tile_rows = 96;  // at most: their activations and a panel stay in the second-level cache
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 const uint32_t* units_at(const void* p, int64_t element) {
@@ -79,18 +79,19 @@ void rows_of_tile(const Product& p, int64_t row, int64_t end, int64_t column) {
     }
 }
 
+int64_t blocks_of_rows(const Product& p) { return (p.rows + tile_rows - 1) / tile_rows; }
+
+// Panel by panel: threads that take equal numbers of tiles get equal work, but for a part of one panel's rows.
 template <Product::Then then, Gelu gelu>
 void run_tiles(const Product& p, int64_t begin, int64_t end) {
-    const int64_t panels = (p.columns + panel - 1) / panel;
+    const int64_t blocks = blocks_of_rows(p), rows = round_up((p.rows + blocks - 1) / blocks, height);
     for (int64_t t = begin; t < end; ++t) {
-        const int64_t row = t / panels * tile_rows;
-        rows_of_tile<then, gelu>(p, row, std::min(row + tile_rows, p.rows), t % panels * panel);
+        const int64_t row = t % blocks * rows;
+        rows_of_tile<then, gelu>(p, row, std::min(row + rows, p.rows), t / blocks * panel);
     }
 }
 
-int64_t tiles(const Product& p) {
-    return (p.rows + tile_rows - 1) / tile_rows * ((p.columns + panel - 1) / panel);
-}
+int64_t tiles(const Product& p) { return blocks_of_rows(p) * ((p.columns + panel - 1) / panel); }
 
 void product(const Product& p, int64_t begin, int64_t end) {
     using Then = Product::Then;
