@@ -127,8 +127,9 @@ def encode(x: Tensor, encoder: PackedEncoder, *, cu_seqlens: Tensor, read: int |
 
 def refusal(encoder: PackedEncoder) -> str | None:
     """Return why the modules compute these weights' blocks, and no implementation of this op, or None."""
-    if dispatch.is_wanted("reference"):
-        return "the reference backend was asked for"
+    for name in ("reference", "triton"):
+        if dispatch.is_wanted(name):
+            return f"the {name} backend was asked for, which the modules' own ops have"
     reason = _native_unable(encoder)
     # oneDNN's sums depend on the batch
     if reason is None or dispatch.is_deterministic() or _onednn_unable(encoder) is None:

@@ -227,6 +227,14 @@ def test_changed_blocks_compute_for_themselves(change: Callable[[nn.Module], Non
     torch.testing.assert_close(actual, by_modules(lambda: model.encode_image(images)))
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.filterwarnings("ignore::clipfast.ops.FallbackWarning")
+def test_backends_of_single_ops_get_single_ops(backend: str, encoded: list[str]) -> None:
+    with torch.no_grad(), clipfast.backend(backend):
+        model_of().encode_image(images_of(1))
+    assert not encoded
+
+
 def test_autocast_and_dispatch_modes_go_through_the_modules(encoded: list[str]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
