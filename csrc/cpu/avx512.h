@@ -14,7 +14,8 @@ namespace {
 constexpr int64_t panel = 32;  // columns of a register tile, and of the panels that B lies in: [panel][k][32] units
 constexpr int64_t height = 8;  // its rows: 16 sums, 2 registers of B and 1 of A
 
-inline __mmask16 first(int64_t count) {
+// a mask of the first `count` of 16 lanes
+inline __mmask16 first_lanes(int64_t count) {
     return __mmask16(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);
 }
 
@@ -63,7 +64,7 @@ inline void register_tile(int64_t units, const uint32_t* a, int64_t a_row, const
 // 16 rows of units to 16 columns: to[k][16] = from[16][k] for 16 k (`units` in all, less at the end), `to` rows a panel
 // apart; rows that are nullptr count as zeros
 inline void transpose_16(const uint32_t* const from[16], int64_t k, int64_t units, uint32_t* to) {
-    const __mmask16 mask = first(units - k);
+    const __mmask16 mask = first_lanes(units - k);
     __m512i r[16], t[16];
     for (int i = 0; i < 16; ++i) r[i] = from[i] ? _mm512_maskz_loadu_epi32(mask, from[i] + k) : _mm512_setzero_si512();
     for (int i = 0; i < 16; i += 2) {

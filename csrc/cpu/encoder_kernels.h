@@ -43,7 +43,7 @@ inline void store(Element* p, __mmask16 mask, __m512 x) {
 template <Product::Then then, Gelu gelu, int rows>
 void tile(const Product& p, int64_t row, int64_t column) {
     const int64_t units = p.terms / terms_a_unit;
-    const __mmask16 masks[2] = {first(p.columns - column), first(p.columns - column - 16)};
+    const __mmask16 masks[2] = {first_lanes(p.columns - column), first_lanes(p.columns - column - 16)};
     __m512 bias[2];
     for (int half = 0; half < 2; ++half)
         bias[half] = p.bias ? _mm512_maskz_loadu_ps(masks[half], p.bias + column + 16 * half) : _mm512_setzero_ps();
@@ -142,13 +142,17 @@ void layer_norm(const float* x, const float* weight, const float* bias, float ep
 }
 
 void to_float(const void* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += 16)
-        _mm512_mask_storeu_ps(to + i, first(count - i), load(first(count - i), static_cast<const Element*>(from) + i));
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = first_lanes(count - i);
+        _mm512_mask_storeu_ps(to + i, mask, load(mask, static_cast<const Element*>(from) + i));
+    }
 }
 
 void from_float(const float* from, int64_t count, void* to) {
-    for (int64_t i = 0; i < count; i += 16)
-        store(static_cast<Element*>(to) + i, first(count - i), _mm512_maskz_loadu_ps(first(count - i), from + i));
+    for (int64_t i = 0; i < count; i += 16) {
+        const __mmask16 mask = first_lanes(count - i);
+        store(static_cast<Element*>(to) + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
+    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -165,7 +169,8 @@ int64_t padded(int64_t tokens) { return round_up(tokens, panel); }
 
 int64_t attention_scratch(int64_t tokens, int64_t head_dim) {
     const int64_t keys = padded(tokens);
-    return sizeof(Element) * keys * (head_dim + round_up(head_dim, panel)) + height * keys * (sizeof(float) + sizeof(Element));
+    return sizeof(Element) * keys * (head_dim + round_up(head_dim, panel)) +
+           height * keys * (sizeof(float) + sizeof(Element));
 }
 
 Scratch scratch_at(void* memory, int64_t tokens, int64_t head_dim) {
@@ -185,7 +190,7 @@ void pack_values(const Head& h, uint32_t* to) {
         for (int64_t d = 0; d < round_up(h.head_dim, panel); d += 16) {
             const int64_t t = u * terms_a_unit;
             const Element* at = static_cast<const Element*>(h.v) + t * h.row + d;
-            const __mmask16 mask = first(h.head_dim - d);
+            const __mmask16 mask = first_lanes(h.head_dim - d);
 #if CLIPFAST_BFLOAT16
             const __m256i even = _mm256_maskz_loadu_epi16(t < h.tokens ? mask : 0, at);
             const __m256i odd = _mm256_maskz_loadu_epi16(t + 1 < h.tokens ? mask : 0, at + h.row);
@@ -202,11 +207,11 @@ void pack_values(const Head& h, uint32_t* to) {
 float exponentials(const float* scores, int64_t visible, int64_t keys, float scale, Element* weights) {
     __m512 most = _mm512_set1_ps(-__builtin_inff());
     for (int64_t j = 0; j < visible; j += 16)
-        most = _mm512_mask_max_ps(most, first(visible - j), most, _mm512_loadu_ps(scores + j));
+        most = _mm512_mask_max_ps(most, first_lanes(visible - j), most, _mm512_loadu_ps(scores + j));
     const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(most)), s = _mm512_set1_ps(scale);
     __m512 sum = _mm512_setzero_ps();
     for (int64_t j = 0; j < keys; j += 16) {
-        const __mmask16 mask = first(visible - j);
+        const __mmask16 mask = first_lanes(visible - j);
         const __m512 e = _mm512_maskz_mov_ps(
             mask, exponential(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + j), shift), s)));
         sum = _mm512_add_ps(sum, e);
@@ -228,13 +233,14 @@ void attend(const Head& h, const Scratch& s, int64_t query) {
     __m512 rescale[rows];
     for (int r = 0; r < rows; ++r) {
         const int64_t visible = h.causal ? query + r + 1 : h.tokens;
-        rescale[r] = reciprocal(_mm512_set1_ps(exponentials(s.scores + r * keys, visible, end, h.scale, s.weights + r * keys)));
+        const float sum = exponentials(s.scores + r * keys, visible, end, h.scale, s.weights + r * keys);
+        rescale[r] = reciprocal(_mm512_set1_ps(sum));
     }
     Element* out = static_cast<Element*>(h.out) + query * h.out_row;
     for (int64_t d = 0; d < h.head_dim; d += panel)
         register_tile<rows>(end / terms_a_unit, units_at(s.weights, 0), keys / terms_a_unit,
                             s.values + d * (keys / terms_a_unit), [&](int r, int half, __m512 sum) {
-                                store(out + r * h.out_row + d + 16 * half, first(h.head_dim - d - 16 * half),
+                                store(out + r * h.out_row + d + 16 * half, first_lanes(h.head_dim - d - 16 * half),
                                       _mm512_mul_ps(sum, rescale[r]));
                             });
 }
@@ -268,14 +274,14 @@ void attention_of_one(const Head& h, void* scratch) {
     for (int64_t j = 0; j < h.tokens; ++j) {
         __m512 sum = _mm512_setzero_ps();
         for (int64_t d = 0; d < h.head_dim; d += 16) {
-            const __mmask16 mask = first(h.head_dim - d);
+            const __mmask16 mask = first_lanes(h.head_dim - d);
             sum = _mm512_fmadd_ps(load(mask, q + d), load(mask, k + j * h.row + d), sum);
         }
         scores[j] = _mm512_reduce_add_ps(sum);
     }
     const __m512 rescale = reciprocal(_mm512_set1_ps(exponentials(scores, h.tokens, keys, h.scale, weights)));
     for (int64_t d = 0; d < h.head_dim; d += 16) {
-        const __mmask16 mask = first(h.head_dim - d);
+        const __mmask16 mask = first_lanes(h.head_dim - d);
         __m512 sum = _mm512_setzero_ps();
         for (int64_t j = 0; j < h.tokens; ++j) {
             const __m512 value = load(mask, static_cast<const Element*>(h.v) + j * h.row + d);

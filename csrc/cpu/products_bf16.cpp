@@ -25,10 +25,13 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
 #endif
 
+#define CLIPFAST_BFLOAT16 1
+#include "avx512.h"
+
 namespace clipfast::cpu {
 namespace {
 
-constexpr int64_t panel = 32, height = 8, tile_columns = 128, block_rows = 1024;
+constexpr int64_t tile_columns = 128, block_rows = 1024;
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -38,8 +41,7 @@ int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 template <int rows>
 void register_tile(int64_t pairs, const uint32_t* a, int64_t a_row, int64_t a_pair, const uint32_t* b, float* c,
                    int64_t ldc, int64_t columns, bool add) {
-    const __mmask16 left = __mmask16(columns >= 16 ? 0xffff : (1u << columns) - 1);
-    const __mmask16 right = __mmask16(columns >= 32 ? 0xffff : columns > 16 ? (1u << (columns - 16)) - 1 : 0);
+    const __mmask16 left = first_lanes(columns), right = first_lanes(columns - 16);
     __m512 sum[rows][2];
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
@@ -84,7 +86,7 @@ void pack_row_pair(const Matrix& matrix, int64_t first, int64_t count, int64_t i
     const uint16_t* even = row_of(matrix, first + 2 * i);
     const uint16_t* odd = 2 * i + 1 < count ? row_of(matrix, first + 2 * i + 1) : nullptr;
     for (int64_t d = 0; d < matrix.width; d += 16) {
-        const __mmask16 mask = __mmask16(matrix.width - d >= 16 ? 0xffff : (1u << (matrix.width - d)) - 1);
+        const __mmask16 mask = first_lanes(matrix.width - d);
         const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, even + d));
         const __m512i high = odd ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, odd + d)) : _mm512_setzero_si512();
         uint32_t* at = to + (d / panel * pairs + i) * panel + d % panel;
@@ -96,36 +98,6 @@ void pack_row_pair(const Matrix& matrix, int64_t first, int64_t count, int64_t i
 void copy_padded(const uint16_t* from, int64_t width, uint32_t* to) {
     std::memcpy(to, from, width * sizeof(uint16_t));
     if (width % 2) to[width / 2] &= 0xffff;
-}
-
-// 16 rows of pairs to 16 columns: to[k][16] = from[16][k], `to` rows a panel apart
-void transpose_16(const uint32_t* const from[16], int64_t k, int64_t pairs, uint32_t* to) {
-    const __mmask16 mask = __mmask16(pairs - k >= 16 ? 0xffff : (1u << (pairs - k)) - 1);
-    __m512i r[16], t[16];
-    for (int i = 0; i < 16; ++i) r[i] = from[i] ? _mm512_maskz_loadu_epi32(mask, from[i] + k) : _mm512_setzero_si512();
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 16 && k + i < pairs; ++i) _mm512_storeu_si512(to + (k + i) * panel, r[i]);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -211,7 +183,7 @@ private:
         const int64_t columns = round_up(count_, 16);
         for (int64_t r = 0; r < count; r += 2)
             for (int64_t c = 0; c < columns; c += 16) {
-                const __mmask16 mask = __mmask16(count_ - c >= 16 ? 0xffff : (1u << (count_ - c)) - 1);
+                const __mmask16 mask = first_lanes(count_ - c);
                 const __m512 even = _mm512_maskz_loadu_ps(mask, g + r * tile_columns + c);
                 const __m512 odd = _mm512_maskz_loadu_ps(r + 1 < count ? mask : 0, g + (r + 1) * tile_columns + c);
                 const __m256i low = (__m256i)_mm512_cvtneps_pbh(even), high = (__m256i)_mm512_cvtneps_pbh(odd);
