@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -72,6 +73,7 @@ def compiled(module: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], obj
 def openvino(module: torch.nn.Module, images: Tensor, precision: str) -> Callable[[], object] | None:
     if DEVICE != "cpu" or not importlib.util.find_spec("openvino"):
         return None
+    sys.modules["openvino_telemetry"] = None  # it reports every conversion to its makers; this makes it do without
     import openvino as ov
 
     torch.backends.mha.set_fastpath_enabled(False)
