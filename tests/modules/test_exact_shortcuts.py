@@ -146,6 +146,14 @@ def test_what_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen == [3 * 77] * 3 + [4 * 17] * 3
 
 
+@pytest.mark.parametrize(("images", "rows"), [(3, 3 * 17), (4, 4), (11, 11 * 17), (12, 12)])
+def test_gradients_of_few_rows_keep_their_digits(images: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = image_tower().float()
+    with rows_seen(model, monkeypatch) as seen:
+        model(torch.randn(images, 3, 32, 32))
+    assert seen[-1] == rows
+
+
 ASKING_FOR_TOKENS: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "features": lambda m, x: m.forward_features(x),
     "intermediates": lambda m, x: m.forward_intermediates(x),
