@@ -15,6 +15,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -187,6 +188,8 @@ class BuildLibrary(build_ext):
         record = {"library": LIBRARY, "platform": platform.machine(), "reason": None}
         try:
             record |= build_library(target, Path(self.build_temp))
+            # loading a damaged library can end the process; it is compared with this before
+            record["sha256"] = hashlib.sha256(target.read_bytes()).hexdigest()
         except CannotBuild as why:
             target.unlink(missing_ok=True)
             record |= {"library": None, "reason": str(why)}
