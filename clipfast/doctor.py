@@ -126,7 +126,21 @@ def _triton(problems: list[tuple[str, str]], wanted: bool) -> dict[str, Any]:
     except Exception as error:
         problems.append((level, f"Triton {version} does not import: {_line(error)}: PyTorch's operators serve"))
         return {"version": version, "reason": _line(error)}
-    return {"version": version, "reason": None}
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(_triton_home()) / ".triton" / "cache")
+    if wanted and not _writable(folder):
+        text = f"Triton cannot write its cache {_short(folder)}, and its kernels cannot run: set TRITON_CACHE_DIR"
+        problems.append(("warning", text))
+    return {"version": version, "reason": None, "cache": _short(folder)}
+
+
+def _triton_home() -> str:
+    return os.environ.get("TRITON_HOME") or os.path.expanduser("~/")
+
+
+def _writable(folder: Path) -> bool:
+    """Return whether a folder can be written, or made where it is not there."""
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
 
 
 def _cards(problems: list[tuple[str, str]]) -> list[dict[str, Any]]:

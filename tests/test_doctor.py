@@ -278,6 +278,20 @@ def test_cards_that_a_build_serves(cuda: str, capability: tuple, driver: tuple, 
     assert how in found[1]
 
 
+def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    for home, writable in ((tmp_path / "file", False), (tmp_path / "to come", True)):
+        monkeypatch.setenv("TRITON_HOME", str(home))
+        problems: list = []
+        found = doctor._triton(problems, wanted=True)
+        assert found["cache"].endswith(".triton/cache")
+        assert [level for level, _ in problems] == ([] if writable else ["warning"])
+        assert writable or "set TRITON_CACHE_DIR" in problems[0][1]
+    assert not (tmp_path / "to come").exists()
+
+
 def test_what_is_missing_on_a_gpu_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         raise doctor.importlib.metadata.PackageNotFoundError(name)
