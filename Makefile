@@ -1,7 +1,7 @@
 # Every target is a thin call; scripts/ and the `clipfast` command do the work.
 # ARGS passes options on: make demo ARGS="--steps 50", make test ARGS="-k tokenizer".
 
-.PHONY: help demo test test-all exhaustive bench kernels gpu lint clean
+.PHONY: help demo test test-all exhaustive bench kernels wheel gpu lint clean
 
 help:
 	@echo "make demo      train a small CLIP on real pairs and write runs/demo/report.html"
@@ -10,6 +10,7 @@ help:
 	@echo "make exhaustive  compile every configuration of every Triton kernel, which takes half an hour or more"
 	@echo "make bench     time clipfast beside its rivals"
 	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
+	@echo "make wheel     one wheel for every Python and card into dist/; no GPU is needed; CPU=1, or ARCHS=\"9.0a\""
 	@echo "make gpu       on a machine with an NVIDIA GPU: all tests and benchmarks; PART=tests or PART=bench for one"
 	@echo "make lint      ruff"
 
@@ -36,6 +37,10 @@ bench:
 kernels:
 	scripts/setup_env.sh test
 	.venv/bin/python scripts/compile_kernels.py $(ARGS)
+
+wheel:
+	scripts/setup_env.sh wheel
+	.venv/bin/python scripts/build_wheel.py $(if $(filter 1,$(CPU)),--cpu) $(if $(ARCHS),--archs "$(ARCHS)") $(ARGS)
 
 gpu:
 	scripts/gpu.sh $(PART)

@@ -11,10 +11,12 @@ Environment:
     TORCH_CUDA_ARCH_LIST      GPU architectures, such as "8.0;9.0a;10.0a+PTX" (the default)
     CLIPFAST_SKIP_CUDA=1      builds without the CUDA kernels
     CLIPFAST_SKIP_LIBRARY=1   installs without the library
+    CLIPFAST_GLIBC            links for systems with this version of the C library, such as 2.28, and later
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -129,6 +131,7 @@ def compile_cuda(torch: Path, temporary: Path) -> tuple[list[str], list[str], st
     release = re.search(r"release (\d+\.\d+)", version)
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(JOBS), *architectures]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
+    flags += ["-Xcompiler", no_paths(torch)]
     objects = [str(temporary / f"{Path(source).stem}.cu.o") for source in sources(".cu")]
     for source, target in zip(sources(".cu"), objects, strict=True):
         run([*nvcc, *flags, "-c", source, "-o", target])
@@ -156,17 +159,50 @@ def build_library(target: Path, temporary: Path) -> dict[str, str | None]:
         reason = str(why)
         print(f"\nclipfast: THE OP LIBRARY IS BUILT WITHOUT CUDA: {why}\n", flush=True)
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
-    flags += [*VECTORISED, f"-DCLIPFAST_CUDA={cuda or 'none'}"]
+    flags += [no_paths(torch), *VECTORISED, f"-DCLIPFAST_CUDA={cuda or 'none'}"]
     includes = [f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
     objects = [str(temporary / f"{Path(source).stem}.o") for source in sources(".cpp")]
     steps = zip(sources(".cpp"), objects, strict=True)
     compile_all([[*compiler, *flags, *includes, "-c", source, "-o", o] for source, o in steps])
     # found by its name in the process, whichever PyTorch that loaded: no path is kept
     links = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ldl"]
-    for option in ("-z,relro", "-z,now", "--exclude-libs,ALL"):
+    for option in ("-z,relro", "-z,now", "--exclude-libs,ALL", "--strip-all"):
         links += ["-Xlinker", option] if cuda else [f"-Wl,{option}"]
+    oldest = os.environ.get("CLIPFAST_GLIBC")
+    if oldest:
+        # C++'s library becomes part of the file. The compiler's own, which unwinds exceptions, stays the process's: a
+        # part of it would ask for glibc 2.35
+        links += ["-Xcompiler", "-static-libstdc++", "-Xlinker", "--gc-sections"] if cuda else []
+        links += [] if cuda else ["-static-libstdc++", "-Wl,--gc-sections"]
     run([*linker, "-shared", *objects, *cuda_objects, "-o", str(target), *links])
+    if oldest:
+        first = old_symbols(target, oldest, temporary / "glibc", compiler)
+        run([*linker, "-shared", *first, *objects, *cuda_objects, "-o", str(target), *links])
     return {"cuda": cuda, "cuda_reason": reason}
+
+
+def no_paths(torch: Path) -> str:
+    """Return the option that keeps the place of PyTorch's headers out of messages, and so out of the library."""
+    return f"-fmacro-prefix-map={torch.parent}/="
+
+
+def old_symbols(library: Path, glibc: str, temporary: Path, compiler: list[str]) -> list[str]:
+    """Return what is linked first so that a library needs no newer C library than the one of a version."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import manylinux
+
+    if re.fullmatch(r"\d+\.\d+", glibc) is None:
+        raise CannotBuild(f"CLIPFAST_GLIBC: got {glibc!r}, expected a version such as 2.28")
+    try:
+        version = tuple(map(int, glibc.split(".")))
+        first = [str(p) for p in manylinux.link_options(library, version, temporary, compiler)]
+    except manylinux.NotAllowed as error:
+        # it works here; scripts/manylinux.py tells on which systems else
+        print(f"\nclipfast: THE OP LIBRARY NEEDS A NEWER C LIBRARY THAN CLIPFAST_GLIBC={glibc}: {error}\n", flush=True)
+        return []
+    # a linker that leaves out what nobody has asked for yet would leave them out
+    around = [["-Xlinker", option] for option in ("--push-state", "--no-as-needed", "--pop-state")]
+    return [*around[0], *around[1], *first, *around[2]]
 
 
 def sources(suffix: str) -> list[str]:
@@ -187,6 +223,8 @@ class BuildLibrary(build_ext):
         record = {"library": LIBRARY, "platform": platform.machine(), "reason": None}
         try:
             record |= build_library(target, Path(self.build_temp))
+            # loading a damaged library can end the process; it is compared with this before
+            record["sha256"] = hashlib.sha256(target.read_bytes()).hexdigest()
         except CannotBuild as why:
             target.unlink(missing_ok=True)
             record |= {"library": None, "reason": str(why)}

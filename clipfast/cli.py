@@ -86,3 +86,22 @@ def convert(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
     typer.echo(f"wrote {target} in the layout of {layout}")
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
+) -> None:
+    """Say what this machine has and what clipfast uses of it, and test every op in a few seconds.
+
+    Exits with 0 when every op computes what it should, with 1 when one does not. What is missing (the op library,
+    Triton on a GPU machine) is a warning: PyTorch serves in its place.
+    """
+    import json
+
+    from clipfast.doctor import diagnose, exit_code, render
+
+    report = diagnose()
+    typer.echo(json.dumps(report, indent=1) if as_json else render(report))
+    raise typer.Exit(exit_code(report, strict))

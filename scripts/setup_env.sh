@@ -2,6 +2,7 @@
 # Makes .venv beside this checkout, with clipfast installed in it for development and what the named extras need.
 #
 #   scripts/setup_env.sh demo|test|bench ...
+#   scripts/setup_env.sh wheel                what `make wheel` builds with, and no clipfast
 #
 # Where no NVIDIA GPU is found, PyTorch is the release that the tests are proven with, whose CPU build is small.
 # Environment: PYTHON (default python3), CLIPFAST_TORCH (what to install instead, such as "torch==2.11.0").
@@ -32,6 +33,11 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
     fi
     echo "installing $wanted"
     "${pip[@]}" "$wanted"
+fi
+
+if [ "$*" = wheel ]; then
+    "${pip[@]}" --requirement scripts/build_requirements.txt
+    exit 0
 fi
 
 for extra in "$@"; do

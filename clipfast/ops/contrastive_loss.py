@@ -10,7 +10,7 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import contrastive_autograd, contrastive_kernels, dispatch
+from clipfast.ops import contrastive_autograd, contrastive_kernels, dispatch, library
 from clipfast.ops.contrastive_autograd import Plan
 from clipfast.ops.contrastive_ranks import Ranks, meet
 
@@ -319,7 +319,7 @@ def _native_refusal(image_features: Tensor, *_: object) -> str | None:
         return contrastive_kernels.native_unavailable
     if image_features.device.type not in contrastive_kernels.native_devices:
         return f"the op library has no kernels for {image_features.device.type}"
-    return None
+    return library.card_refusal(image_features.device.index) if image_features.is_cuda else None
 
 
 def _native(*arguments: Any) -> Any:

@@ -158,6 +158,17 @@ def chosen(op: str, *args: Any, **kwargs: Any) -> str:
     return _choose(op, _ops[op].prepare(*args, **kwargs)).backend
 
 
+def operations() -> list[str]:
+    """Return the names of all ops."""
+    return sorted(_ops)
+
+
+def able(op: str, *args: Any, **kwargs: Any) -> list[str]:
+    """Return the backends that can serve a call of ``op``, whether or not ``auto`` would take them."""
+    request = _ops[op].prepare(*args, **kwargs)
+    return [c.backend for c in _ops[op].implementations if c.refusal(*request) is None]
+
+
 def shape_class(op: str, *args: Any, **kwargs: Any) -> str:
     """Return the key of a call of ``op`` in the table of measurements."""
     return _ops[op].shape_class(*_ops[op].prepare(*args, **kwargs))

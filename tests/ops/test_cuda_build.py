@@ -92,7 +92,7 @@ def test_it_needs_the_stable_abi_alone() -> None:
         name = symbol.split("@")[0]
         system = "@" in symbol and re.search(r"@(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_", symbol)
         from_torch = name.startswith(("aoti_torch_", "torch_"))
-        weak_marker = kind == "w" and name.startswith(("_ITM_", "__gmon_start__", "__cxa_finalize"))
+        weak_marker = kind == "w" and name.startswith(("_ITM_", "__gmon_start__", "__cxa_"))
         assert system or from_torch or weak_marker, f"{symbol} is no part of the stable ABI"
         if "cuda" in name and not name.startswith("aoti_torch_device_type"):
             assert kind == "w", f"{symbol} lies in libtorch_cuda and has to be weak"

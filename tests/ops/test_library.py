@@ -44,3 +44,15 @@ def test_a_corrupt_library_is_a_reason_and_no_crash(package: Path) -> None:
     (package / "libclipfast.so").write_bytes(b"\x7fELF and nothing else")
     assert library.unavailable().startswith("the op library does not load: ")
     assert "\n" not in library.unavailable()
+
+
+def test_a_card_without_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "build_info", lambda: {"cuda": "13.0:90a"})
+    monkeypatch.setattr(library, "driver_version", lambda: (13, 0))
+    monkeypatch.setattr(library.torch.cuda, "get_device_capability", lambda index: {0: (9, 0), 1: (8, 0)}[index])
+    library._card_refusal.cache_clear()
+    try:
+        assert library.card_refusal(0) is None
+        assert "no code for compute capability 8.0 (only 90a)" in library.card_refusal(1)
+    finally:
+        library._card_refusal.cache_clear()

@@ -1,0 +1,304 @@
+"""``clipfast doctor``: what this machine has, what of it clipfast uses, and whether it computes what it should.
+
+The examination runs in a process of its own: where a broken library ends that process, the report says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import clipfast
+
+_MARK = "clipfast-doctor-report:"
+_TIMEOUT = 300
+_VARIABLES = ("CLIPFAST_BACKEND", "CLIPFAST_NO_LIBRARY", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+
+
+def examine() -> dict[str, Any]:
+    """Look at everything in this process and return the report, which JSON can hold.
+
+    Its ``problems`` are pairs of a level and a line: ``failed`` (an op computes wrong results or none), ``warning``
+    (clipfast is right but slower than it could be) and ``note``.
+    """
+    import torch
+
+    from clipfast import self_test
+    from clipfast.ops import library
+
+    began = time.monotonic()
+    report = basics()
+    problems = report["problems"]
+    report["torch"] = {"version": torch.__version__, "cuda": torch.version.cuda}
+    report["cpu"]["capability"] = torch.backends.cpu.get_cpu_capability()
+    report["library"] = _library(problems)
+    report["cards"] = _cards(problems)
+    report["triton"] = _triton(problems, wanted=torch.version.cuda is not None)
+    if report["library"]["reason"] is None and report["cards"]:
+        for card in report["cards"]:
+            capability = tuple(map(int, card["capability"].split(".")))
+            served, how = library.card_support(library.build_info()["cuda"], capability, library.driver_version())
+            card |= {"served": served, "how": how}
+            if not served:
+                hint = library.record().get("cuda_reason")
+                why = f"{how} ({hint})" if hint else how
+                problems.append(("warning", f"card {card['index']}: the losses run in PyTorch: {why}"))
+    devices = [torch.device("cpu")]
+    # one card of each name stands for all
+    devices += [torch.device("cuda", i) for i in {c["name"]: c["index"] for c in reversed(report["cards"])}.values()]
+    report["ops"], report["self_test"] = {}, []
+    for device in devices:
+        try:
+            report["ops"][str(device)] = self_test.explanations(device)
+        except Exception as error:
+            problems.append(("failed", f"{device}: no choice of implementations: {_line(error)}"))
+        report["self_test"] += [self_test.as_dict(result) for result in self_test.run(device)]
+    for result in report["self_test"]:
+        if not result["passed"]:
+            name = " ".join(filter(None, (result["op"], result["what"])))
+            where = f"{name} ({result['backend']}, {result['device']}, {result['dtype']})"
+            problems.append(("failed", f"self-test of {where}: {result['reason']}"))
+    report["seconds"] = round(time.monotonic() - began, 2)
+    return report
+
+
+def basics() -> dict[str, Any]:
+    """Return what can be said without PyTorch."""
+    return {
+        "clipfast": clipfast.__version__,
+        "package": _short(Path(clipfast.__file__).parent),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "glibc": platform.libc_ver()[1] or None,
+        "cpu": {"model": _first(r"model name\s*:\s*(.+)", "/proc/cpuinfo"), "cores": os.cpu_count()},
+        "driver": _first(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", "/proc/driver/nvidia/version"),
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "problems": [],
+    }
+
+
+def _library(problems: list[tuple[str, str]]) -> dict[str, Any]:
+    from clipfast.ops import library
+
+    reason = library.unavailable()
+    found: dict[str, Any] = {"path": _short(library.path()), "reason": reason, "bytes": None}
+    with contextlib.suppress(OSError):
+        found["bytes"] = library.path().stat().st_size
+    if reason is not None:
+        text = "inference on the CPU and the losses run in PyTorch, which is right but slower"
+        problems.append(("warning", f"{reason.replace(str(library.path()), found['path'])}: {text}"))
+        return found
+    info = library.build_info()
+    toolkit, _, names = info["cuda"].partition(":")
+    architectures = names.split(",") if names else []
+    return found | {
+        "compiler": info["compiler"],
+        "torch_target": info["torch_target"],
+        "cpu": info["cpu"],
+        "cuda": None if toolkit == "none" else toolkit,
+        "architectures": architectures,
+        "cuda_reason": library.record().get("cuda_reason"),
+    }
+
+
+def _triton(problems: list[tuple[str, str]], wanted: bool) -> dict[str, Any]:
+    """Return Triton's version, or why it is not there; ``wanted`` where PyTorch could use it on a card."""
+    level = "warning" if wanted else "note"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        because = "PyTorch's operators serve in place of its kernels" if wanted else "it would serve GPUs alone"
+        problems.append((level, f"Triton is not installed: {because}"))
+        return {"version": None, "reason": "not installed"}
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
+        problems.append((level, f"Triton {version} does not import: {_line(error)}: PyTorch's operators serve"))
+        return {"version": version, "reason": _line(error)}
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(_triton_home()) / ".triton" / "cache")
+    if wanted and not _writable(folder):
+        text = f"Triton cannot write its cache {_short(folder)}, and its kernels cannot run: set TRITON_CACHE_DIR"
+        problems.append(("warning", text))
+    return {"version": version, "reason": None, "cache": _short(folder)}
+
+
+def _triton_home() -> str:
+    return os.environ.get("TRITON_HOME") or os.path.expanduser("~/")
+
+
+def _writable(folder: Path) -> bool:
+    """Return whether a folder can be written, or made where it is not there."""
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK)
+
+
+def _cards(problems: list[tuple[str, str]]) -> list[dict[str, Any]]:
+    import torch
+
+    driver = Path("/proc/driver/nvidia/version").exists()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        usable = torch.cuda.is_available()
+    if not usable:
+        if driver and torch.version.cuda is None:
+            problems.append(("warning", "there is an NVIDIA driver, but this PyTorch is built without CUDA"))
+        elif driver:
+            why = f": {_line(said[0].message)}" if said else ""
+            problems.append(("warning", f"there is an NVIDIA driver, but PyTorch finds no card that it can use{why}"))
+        else:
+            problems.append(("note", "no NVIDIA GPU: what runs on one was not tested here"))
+        return []
+    cards = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        card = {"index": i, "name": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        cards.append(card | {"gigabytes": round(properties.total_memory / 2**30, 1)})
+    return cards
+
+
+def exit_code(report: dict[str, Any], strict: bool = False) -> int:
+    """Return 1 where a self-test failed, or with ``strict`` where something is missing, else 0."""
+    levels = {level for level, _ in report["problems"]}
+    return int("failed" in levels or (strict and "warning" in levels))
+
+
+def render(report: dict[str, Any]) -> str:
+    """Return the report for a reader, with a block to paste in a bug report at its end."""
+    lines = _facts(report)
+    for device, ops in report.get("ops", {}).items():
+        lines += ["", f"which implementation serves on {device}"]
+        lines += [f"  {line}" for said in ops.values() for line in said.splitlines()]
+    if "self_test" in report:
+        results = report["self_test"]
+        passed = sum(r["passed"] for r in results)
+        lines += ["", f"self-test: {passed} of {len(results)} right, forward and backward ({report['seconds']} s)"]
+    lines += ["", *(f"{level + ':':9}{text}" for level, text in report["problems"])]
+    counts = [sum(level == wanted for level, _ in report["problems"]) for wanted in ("failed", "warning")]
+    if counts[0]:
+        lines.append("clipfast does not work here as it should")
+    elif counts[1]:
+        lines.append("clipfast computes what it should, slower than it could")
+    else:
+        lines.append("all is well")
+    lines += ["", "to paste in a bug report:", "", "```", *_facts(report)]
+    for device, ops in report.get("ops", {}).items():
+        chosen = ", ".join(said.splitlines()[0].split(" (")[0].replace(": ", "=") for said in ops.values())
+        lines.append(f"{device:10}{chosen}")
+    return "\n".join([*lines, *(f"{level + ':':10}{text}" for level, text in report["problems"]), "```"])
+
+
+def _facts(report: dict[str, Any]) -> list[str]:
+    cpu = report["cpu"]
+    facts = {
+        "clipfast": f"{report['clipfast']} in {report['package']}",
+        "platform": f"{report['platform']}, glibc {report['glibc'] or 'none'}, Python {report['python']}",
+        "CPU": f"{cpu['model'] or 'unknown'}, {cpu['cores']} cores, {cpu.get('capability', '')}".rstrip(", "),
+        "driver": report["driver"] or "none",
+    }
+    if "torch" in report:
+        cuda = report["torch"]["cuda"]
+        facts["PyTorch"] = f"{report['torch']['version']}, {f'CUDA {cuda}' if cuda else 'without CUDA'}"
+        facts["Triton"] = f"{report['triton']['version'] or ''} {report['triton']['reason'] or ''}".strip()
+        for card in report["cards"]:
+            how = f": {card['how']}" if card.get("served") else ": not served by the op library"
+            facts[f"card {card['index']}"] = f"{card['name']} ({card['capability']}){how}"
+        facts["library"] = _describe_library(report["library"])
+    if report["environment"]:
+        facts["set"] = " ".join(f"{name}={value}" for name, value in report["environment"].items())
+    return [f"{name:10}{value}" for name, value in facts.items()]
+
+
+def _describe_library(library: dict[str, Any]) -> str:
+    if library["reason"] is not None:
+        return "not used"
+    cuda = "without CUDA"
+    if library["cuda"]:
+        names = ", ".join(
+            f"PTX of compute_{a.removesuffix('+PTX')}" if a.endswith("+PTX") else f"sm_{a}"
+            for a in library["architectures"]
+        )
+        cuda = f"CUDA {library['cuda']} for {names}"
+    elif library["cuda_reason"]:
+        cuda = f"without CUDA ({library['cuda_reason']})"
+    size = f"{library['bytes'] / 1e6:.1f} MB"
+    return f"{library['path']}, {size}, {library['cpu']}, compiler {library['compiler']}, {cuda}"
+
+
+def diagnose() -> dict[str, Any]:
+    """Examine in a fresh process and return its report; it never raises."""
+    report, end = _in_a_process({})
+    if report is not None:
+        return report
+    # what ends a process is compiled code, first of all our own
+    report, _ = _in_a_process({"CLIPFAST_NO_LIBRARY": "1"})
+    if report is None:
+        report = basics()
+        report["problems"].append(("failed", f"the examination {end}"))
+        return report
+    advice = "install clipfast again; until then, CLIPFAST_NO_LIBRARY=1 makes PyTorch serve"
+    report["problems"].insert(0, ("failed", f"the examination {end} with the op library, and not without: {advice}"))
+    return report
+
+
+def _in_a_process(environment: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
+    """Return the report, or None and how the process ended."""
+    code = f"import sys; sys.path[:] = {sys.path!r}; from clipfast.doctor import _report; _report()"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    try:
+        done = subprocess.run(
+            command, env=os.environ | environment, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired:
+        return None, f"took longer than {_TIMEOUT} s"
+    except OSError as error:
+        return None, f"could not be started: {_line(error)}"
+    for line in done.stdout.splitlines():
+        if line.startswith(_MARK):
+            report = json.loads(line.removeprefix(_MARK))
+            report["problems"] = [tuple(problem) for problem in report["problems"]]
+            return report, "ended"
+    if done.returncode < 0:
+        return None, f"was ended by {signal.Signals(-done.returncode).name}"
+    last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    return None, f"ended with status {done.returncode}: {last}"
+
+
+def _report() -> None:
+    """Examine, and print the report for the process that asked."""
+    try:
+        report = examine()
+    except Exception as error:
+        report = basics()
+        report["problems"].append(("failed", f"clipfast cannot be used: {_line(error)}"))
+    print(f"\n{_MARK}{json.dumps(report)}", flush=True)
+
+
+def _line(error: Any) -> str:
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {text}" if isinstance(error, Exception) else text
+
+
+def _short(path: Path) -> str:
+    """Return a path without the name of its user."""
+    home = os.path.expanduser("~")
+    return f"~{str(path)[len(home) :]}" if home != "/" and str(path).startswith(home + os.sep) else str(path)
+
+
+def _first(pattern: str, path: str) -> str | None:
+    """Return the first match of a pattern in a file, or None."""
+    try:
+        match = re.search(pattern, Path(path).read_text(errors="replace"))
+    except OSError:
+        return None
+    return match[1].strip() if match else None
