@@ -169,7 +169,7 @@ def test_the_same_input_makes_the_same_wheel(wheel: Path, tmp_path: Path) -> Non
     assert hashlib.sha256(second.read_bytes()).digest() == hashlib.sha256(wheel.read_bytes()).digest()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # compiles the CUDA kernels once more
 def test_a_wheel_for_one_architecture(tmp_path: Path) -> None:
     if shutil.which("nvcc") is None and "CUDA_HOME" not in os.environ:
         pytest.skip("no nvcc")
