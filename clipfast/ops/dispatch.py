@@ -111,7 +111,7 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
     Matrix products add up in an order that depends on how many rows there are, so that an image's features differ in
     their last digits from batch to batch. Inside the block they do not: the op library's own CPU products have one
     order of sums for every row, and where those cannot serve (another device or dtype, with gradients, without the
-    library), towers take one image or caption at a time, which is slow. docs/numerics.md says what either costs.
+    library), towers take one image or caption at a time, which is slow. docs/inference.md says what either costs.
 
     Args:
         enabled: Whether to; a block with False inside one with True goes back to any order.
