@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t panel = 32;  // columns of a register tile, and of the panels that B lies in: [panel][k][32] units
 constexpr int64_t height = 8;  // its rows: 16 sums, 2 registers of B and 1 of A
 
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
 // a mask of the first `count` of 16 lanes
 inline __mmask16 first_lanes(int64_t count) {
     return __mmask16(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1);

@@ -1,10 +1,30 @@
-// The kernels of encoder.h on AVX-512, for the dtype that CLIPFAST_BFLOAT16 says: included by the file of each dtype,
-// between its pragmas and after avx512.h.
+// The kernels of encoder.h for one dtype on AVX-512: float32, or bfloat16 where CLIPFAST_BFLOAT16 is 1. Each dtype's
+// file sets it, includes this and names the result.
+
+#include "encoder.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+// before the pragmas: what these bring is for every CPU
+#include <immintrin.h>
 
 #include <algorithm>
 #include <cstring>
 
-#include "encoder.h"
+// only what follows is compiled for these instructions, and all of it is local to the file that includes it
+#if defined(__clang__) && CLIPFAST_BFLOAT16
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
+#elif defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
+#elif CLIPFAST_BFLOAT16
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#endif
+
+#include "avx512.h"
 
 namespace clipfast::cpu {
 namespace {
@@ -17,7 +37,6 @@ using Element = float;
 constexpr int64_t terms_a_unit = sizeof(uint32_t) / sizeof(Element);
 constexpr int64_t tile_rows = 96;  // at most: their activations and a panel stay in the second-level cache
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 const uint32_t* units_at(const void* p, int64_t element) {
     return reinterpret_cast<const uint32_t*>(static_cast<const Element*>(p) + element);
 }
@@ -301,3 +320,38 @@ const EncoderKernels kernels{sizeof(Element), tiles,     product,          packe
 
 }  // namespace
 }  // namespace clipfast::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace clipfast::cpu {
+namespace {
+
+const EncoderKernels* kernels_of_this_cpu() {
+#if CLIPFAST_BFLOAT16
+    static const bool multiplies = __builtin_cpu_supports("avx512bf16");
+#else
+    static const bool multiplies = __builtin_cpu_supports("avx512f");
+#endif
+    static const bool can = multiplies && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512vl");
+    return can ? &kernels : nullptr;
+}
+
+}  // namespace
+}  // namespace clipfast::cpu
+
+#else
+
+namespace clipfast::cpu {
+namespace {
+
+const EncoderKernels* kernels_of_this_cpu() { return nullptr; }
+
+}  // namespace
+}  // namespace clipfast::cpu
+
+#endif

@@ -33,8 +33,6 @@ namespace {
 
 constexpr int64_t tile_columns = 128, block_rows = 1024;
 
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
 // ---------------------------------------------------------------------------------------------------------------
 // the register tile
 
