@@ -6,6 +6,7 @@ The examination runs in a process of its own: where a broken library ends that p
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -63,7 +64,7 @@ def examine() -> dict[str, Any]:
             report["ops"][str(device)] = self_test.explanations(device)
         except Exception as error:
             problems.append(("failed", f"{device}: no choice of implementations: {_line(error)}"))
-        report["self_test"] += [self_test.as_dict(result) for result in self_test.run(device)]
+        report["self_test"] += [dataclasses.asdict(result) for result in self_test.run(device)]
     for result in report["self_test"]:
         if not result["passed"]:
             name = " ".join(filter(None, (result["op"], result["what"])))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -191,8 +191,3 @@ def explanations(device: torch.device) -> dict[str, str]:
             args, keywords = case.arguments(*(x.to(device, dtype) for x in case.inputs))
             said[case.op] = dispatch.explain(case.op, *args, **keywords)
     return said
-
-
-def as_dict(result: Result) -> dict[str, Any]:
-    """Return a result for JSON."""
-    return asdict(result)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.modules import module as _global
 
 from clipfast.models.twins import Refusal
+from clipfast.modules.shortcuts import has_hooks, hooks_of
 
 _TWIN = "_clipfast_twin"
 _OPTIONS = "_clipfast_options"
@@ -57,10 +58,8 @@ class Twin:
     def is_observed(self) -> bool:
         """Return whether a hook waits for a module that the twin does not call as the original would."""
         for m in self._modules:
-            if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-                hooks = (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-                if any(not _is_idle(hook) for kind in hooks for hook in kind.values()):
-                    return True
+            if has_hooks(m) and not all(_is_idle(hook) for hook in hooks_of(m)):
+                return True
         return _global._has_any_global_hook() and any(
             not _is_idle(hook)
             for kind in (

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from clipfast.ops import dispatch, encoder, library
+from clipfast.ops import dispatch, encoder
 
 T = TypeVar("T")
 
@@ -67,12 +67,20 @@ def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor],
         weight: The parameter.
         view: What makes ``[columns, terms]`` of it.
     """
-    if not applies(x) or library.unavailable() is not None or encoder.prefers_onednn(x.dtype) or x.shape[1] % 2:
+    if not applies(x) or x.shape[1] % 2 or encoder.prefers_onednn(x.dtype):
         return None
-    if not torch.ops.clipfast.can_encode(x.dtype == torch.bfloat16):
+    if encoder.native_unable(x.dtype) is not None:
         return None
     packed = kept(owner, (weight,), x.dtype, lambda: _pack(view(weight.detach())))
     return None if packed is None else torch.ops.clipfast.packed_linear(x.contiguous(), packed[0], None, packed[1])
+
+
+def project(owner: nn.Module, x: Tensor, projection: Tensor | None) -> Tensor:
+    """Return ``x @ projection``, ``[S, E]`` from ``[S, W]`` and ``[W, E]``; ``x`` where there is no projection."""
+    if projection is None:
+        return x
+    projected = linear(owner, x, projection, lambda weight: weight.T)
+    return x @ projection if projected is None else projected
 
 
 def _pack(weight: Tensor) -> tuple[Tensor, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -43,21 +43,27 @@ def shortcuts_enabled() -> bool:
     return _enabled
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether a hook waits for a module itself, forward or backward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., object]]:
+    """Return the hooks that wait for a module itself, forward and backward."""
+    kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return [hook for hooks in kinds for hook in hooks.values()]
+
+
 def is_observed(module: nn.Module) -> bool:
     """Return whether a hook on a module, or on one inside it, would see what a shortcut leaves out.
 
     The hooks of PyTorch's own wrappers (FSDP2 gathers parameters in them) do not look.
     """
-    for part in module.modules():
-        for hooks in (
-            part._forward_hooks,
-            part._forward_pre_hooks,
-            part._backward_hooks,
-            part._backward_pre_hooks,
-        ):
-            if hooks and any(not _is_of_pytorch(hook) for hook in hooks.values()):
-                return True
-    return False
+    return any(
+        has_hooks(part) and not all(_is_of_pytorch(hook) for hook in hooks_of(part)) for part in module.modules()
+    )
 
 
 def _is_of_pytorch(hook: object) -> bool:

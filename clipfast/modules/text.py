@@ -74,7 +74,7 @@ class TextTower(nn.Module):
 
     def _features_of(self, tokens: Tensor) -> Tensor:
         read = self._read_positions(tokens)
-        if _waits_for_nothing(tokens) or not self.transformer.can_pack():
+        if _cannot_read_values(tokens) or not self.transformer.can_pack():
             pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
         else:
             # the mask hides what lies behind the token that is read: it is left out
@@ -84,10 +84,7 @@ class TextTower(nn.Module):
             x = self.transformer(x, packing.cu_seqlens, packing.ends)
             # LayerNorm works row by row: the rows that are read suffice
             pooled = self.ln_final(x)[packing.order]
-        if self.text_projection is None:
-            return pooled
-        x = inference.linear(self, pooled, self.text_projection, lambda w: w.T)
-        return pooled @ self.text_projection if x is None else x
+        return inference.project(self, pooled, self.text_projection)
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
         return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
@@ -128,7 +125,7 @@ class TextTower(nn.Module):
                 )
 
 
-def _waits_for_nothing(tokens: Tensor) -> bool:
+def _cannot_read_values(tokens: Tensor) -> bool:
     """Return whether values cannot be read now: they are being traced, captured in a graph, or are none."""
     return (
         torch.compiler.is_compiling()

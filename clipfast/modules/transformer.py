@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
 from clipfast.modules import inference
-from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
+from clipfast.modules.shortcuts import has_hooks, is_observed, shortcuts_enabled
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
 from clipfast.ops.encoder import BlockWeights, PackedEncoder, encode, refusal
@@ -118,10 +118,9 @@ def _is_plain(linear: nn.Module) -> bool:
 
     Layers that were hooked, wrapped, parametrised, quantised or adapted since they were made are called.
     """
-    hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     # nn.MultiheadAttention's output projection is a Linear under another name
     plain = type(linear) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return plain and linear.bias is not None and not hooked
+    return plain and linear.bias is not None and not has_hooks(linear)
 
 
 class ResidualAttentionBlock(nn.Module):

@@ -230,7 +230,4 @@ class ViT(nn.Module):
         return self.conv1(images).flatten(2).transpose(1, 2)
 
     def _project(self, pooled: Tensor) -> Tensor:
-        if self.proj is None:
-            return pooled
-        x = inference.linear(self, pooled, self.proj, lambda w: w.T)
-        return pooled @ self.proj if x is None else x
+        return inference.project(self, pooled, self.proj)

@@ -37,12 +37,16 @@ def permute(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
     return _Permute.apply(x, order, inverse)
 
 
-def check_offsets(offsets: list[int], total: int, op: str = "attention") -> None:
-    """Raise a ValueError unless ``offsets`` start at 0, never decrease and end at ``total``."""
-    if offsets[0] != 0 or offsets[-1] != total or any(b < a for a, b in pairwise(offsets)):
+def check_offsets(offsets: list[int], total: int, op: str = "attention", may_be_empty: bool = True) -> None:
+    """Raise a ValueError in the name of ``op`` unless ``offsets`` start at 0, never decrease and end at ``total``.
+
+    Two that are equal leave a sequence empty, which not every op allows.
+    """
+    least = 0 if may_be_empty else 1
+    if offsets[0] != 0 or offsets[-1] != total or any(b - a < least for a, b in pairwise(offsets)):
         raise ValueError(
             f"{op}(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, never "
-            f"decrease and end at the {total} packed tokens"
+            f"decrease and end at the {total} packed tokens{'' if may_be_empty else ', and leave no sequence empty'}"
         )
 
 

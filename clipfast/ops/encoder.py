@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipfast.ops import dispatch, library
 from clipfast.ops.attention import attention
+from clipfast.ops.attention_packed import check_offsets
 from clipfast.ops.bias_gelu import APPROXIMATIONS, bias_gelu
 from clipfast.ops.layer_norm import layer_norm
 from clipfast.ops.single_query_attention import single_query_attention
@@ -158,12 +159,8 @@ def _prepare(
             f"encode(cu_seqlens): got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int64 offsets [S + 1]"
         )
     offsets = cu_seqlens.tolist()
+    check_offsets(offsets, x.shape[0], "encode", may_be_empty=False)
     shortest = min((end - start for start, end in pairwise(offsets)), default=1)
-    if offsets[0] != 0 or offsets[-1] != x.shape[0] or shortest < 1:
-        raise ValueError(
-            f"encode(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, end at the "
-            f"{x.shape[0]} tokens of x and leave no sequence empty"
-        )
     if read is not None and not -1 <= read < shortest:
         raise ValueError(f"encode(read): got {read}, expected -1 to {shortest - 1}, the last of the shortest sequence")
     if encoder.causal and read is not None and read != -1:
@@ -171,13 +168,21 @@ def _prepare(
     return x, encoder, cu_seqlens, read
 
 
-def _native_unable(encoder: PackedEncoder) -> str | None:
+def native_unable(dtype: torch.dtype) -> str | None:
+    """Return why the op library's own products cannot serve a dtype here, or None."""
     if library.unavailable() is not None:
         return library.unavailable()
-    if encoder.dtype not in (torch.float32, torch.bfloat16):
-        return f"{encoder.dtype} is not served (float32 and bfloat16 are)"
-    if not torch.ops.clipfast.can_encode(encoder.dtype == torch.bfloat16):
-        return f"this CPU lacks the instructions (AVX-512{'_BF16' if encoder.dtype == torch.bfloat16 else ''})"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"{dtype} is not served (float32 and bfloat16 are)"
+    if not torch.ops.clipfast.can_encode(dtype == torch.bfloat16):
+        return f"this CPU lacks the instructions (AVX-512{'_BF16' if dtype == torch.bfloat16 else ''})"
+    return None
+
+
+def _native_unable(encoder: PackedEncoder) -> str | None:
+    reason = native_unable(encoder.dtype)
+    if reason is not None:
+        return reason
     if encoder.width % 32 or encoder.width // encoder.heads % 2 or encoder.blocks[0].fc[0].shape[0] % 2:
         return f"width {encoder.width} with {encoder.heads} heads is not served (multiples of 32, even heads)"
     return None

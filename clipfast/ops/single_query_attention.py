@@ -114,11 +114,7 @@ def _torch(
 
 def _offsets(cu_seqlens: Tensor, key: Tensor) -> list[int]:
     offsets = cu_seqlens.tolist()
-    attention_packed.check_offsets(offsets, key.shape[0], "single_query_attention")
-    if len(set(offsets)) < len(offsets):
-        raise ValueError(
-            "single_query_attention(cu_seqlens): got an empty sequence, expected at least one key for each"
-        )
+    attention_packed.check_offsets(offsets, key.shape[0], "single_query_attention", may_be_empty=False)
     return offsets
 
 
