@@ -87,6 +87,7 @@ def report_paired(
     times: dict[str, list[float]],
     sides: dict[str, object],
     items: int,
+    op: str | None = None,
     **facts: dict[str, float],
 ) -> None:
     """Report :func:`paired` times: items a second, and each side's time over the first one's in the same round.
@@ -97,6 +98,7 @@ def report_paired(
         times: As :func:`paired` gives them.
         sides: All sides; those without times are named as not installed.
         items: How many items one call computes.
+        op: The op that was timed, for the results' file.
         **facts: More numbers a side.
     """
     first = next(iter(times.values()))
@@ -107,13 +109,13 @@ def report_paired(
     missing = [name for name in sides if name not in times]
     tuned = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"}
     title = f"{title}, {torch.get_num_threads()} threads"
-    report(capsys, title, medians, ratios=ratios, missing=missing, rounds=len(first), allocator=tuned, **facts)
+    report(capsys, title, medians, op=op, ratios=ratios, missing=missing, rounds=len(first), allocator=tuned, **facts)
     with capsys.disabled():
         print(f"  allocator: {tuned or 'defaults'}; {len(first)} rounds")
         for name, ratio in ratios.items():
             line = f"  {name:<28} {items / medians[name] * 1e3:9.2f} /s {ratio:6.2f} × {next(iter(times))}'s time"
             for fact, values in facts.items():
-                line += f", {fact} {values[name]:.6f}" if name in values else ""
+                line += f", {fact} {values[name]:.6g}" if name in values else ""
             print(line)
         for name in missing:
             print(f"  {name:<28} not installed")

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import os
 import statistics
-import time
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import report
+from harness import DEVICE, paired, report_paired
 
 from clipfast import ops
 
 WIDTH = 512
 ROUNDS = 5
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def rivals():
@@ -50,8 +49,6 @@ def step(loss, image, text, scale):
     for leaf in (image, text, scale):
         leaf.grad = None
     loss(image, text, scale).backward()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -64,7 +61,7 @@ def test_forward_and_backward(dtype, capsys):
     text = F.normalize(image + noise, dim=1).to(dtype).requires_grad_()
     image = F.normalize(image, dim=1).to(dtype).requires_grad_()
     scale = torch.tensor(14.3, device=DEVICE, dtype=dtype, requires_grad=True)
-    losses, times, gradients = rivals(), {}, {}
+    losses, gradients = rivals(), {}
     for name, loss in losses.items():
         if loss is not None:
             try:
@@ -74,29 +71,15 @@ def test_forward_and_backward(dtype, capsys):
                 with capsys.disabled():
                     print(f"\n  {name}: {str(error).splitlines()[0]}")
                 continue
-            gradients[name], times[name] = image.grad.float(), []
+            gradients[name] = image.grad.float()
     for name, gradient in gradients.items():
         error = float((gradient - gradients["clipfast"]).abs().max() / gradients["clipfast"].abs().max())
         assert error < (1e-4 if dtype == torch.float32 else 0.1), f"{name}: {error:.1e} from clipfast"
-    for _ in range(ROUNDS):
-        for name, each in times.items():
-            began = time.perf_counter()
-            step(losses[name], image, text, scale)
-            each.append(time.perf_counter() - began)
-    # rounds are paired: each rival is compared with what ran beside it
-    ratios = {
-        name: statistics.median(t / mine for t, mine in zip(each, times["clipfast"], strict=True))
-        for name, each in times.items()
+    sides = {
+        name: partial(step, loss, image, text, scale) if name in gradients else None for name, loss in losses.items()
     }
-    medians = {name: 1e3 * statistics.median(each) for name, each in times.items()}
-    missing = [name for name in losses if name not in times]
-    title = (
-        f"contrastive loss, forward and backward, B = {batch}, D = {WIDTH}, {dtype}, {torch.get_num_threads()} threads"
-    )
-    report(capsys, title, medians, op="contrastive_loss", ratios=ratios, missing=missing)
-    with capsys.disabled():
-        for name, ratio in ratios.items():
-            rate = 8 * batch**2 * WIDTH / medians[name] / 1e6
-            print(f"  {name:<28} {ratio:5.2f} × clipfast's time, {rate:6.0f} GFLOP/s of 8·B²·D")
-        for name in missing:
-            print(f"  {name:<28} not installed")
+    times = paired(sides, ROUNDS)
+    rates = {name: 8 * batch**2 * WIDTH / statistics.median(each) / 1e9 for name, each in times.items()}
+    title = f"contrastive loss, forward and backward, B = {batch}, D = {WIDTH}, {dtype}"
+    # a rate counts the 8·B²·D that clipfast does, whatever the side does
+    report_paired(capsys, title, times, sides, items=batch, op="contrastive_loss", gflop_per_s=rates)
