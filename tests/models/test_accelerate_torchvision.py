@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from acceleration import Case, assert_close, counted
-from acceleration_checks import COMMON, RARE, parametrize
+from acceleration import Case
+from acceleration_checks import COMMON, RARE, check_dropout, parametrize
 from torch import nn
 from torchvision.models import resnet18, vit_b_16
 from torchvision.models.vision_transformer import ConvStemConfig, VisionTransformer
@@ -55,13 +55,7 @@ def test_vit_b_16_is_known() -> None:
 
 @pytest.mark.parametrize("changes", [{"dropout": 0.1}, {"attention_dropout": 0.1}])
 def test_dropout_in_training_runs_the_original(changes: dict[str, float]) -> None:
-    case = Case("", partial(vit, **changes), images)
-    model, original = case.pair()
-    with counted() as calls:
-        assert_close(case.call(model), case.call(original), 0)
-        assert not calls
-        assert_close(case.call(model.eval()), case.call(original.eval()), 1e-12)
-    assert len(calls) == 1
+    check_dropout(Case("", partial(vit, **changes), images))
 
 
 def test_wrong_images_raise_as_in_the_original() -> None:

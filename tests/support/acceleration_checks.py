@@ -295,6 +295,16 @@ def check_packed_inference(case: Case) -> None:
         assert_close(outputs, comparable(case, case.call(original, torch.float32)), 2e-6)
 
 
+def check_dropout(case: Case) -> None:
+    """A model that drops values at random runs its original code in training, and is served in ``eval()``."""
+    model, original = case.pair()
+    with counted() as calls:
+        assert_close(case.call(model), case.call(original), 0)
+        assert not calls
+        assert_close(case.call(model.eval()), case.call(original.eval()), 1e-12)
+    assert len(calls) == 1
+
+
 COMMON: tuple[Callable[[Case], None], ...] = (
     check_outputs_and_gradients,
     check_float32_outputs,
