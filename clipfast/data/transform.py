@@ -116,8 +116,11 @@ class ImageTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     max_pixels: int = MAX_PIXELS
 
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        """The picture as float32 `[3, H, W]`, normalised; errors as :func:`image_transform` says."""
+    def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
+        """The picture as float32 `[3, H, W]`, normalised; errors as :func:`image_transform` says.
+
+        A random crop is drawn from `generator`, or from torch's own.
+        """
         if not isinstance(image, Image.Image):
             shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
             raise TypeError(
@@ -125,7 +128,7 @@ class ImageTransform:
                 f"got {type(image).__name__}{shape}"
             )
         image = _decoded(image, "the image", self.max_pixels)
-        image = self._random_resized_crop(image) if self.train else self._resized_center_crop(image)
+        image = self._random_resized_crop(image, generator) if self.train else self._resized_center_crop(image)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         values = pixels.to(torch.float32).div_(255)
         return values.sub_(_per_channel(self.mean, values)).div_(_per_channel(self.std, values))
@@ -148,8 +151,8 @@ class ImageTransform:
         left, top = round((new_width - crop_width) / 2), round((new_height - crop_height) / 2)
         return image.crop((left, top, left + crop_width, top + crop_height))
 
-    def _random_resized_crop(self, image: Image.Image) -> Image.Image:
-        left, top, width, height = _random_part(image.size, self.scale, self.ratio)
+    def _random_resized_crop(self, image: Image.Image, generator: torch.Generator | None) -> Image.Image:
+        left, top, width, height = _random_part(image.size, self.scale, self.ratio, generator)
         part = image.crop((left, top, left + width, top + height))
         return part.resize(self.image_size[::-1], Image.Resampling.BICUBIC)
 
@@ -207,7 +210,10 @@ def _per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
 
 
 def _random_part(
-    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float]
+    size: tuple[int, int],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    generator: torch.Generator | None = None,
 ) -> tuple[int, int, int, int]:
     """Left, top, width and height of a random part of a picture of `size` (width, height).
 
@@ -217,12 +223,12 @@ def _random_part(
     width, height = size
     log_ratio = torch.tensor(ratio).log().tolist()
     for _ in range(10):
-        area = width * height * torch.empty(1).uniform_(*scale).item()
-        shape = torch.empty(1).uniform_(*log_ratio).exp().item()
+        area = width * height * torch.empty(1).uniform_(*scale, generator=generator).item()
+        shape = torch.empty(1).uniform_(*log_ratio, generator=generator).exp().item()
         part_width, part_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < part_width <= width and 0 < part_height <= height:
-            top = int(torch.randint(height - part_height + 1, (1,)))
-            left = int(torch.randint(width - part_width + 1, (1,)))
+            top = int(torch.randint(height - part_height + 1, (1,), generator=generator))
+            left = int(torch.randint(width - part_width + 1, (1,), generator=generator))
             return left, top, part_width, part_height
 
     part_width, part_height = width, height

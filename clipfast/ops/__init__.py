@@ -6,7 +6,7 @@ the function however it was imported and not the file of the same name.
 
 from clipfast.ops.attention import attention
 from clipfast.ops.bias_gelu import bias_gelu
-from clipfast.ops.contrastive_loss import contrastive_loss, siglip_loss
+from clipfast.ops.contrastive_loss import contrastive_loss, send_texts, siglip_loss
 from clipfast.ops.dispatch import FallbackWarning, backend, deterministic, explain
 from clipfast.ops.encoder import release_workspace
 from clipfast.ops.layer_norm import add_layer_norm, layer_norm
@@ -23,6 +23,7 @@ __all__ = [
     "explain",
     "layer_norm",
     "release_workspace",
+    "send_texts",
     "siglip_loss",
     "single_query_attention",
 ]

@@ -13,12 +13,16 @@ from clipfast.ops.contrastive_ranks import Ranks
 
 
 class Plan(NamedTuple):
-    """How a loss is computed: the kernels, the ranks (None for one process), and what the caller asked for."""
+    """How a loss is computed: the kernels, the ranks (None for one process), and what the caller asked for.
+
+    With ``arrived``, ``text`` are the texts of all ranks, and their gradients find the way back by themselves.
+    """
 
     kernels: Kernels
     ranks: Ranks | None = None
     ring: bool = False
     normalize: bool = False
+    arrived: bool = False
 
 
 def contrastive_losses(image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,7 +90,7 @@ class _Contrastive(torch.autograd.Function):
             others = text
             statistics = _ring_statistics(image, text, logit_scale, plan)
         else:
-            others = ranks.gather(text)
+            others = text if plan.arrived else ranks.gather(text)
             statistics = plan.kernels.statistics(
                 image,
                 others,
@@ -154,7 +158,7 @@ class _SigLip(torch.autograd.Function):
         if ranks is not None and plan.ring:
             losses = sum(block(texts, _label(ranks, owner)) for owner, texts in ranks.visit(text))
         elif ranks is not None:
-            others = ranks.gather(text)
+            others = text if plan.arrived else ranks.gather(text)
             losses = block(others, ranks.own.start)
         else:
             losses = block(text, 0)
@@ -196,7 +200,7 @@ def _all_blocks(image: Tensor, text: Tensor, plan: Plan, block: Any) -> tuple[Te
         d_image, d_text, scalars = _ring_gradients(image, text, ranks, block)
         return d_image, d_text, text, scalars
     d_image, d_text, *scalars = block(text, slice(None), 0 if ranks is None else ranks.own.start)
-    if ranks is None:
+    if ranks is None or plan.arrived:
         return d_image, d_text, text, scalars
     return d_image, ranks.reduce_scatter(d_text), text[ranks.own], scalars
 

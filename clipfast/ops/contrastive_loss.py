@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.ops import contrastive_autograd, contrastive_kernels, dispatch, library
+from clipfast.ops.contrastive_arguments import Options, check_features, prepare
 from clipfast.ops.contrastive_autograd import Plan
-from clipfast.ops.contrastive_ranks import Ranks, meet
+from clipfast.ops.contrastive_ranks import Ranks, TextExchange, meet
 
 
 class ContrastiveAccuracy(NamedTuple):
@@ -29,7 +30,7 @@ def contrastive_loss(
     *,
     logit_bias: Tensor | float | None = None,
     group: dist.ProcessGroup | None = None,
-    comm: Literal["gather", "ring"] = "gather",
+    comm: Literal["gather", "ring"] | TextExchange = "gather",
     reduction: Literal["mean", "none"] = "mean",
     normalize: bool = False,
     equal_batches: bool = False,
@@ -49,7 +50,8 @@ def contrastive_loss(
         group: A process group whose ranks hold shares of the batch, not necessarily equal. Every rank gets the loss
             of the joined batch, and gradients that are exact after the mean over ranks that DDP takes.
         comm: How texts reach the other ranks. ``"gather"``: at once; every rank holds all of them. ``"ring"``: one
-            rank's after the other; every rank holds two at a time.
+            rank's after the other; every rank holds two at a time. What :func:`send_texts` gave for these texts: they
+            have been on their way since then, and their gradients travel while the image tower's backward runs.
         reduction: ``"mean"``, or ``"none"`` for the loss of every pair of this rank, ``[B]``.
         normalize: Whether features are L2-normalised here, within the tiles, without a normalised copy.
         equal_batches: The promise that all ranks hold equally many rows. It spares the exchange of sizes, which
@@ -69,7 +71,7 @@ def contrastive_loss(
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); tiles as in
     Cheng et al., "Breaking the Memory Barrier" (Inf-CL, 2024).
     """
-    options = _Options(group, comm, reduction, normalize, equal_batches, return_accuracy)
+    options = Options(group, comm, reduction, normalize, equal_batches, return_accuracy)
     return dispatch.call("contrastive_loss", image_features, text_features, logit_scale, logit_bias, options)
 
 
@@ -80,7 +82,7 @@ def siglip_loss(
     *,
     logit_bias: Tensor | float | None = None,
     group: dist.ProcessGroup | None = None,
-    comm: Literal["gather", "ring"] = "gather",
+    comm: Literal["gather", "ring"] | TextExchange = "gather",
     reduction: Literal["mean", "none"] = "mean",
     normalize: bool = False,
     equal_batches: bool = False,
@@ -107,81 +109,36 @@ def siglip_loss(
 
     Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023).
     """
-    options = _Options(group, comm, reduction, normalize, equal_batches)
+    options = Options(group, comm, reduction, normalize, equal_batches)
     return dispatch.call("siglip_loss", image_features, text_features, logit_scale, logit_bias, options)
 
 
-class _Options(NamedTuple):
-    group: dist.ProcessGroup | None
-    comm: str
-    reduction: str
-    normalize: bool
-    equal_batches: bool
-    return_accuracy: bool = False
-    ranks: Ranks | None = None
+def send_texts(
+    text_features: Tensor, group: dist.ProcessGroup | None = None, *, equal_batches: bool = False
+) -> TextExchange:
+    """Send texts to all ranks of a group and return at once, so that the image tower runs while they travel.
 
+    Hand the result to a loss as ``comm``. In the backward pass the texts' gradients travel while the image tower's
+    backward runs, where the text tower ran first: autograd goes backwards through what came last.
 
-def _prepare(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None = None,
-    options: _Options | None = None,
-    **keywords: Any,
-) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float | None, _Options]:
-    # `explain` hands over the public function's keywords
-    defaults = _Options(None, "gather", "mean", False, False)
-    options = defaults._replace(**keywords) if options is None else options
-    for name, given, known in (
-        ("comm", options.comm, ("gather", "ring")),
-        ("reduction", options.reduction, ("mean", "none")),
-    ):
-        if given not in known:
-            raise ValueError(f"contrastive_loss({name}): got {given!r}, expected one of {', '.join(map(repr, known))}")
+    Args:
+        text_features: This rank's ``[b, D]``, as the loss will get them.
+        group: The process group; the default one if None.
+        equal_batches: As in :func:`contrastive_loss`.
+
+    Raises:
+        TypeError, ValueError: The features are not ``[b, D]`` with b of at least 1, or differ between ranks in width or
+            dtype; on every rank.
+    """
+    group = dist.group.WORLD if group is None else group
     problem: Exception | None = None
     try:
-        _check_features(image_features, text_features)
-        _check_scale(logit_scale)
+        check_features(text_features, text_features)
     except (TypeError, ValueError) as error:
-        if options.group is None:
-            raise
         problem = error
-    if options.group is not None:
-        ranks = meet(image_features, text_features, options.group, equal_batches=options.equal_batches, problem=problem)
-        options = options._replace(ranks=ranks)
-    return image_features, text_features, logit_scale, logit_bias, options
-
-
-def _check_features(image_features: Tensor, text_features: Tensor) -> None:
-    for name, features in (("image_features", image_features), ("text_features", text_features)):
-        if not features.is_floating_point():
-            raise TypeError(f"contrastive_loss({name}): got {features.dtype}, expected a floating-point dtype")
-        if features.dim() != 2 or features.shape[0] == 0:
-            raise ValueError(
-                f"contrastive_loss({name}): got shape {tuple(features.shape)}, expected [B, D] with B of at least 1"
-            )
-    for what, of_image, of_text, error in (
-        ("shape", tuple(image_features.shape), tuple(text_features.shape), ValueError),
-        ("dtype", image_features.dtype, text_features.dtype, TypeError),
-        ("device", image_features.device, text_features.device, ValueError),
-    ):
-        if of_image != of_text:
-            raise error(
-                f"contrastive_loss(text_features): got {what} {of_text}, expected {of_image}, as image_features"
-            )
-
-
-def _check_scale(logit_scale: Tensor | float) -> None:
-    if isinstance(logit_scale, Tensor):
-        if logit_scale.numel() != 1:
-            raise ValueError(f"contrastive_loss(logit_scale): got shape {tuple(logit_scale.shape)}, expected a scalar")
-        # reading a value off a device would wait for it, and cannot be captured in a graph
-        if logit_scale.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        logit_scale = logit_scale.detach()
-    scale = float(logit_scale)
-    if not scale >= 0:
-        raise ValueError(f"contrastive_loss(logit_scale): got {scale}, expected a number of at least 0")
+    return TextExchange(
+        text_features, meet(text_features, text_features, group, equal_batches=equal_batches, problem=problem)
+    )
 
 
 def _logits(
@@ -207,17 +164,27 @@ def _gather(features: Tensor, ranks: Ranks | None) -> Tensor:
     return torch.cat([part[:size] for part, size in zip(parts, ranks.sizes, strict=True)])
 
 
+def _gather_texts(features: Tensor, options: Options) -> Tensor:
+    return features if options.sent else _gather(features, options.ranks)
+
+
+def _texts(text_features: Tensor, options: Options) -> Tensor:
+    """Return this rank's texts, or those of all ranks where they have been sent."""
+    return options.comm.arrive() if options.sent else text_features
+
+
 def _reference(
     image_features: Tensor,
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
-    options: _Options,
+    options: Options,
 ) -> Tensor | tuple[Tensor, ContrastiveAccuracy]:
     """The specification: all logits at once."""
+    text_features = _texts(text_features, options)
     if options.normalize:
         image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-    image_features, text_features = (_gather(x, options.ranks) for x in (image_features, text_features))
+    image_features, text_features = _gather(image_features, options.ranks), _gather_texts(text_features, options)
     logits = _logits(image_features, text_features, logit_scale, logit_bias)
     labels = torch.arange(logits.shape[0], device=logits.device)
     own = slice(None) if options.ranks is None else options.ranks.own
@@ -235,13 +202,14 @@ def _siglip_reference(
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
-    options: _Options,
+    options: Options,
 ) -> Tensor:
     """The specification: all of this rank's logits at once."""
+    text_features = _texts(text_features, options)
     if options.normalize:
         image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
     batch, ranks = image_features.shape[0], options.ranks
-    logits = _logits(image_features, _gather(text_features, ranks), logit_scale, logit_bias)
+    logits = _logits(image_features, _gather_texts(text_features, options), logit_scale, logit_bias)
     own = torch.arange(batch, device=logits.device)
     signs = torch.full_like(logits, -1.0)
     signs[own, own + (0 if ranks is None else ranks.own.start)] = 1.0
@@ -262,8 +230,8 @@ def _scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
     return torch.full((), 0.0 if value is None else float(value), device=like.device, dtype=dtype)
 
 
-def _plan(kernels: contrastive_kernels.Kernels, options: _Options) -> Plan:
-    return Plan(kernels, options.ranks, options.comm == "ring", options.normalize)
+def _plan(kernels: contrastive_kernels.Kernels, options: Options) -> Plan:
+    return Plan(kernels, options.ranks, options.comm == "ring", options.normalize, options.sent)
 
 
 def _tiled(
@@ -272,11 +240,11 @@ def _tiled(
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
-    options: _Options,
+    options: Options,
 ) -> Tensor | tuple[Tensor, ContrastiveAccuracy]:
     scale, ranks = _scalar(logit_scale, image_features), options.ranks
     loss, *found = contrastive_autograd.contrastive_losses(
-        _rows(image_features), _rows(text_features), scale, _plan(kernels, options)
+        _rows(image_features), _rows(_texts(text_features, options)), scale, _plan(kernels, options)
     )
     if options.reduction == "mean":
         loss = contrastive_autograd.joined_mean(loss, ranks)
@@ -296,11 +264,11 @@ def _siglip_tiled(
     text_features: Tensor,
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None,
-    options: _Options,
+    options: Options,
 ) -> Tensor:
     losses = contrastive_autograd.siglip_losses(
         _rows(image_features),
-        _rows(text_features),
+        _rows(_texts(text_features, options)),
         _scalar(logit_scale, image_features),
         _scalar(logit_bias, image_features),
         _plan(kernels, options),
@@ -352,7 +320,7 @@ for _op, _implementations in (
 ):
     dispatch.register(
         _op,
-        _prepare,
+        prepare,
         dispatch.Implementation("native", "tiles in the op library", _implementations[0], _native_refusal),
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         dispatch.Implementation("reference", "all logits at once, in PyTorch", _implementations[2]),

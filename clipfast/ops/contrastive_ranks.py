@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -125,6 +127,79 @@ class Ranks:
     def _padded(self, x: Tensor) -> Tensor:
         missing = max(self.sizes) - x.shape[0]
         return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
+
+
+class TextExchange:
+    """Texts on their way to all ranks, and their gradients on their way back, while other work goes on.
+
+    See :func:`send_texts`. One exchange serves one loss.
+
+    Attributes:
+        ranks: The ranks and how many rows each holds.
+    """
+
+    def __init__(self, text: Tensor, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._returning: tuple[Tensor, dist.Work] | None = None
+        self._leaving, self._sent = _Send.apply(text, self), True
+
+    def arrive(self) -> Tensor:
+        """Wait for the texts of all ranks, ``[B, D]``.
+
+        Raises:
+            RuntimeError: They have arrived before.
+        """
+        if not self._sent:
+            raise RuntimeError("contrastive_loss(comm): got an exchange that a loss has used, expected a new one")
+        self._sent = False
+        return _Arrive.apply(self._leaving, self)
+
+
+class _Send(torch.autograd.Function):
+    """Forward, texts leave; backward, which runs last of all that came after, their gradients are back."""
+
+    @staticmethod
+    def forward(ctx: Any, text: Tensor, exchange: TextExchange) -> Tensor:
+        ctx.exchange, ranks = exchange, exchange.ranks
+        # rows up to the longest batch of all: what is padding is cut when it has arrived
+        out = text.new_empty(len(ranks.sizes) * max(ranks.sizes), *text.shape[1:])
+        exchange._work = dist.all_gather_into_tensor(
+            out, ranks._padded(text.detach()), group=ranks.group, async_op=True
+        )
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
+        out, work = ctx.exchange._returning
+        ctx.exchange._returning = None
+        work.wait()
+        ranks = ctx.exchange.ranks
+        return out[: ranks.sizes[ranks.rank]], None
+
+
+class _Arrive(torch.autograd.Function):
+    """Forward, texts are there; backward, which runs first, their gradients leave."""
+
+    @staticmethod
+    def forward(ctx: Any, leaving: Tensor, exchange: TextExchange) -> Tensor:
+        exchange._work.wait()
+        ctx.exchange, ranks = exchange, exchange.ranks
+        if ranks._equal:
+            return leaving.view_as(leaving)
+        return torch.cat([part[:size] for part, size in zip(leaving.split(max(ranks.sizes)), ranks.sizes, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        exchange, ranks = ctx.exchange, ctx.exchange.ranks
+        if not ranks._equal:
+            grad = torch.cat([ranks._padded(grad[ranks.rows(rank)]) for rank in range(len(ranks.sizes))])
+        out = grad.new_empty(max(ranks.sizes), *grad.shape[1:])
+        grad = grad.contiguous()
+        exchange._returning = out, dist.reduce_scatter_tensor(out, grad, group=ranks.group, async_op=True)
+        # what _Send returns comes from the exchange; this only tells autograd the way
+        return grad, None
 
 
 def meet(

@@ -18,7 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 import clipfast
 from clipfast import ops
 
-STEPS, BATCH = 10, 24
+STEPS, BATCH = 5, 24
+COMMS = ("gather", "ring", "sent")
 LOSSES = {"contrastive": clipfast.ContrastiveLoss, "siglip": clipfast.SigLipLoss}
 
 
@@ -41,12 +42,15 @@ def batches() -> list[list[Tensor]]:
     return [[torch.randn(BATCH, n, generator=generator, dtype=torch.float64) for n in (7, 6)] for _ in range(STEPS)]
 
 
-def train(model: nn.Module, loss: nn.Module, shares: list[list[Tensor]]) -> list[list[float]]:
+def train(model: nn.Module, loss: nn.Module, shares: list[list[Tensor]], send: bool = False) -> list[list[float]]:
     """Return the losses, then every parameter after training."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     losses = []
     for images, texts in shares:
-        value = loss(*model(images, texts))
+        features = model(images, texts)
+        if send:
+            loss.comm = ops.send_texts(features[1])
+        value = loss(*features)
         optimizer.zero_grad()
         value.backward()
         optimizer.step()
@@ -56,11 +60,11 @@ def train(model: nn.Module, loss: nn.Module, shares: list[list[Tensor]]) -> list
 
 def trained_on_ranks(rank: int, ranks: int) -> dict[tuple[str, str, str], list]:
     results = {}
-    for name, comm, backend in itertools.product(LOSSES, ("gather", "ring"), ("auto", "torch")):
+    for name, comm, backend in itertools.product(LOSSES, COMMS, ("auto", "torch", "reference")):
         shares = [[t.chunk(ranks)[rank] for t in batch] for batch in batches()]
-        loss = LOSSES[name](rank=rank, world_size=ranks, comm=comm)
+        loss = LOSSES[name](rank=rank, world_size=ranks, comm="gather" if comm == "sent" else comm)
         with ops.backend(backend):
-            results[name, comm, backend] = train(DistributedDataParallel(Towers(name)), loss, shares)
+            results[name, comm, backend] = train(DistributedDataParallel(Towers(name)), loss, shares, comm == "sent")
     return results
 
 
@@ -89,17 +93,19 @@ def uneven(rank: int, ranks: int) -> list:
     first = sum(UNEVEN[:rank])
     results = []
     for name, comm, backend, normalize in itertools.product(
-        ("contrastive", "siglip"), ("gather", "ring"), ("reference", "auto", "torch"), (False, True)
+        ("contrastive", "siglip"), COMMS, ("reference", "auto", "torch"), (False, True)
     ):
         images, texts = (t[first : first + UNEVEN[rank]] for t in batches()[0])
         towers = Towers()
         image, text, scale, bias = towers(images, texts)
-        options = {"logit_bias": bias, "group": dist.group.WORLD, "comm": comm, "normalize": normalize}
+        options = {"logit_bias": bias, "group": dist.group.WORLD, "normalize": normalize}
+        options["comm"] = ops.send_texts(text) if comm == "sent" else comm
         with ops.backend(backend):
             if name == "contrastive":
                 value, found = ops.contrastive_loss(2 * image, text, scale, return_accuracy=True, **options)
             else:
                 value, found = ops.siglip_loss(2 * image, text, scale, **options), ()
+            options["comm"] = ops.send_texts(text) if comm == "sent" else comm
             each = (ops.contrastive_loss if name == "contrastive" else ops.siglip_loss)(
                 2 * image, text, scale, reduction="none", **options
             )
@@ -116,10 +122,7 @@ def test_uneven_batches() -> None:
     per_rank = run_on_ranks(uneven, len(UNEVEN))
     cases = itertools.product(
         ("contrastive", "siglip"),
-        (
-            "gather",
-            "ring",
-        ),
+        COMMS,
         ("reference", "auto", "torch"),
         (False, True),
     )
@@ -154,6 +157,50 @@ def unfit(rank: int, ranks: int) -> list[str]:
         except (TypeError, ValueError) as error:
             messages.append(str(error))
     return messages
+
+
+def on_their_way(rank: int, ranks: int) -> list[str]:
+    """Return what runs between the sending of texts and their arrival, forward and backward, in order."""
+    events = []
+    text, image = nn.Linear(6, 5), nn.Linear(7, 5)
+    images, texts = (t.chunk(ranks)[rank].float() for t in batches()[0])
+    for collective in ("all_gather_into_tensor", "reduce_scatter_tensor"):
+        original = getattr(dist, collective)
+
+        def watched(*args: object, original: object = original, name: str = collective, **keywords: object) -> object:
+            events.append(name)
+            return original(*args, **keywords)
+
+        setattr(dist, collective, watched)
+    text.register_full_backward_hook(lambda *_: events.append("text tower backward"))
+    image.register_forward_hook(lambda *_: events.append("image tower"))
+    image.register_full_backward_hook(lambda *_: events.append("image tower backward"))
+    text_features = F.normalize(text(texts), dim=-1)
+    sent = ops.send_texts(text_features, equal_batches=True)
+    image_features = F.normalize(image(images), dim=-1)
+    value = ops.contrastive_loss(image_features, text_features, 10.0, group=dist.group.WORLD, comm=sent)
+    events.append("loss")
+    value.backward()
+    try:
+        ops.contrastive_loss(image_features, text_features, 10.0, group=dist.group.WORLD, comm=sent)
+    except RuntimeError as error:
+        events.append(str(error))
+    return events
+
+
+def test_texts_travel_while_the_image_tower_runs() -> None:
+    for events in run_on_ranks(on_their_way, 2):
+        # the weights of rows are gathered once more on the way back
+        events = [e for i, e in enumerate(events) if i == 0 or e != "all_gather_into_tensor"]
+        assert events[:-1] == [
+            "all_gather_into_tensor",
+            "image tower",
+            "loss",
+            "reduce_scatter_tensor",
+            "image tower backward",
+            "text tower backward",
+        ]
+        assert "got an exchange that a loss has used" in events[-1]
 
 
 @pytest.mark.slow

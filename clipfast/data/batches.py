@@ -1,0 +1,198 @@
+"""Training batches: which pairs a step sees, read and decoded by worker processes.
+
+What a step sees depends on the seed and the step's number alone, not on ranks, workers or what ran before. So a run
+that goes on at step k, on as many ranks as it likes, sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from clipfast.data.order import ShuffledOrder
+from clipfast.data.sources import PairError, PairSource
+from clipfast.data.transform import ImageError, ImageTransform, load_image
+
+# a pair is replaced by another this many times before the data as a whole are called unreadable
+_ATTEMPTS = 100
+# captions are cut here before they are tokenized: a context of 77 tokens ends long before
+MAX_CAPTION = 20_000
+
+
+class Batch(NamedTuple):
+    """A rank's share of a step.
+
+    Attributes:
+        images: float32 ``[b, 3, H, W]``.
+        tokens: int64 ``[b, L]``.
+        skipped: The key of each pair that could not be used, and why. Others took their places.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How a step's batch is shared: rank r of W takes the r-th of W equal parts.
+
+    Attributes:
+        batch_size: Pairs a step, over all ranks; a multiple of ``world_size``.
+        rank: This one, from 0.
+        world_size: How many there are.
+    """
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2 or self.batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size: got {self.batch_size} pairs on {self.world_size} ranks, expected a multiple of the "
+                f"ranks, 2 or more"
+            )
+
+    @property
+    def per_rank(self) -> int:
+        """Pairs a step on one rank."""
+        return self.batch_size // self.world_size
+
+    def positions(self, step: int) -> range:
+        """Return the positions of this rank's pairs in the run's order; ``step`` counts from 0."""
+        first = step * self.batch_size + self.rank * self.per_rank
+        return range(first, first + self.per_rank)
+
+
+def training_batches(
+    source: PairSource,
+    transform: ImageTransform,
+    tokenizer: Callable[[list[str]], Tensor],
+    shares: Shares,
+    *,
+    seed: int,
+    first_step: int = 0,
+    last_step: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+    pool: int = 200_000,
+) -> Iterator[Batch]:
+    """Yield this rank's batches of the steps from ``first_step`` up to, not including, ``last_step``.
+
+    A pair that cannot be used (missing, corrupt or huge picture, empty caption) is replaced by one that is drawn from
+    all, and named in the batch. Batches never become smaller.
+
+    Args:
+        source: The pairs.
+        transform: From picture to tensor; a random crop is drawn from a generator of its own for each pair.
+        tokenizer: From captions to token ids ``[b, L]``.
+        shares: Which part of every step is this rank's.
+        seed: Of the order, the crops and the replacements.
+        first_step: Where to go on, counted from 0.
+        last_step: Where to end.
+        workers: Processes that read and decode; 0 does it in this one.
+        pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
+        pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`.
+
+    Raises:
+        ValueError: Fewer pairs than a batch holds, or none that can be read.
+    """
+    if len(source) < shares.batch_size:
+        raise ValueError(f"batch_size: got {shares.batch_size}, expected at most {len(source)}, the pairs there are")
+    reader = _Reader(source, ShuffledOrder(source.groups, seed, pool=pool), transform, tokenizer, seed)
+    loader = DataLoader(
+        reader,
+        batch_sampler=_Positions(shares, first_step, last_step),
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        pin_memory=pin_memory,
+        # a fork of a process that has computed with OpenMP can wait forever
+        multiprocessing_context="forkserver" if workers else None,
+        prefetch_factor=4 if workers else None,
+        # PyTorch's own generator, which dropout draws from, is not to notice
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+class _Positions:
+    """What each step reads, in the form in which ``DataLoader`` asks for it."""
+
+    def __init__(self, shares: Shares, first_step: int, last_step: int) -> None:
+        self.shares, self.first_step, self.last_step = shares, first_step, last_step
+
+    def __iter__(self) -> Iterator[range]:
+        return map(self.shares.positions, range(self.first_step, self.last_step))
+
+    def __len__(self) -> int:
+        return max(0, self.last_step - self.first_step)
+
+
+class _Reader(Dataset[Batch]):
+    """Reads and decodes whole batches by their positions in the run's order."""
+
+    def __init__(
+        self,
+        source: PairSource,
+        order: ShuffledOrder,
+        transform: ImageTransform,
+        tokenizer: Callable[[list[str]], Tensor],
+        seed: int,
+    ) -> None:
+        self.source, self.order, self.transform, self.tokenizer, self.seed = source, order, transform, tokenizer, seed
+
+    def __getitems__(self, positions: range) -> Batch:
+        skipped: list[tuple[str, str]] = []
+        images, captions = zip(*(self._usable(position, skipped) for position in positions), strict=True)
+        return Batch(torch.stack(images), self.tokenizer(list(captions)), tuple(skipped))
+
+    def _usable(self, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
+        """Return the picture and caption at a position, or those that take its place."""
+        for attempt in range(_ATTEMPTS):
+            index = self.order[position]
+            if attempt:
+                index = int(np.random.default_rng([self.seed, position, attempt]).integers(len(self.source)))
+            try:
+                return self._pair(index, position)
+            except _Unusable as error:
+                skipped.append((error.key, error.reason))
+        raise ValueError(
+            f"data: {_ATTEMPTS} pairs in a row cannot be used, the last is {skipped[-1][0]}: {skipped[-1][1]}"
+        )
+
+    def _pair(self, index: int, position: int) -> tuple[Tensor, str]:
+        try:
+            pair = self.source.read(index)
+        except PairError as error:
+            raise _Unusable(f"pair {index}", str(error)) from error
+        caption = pair.caption.strip()
+        if not caption:
+            raise _Unusable(pair.key, "its caption is empty")
+        generator = torch.Generator().manual_seed(_mixed(self.seed, position))
+        try:
+            image = self.transform(load_image(pair.image), generator)
+        except ImageError as error:
+            raise _Unusable(pair.key, str(error)) from error
+        return image, caption[:MAX_CAPTION]
+
+
+class _Unusable(Exception):
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key, self.reason = key, reason
+
+
+def _mixed(seed: int, position: int) -> int:
+    """Return a seed for one position, unlike those of its neighbours."""
+    return int(np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
