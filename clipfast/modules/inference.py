@@ -4,19 +4,43 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from clipfast.ops import dispatch, encoder
 
 T = TypeVar("T")
 
+# values of each parameter that are looked at again before what was made of it is used
+_SAMPLES = 16
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
+
+class _Kept(NamedTuple):
+    state: list[tuple[Tensor, int, int]]
+    samples: list[Tensor]
+    values: Tensor
+    made: Any
+
+
 # by the module that owns the weights, so that copying, pickling and moving a model know nothing of it
-_kept: WeakKeyDictionary[nn.Module, tuple[list[tuple[Tensor, int, int]], Any]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def _count_changes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Count a step as a change of its parameters, which PyTorch's fused optimizers forget."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None and p.device.type == "cpu" and not p.is_inference():
+                torch.autograd.graph.increment_version(p)
+
+
+register_optimizer_step_post_hook(_count_changes)
 
 
 def applies(x: Tensor) -> bool:
@@ -37,6 +61,9 @@ def applies(x: Tensor) -> bool:
 def kept(owner: nn.Module, parameters: Iterable[Tensor], dtype: torch.dtype, make: Callable[[], T]) -> T | None:
     """Return what ``make`` made of an owner's parameters, made anew if they were written to, moved or replaced since.
 
+    Writes are known by PyTorch's count of them, and by some values of every parameter: what is written through
+    ``.data`` or NumPy is not counted.
+
     None where it cannot be kept: a parameter wants a gradient, is of another dtype, is no plain tensor, or does not
     count its changes (it was made in inference mode).
     """
@@ -48,14 +75,24 @@ def kept(owner: nn.Module, parameters: Iterable[Tensor], dtype: torch.dtype, mak
         state.append((p, p.data_ptr(), p._version))
     with _lock:
         found = _kept.get(owner)
-    if found is not None and len(found[0]) == len(state):
-        same = all(a is c and b == d and v == w for (a, b, v), (c, d, w) in zip(found[0], state, strict=True))
-        if same:
-            return found[1]
+    if found is not None and len(found.state) == len(state):
+        same = all(a is c and b == d and v == w for (a, b, v), (c, d, w) in zip(found.state, state, strict=True))
+        if same and torch.equal(torch.cat(found.samples), found.values):
+            return found.made
+    samples = [_sample(p) for p, _, _ in state]
+    # before the weights are read: what is written meanwhile is seen the next time
+    values = torch.cat(samples)
     made = make()
     with _lock:
-        _kept[owner] = (state, made)
+        _kept[owner] = _Kept(state, samples, values, made)
     return made
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Return a view of some of a parameter's values, as bits."""
+    bits = parameter.detach().view(_BITS[parameter.dtype])
+    flat = bits.view(-1) if bits.is_contiguous() else bits[(0,) * (bits.dim() - 1)]
+    return flat[:: max(1, flat.shape[0] // _SAMPLES)]
 
 
 def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor | None:

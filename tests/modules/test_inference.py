@@ -123,10 +123,43 @@ def test_gradients_go_through_the_modules(encoded: list[str]) -> None:
     assert images.grad is not None
 
 
-def step(model: nn.Module) -> nn.Module:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def step(model: nn.Module, kind: type[torch.optim.Optimizer] = torch.optim.SGD, **options: object) -> nn.Module:
+    optimizer = kind(model.parameters(), lr=0.1, **options)
     model.encode_image(images_of()).sum().backward()
     optimizer.step()
+    return model
+
+
+def fused_step(model: nn.Module) -> nn.Module:
+    return step(model, torch.optim.AdamW, fused=True)
+
+
+def fused_sgd_step(model: nn.Module) -> nn.Module:
+    return step(model, torch.optim.SGD, fused=True)
+
+
+def write_through_data(model: nn.Module) -> nn.Module:
+    for parameter in model.visual.transformer.parameters():
+        parameter.data.mul_(1.5)
+    return model
+
+
+def write_one_through_data(model: nn.Module) -> nn.Module:
+    model.visual.transformer.resblocks[1].mlp.c_fc.bias.data.add_(1)
+    return model
+
+
+def write_through_numpy(model: nn.Module) -> nn.Module:
+    model.visual.proj.detach().numpy()[:] *= 2
+    return model
+
+
+def turned(model: nn.Module) -> nn.Module:
+    weight = model.visual.transformer.resblocks[0].mlp.c_fc.weight
+    weight.data = weight.detach().T.contiguous().T
+    with torch.no_grad():
+        model.encode_image(images_of())
+    weight.data.mul_(2)
     return model
 
 
@@ -169,6 +202,12 @@ def data(model: nn.Module) -> nn.Module:
     "change",
     [
         step,
+        fused_step,
+        fused_sgd_step,
+        write_through_data,
+        write_one_through_data,
+        write_through_numpy,
+        turned,
         load,
         load_by_assignment,
         write,
