@@ -18,6 +18,10 @@ import clipfast  # noqa: F401  # from wherever it is, before the path changes
 _root = Path(__file__).parent.parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != _root]
 
+# workers side by side share the cores: one thread each
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)
+
 # models come from code here, never from a hub
 os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -122,6 +122,42 @@ def training_batches(
     return iter(loader)
 
 
+def read_pairs(
+    source: PairSource,
+    indices: range,
+    count: int,
+    transform: ImageTransform,
+    tokenizer: Callable[[list[str]], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read pairs in their order, for measuring: a batch of one size, whatever can be read of it.
+
+    Args:
+        source: The pairs.
+        indices: Which; those from ``count`` on are none.
+        count: How many pairs there are to read in all.
+        transform: From picture to tensor.
+        tokenizer: From captions to token ids.
+
+    Returns:
+        ``images [b, 3, H, W]``, ``tokens [b, L]`` and bool ``[b]``: whether a row is a pair, or blank because there is
+        none or it cannot be read.
+    """
+    blank = torch.zeros(3, *transform.image_size), ""
+    rows: list[tuple[Tensor, str]] = []
+    good = []
+    for index in indices:
+        try:
+            if index >= count:
+                raise _Unusable(f"pair {index}", "there is none")
+            rows.append(_usable_pair(source, index, transform))
+            good.append(True)
+        except _Unusable:
+            rows.append(blank)
+            good.append(False)
+    images, captions = zip(*rows, strict=True)
+    return torch.stack(images), tokenizer(list(captions)), torch.tensor(good)
+
+
 class _Positions:
     """What each step reads, in the form in which ``DataLoader`` asks for it."""
 
@@ -168,19 +204,25 @@ class _Reader(Dataset[Batch]):
         )
 
     def _pair(self, index: int, position: int) -> tuple[Tensor, str]:
-        try:
-            pair = self.source.read(index)
-        except PairError as error:
-            raise _Unusable(f"pair {index}", str(error)) from error
-        caption = pair.caption.strip()
-        if not caption:
-            raise _Unusable(pair.key, "its caption is empty")
         generator = torch.Generator().manual_seed(_mixed(self.seed, position))
-        try:
-            image = self.transform(load_image(pair.image), generator)
-        except ImageError as error:
-            raise _Unusable(pair.key, str(error)) from error
-        return image, caption[:MAX_CAPTION]
+        return _usable_pair(self.source, index, self.transform, generator)
+
+
+def _usable_pair(
+    source: PairSource, index: int, transform: ImageTransform, generator: torch.Generator | None = None
+) -> tuple[Tensor, str]:
+    try:
+        pair = source.read(index)
+    except PairError as error:
+        raise _Unusable(f"pair {index}", str(error)) from error
+    caption = pair.caption.strip()
+    if not caption:
+        raise _Unusable(pair.key, "its caption is empty")
+    try:
+        image = transform(load_image(pair.image), generator)
+    except ImageError as error:
+        raise _Unusable(pair.key, str(error)) from error
+    return image, caption[:MAX_CAPTION]
 
 
 class _Unusable(Exception):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import io
+import os
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -21,6 +22,8 @@ from PIL import Image
 
 from clipfast.data.cache import cache_folder
 from clipfast.data.composition import hold_out_compositions, parse_caption
+from clipfast.data.shards import write_shards
+from clipfast.data.sources import Pair
 from clipfast.files import write_atomically
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -93,6 +96,28 @@ def load_emoji_pairs(
         categories=[parse_caption(caption).base for caption in captions],
         held_out=hold_out_compositions(captions, held_out_fraction, seed),
     )
+
+
+def write_emoji_shards(
+    folder: str | os.PathLike[str], *, image_size: int = 64, shard_size: int = 1000, seed: int = 0
+) -> list[Path]:
+    """Write the pairs as WebDataset shards: ``folder/train``, and ``folder/held_out`` for what training must not see.
+
+    Raises:
+        ImportError, ValueError: As :func:`load_emoji_pairs` and :func:`clipfast.data.shards.write_shards`.
+    """
+    pairs = load_emoji_pairs(image_size, seed=seed)
+    written = []
+    for name, indices in (("train", pairs.train_indices), ("held_out", pairs.held_out_indices)):
+        stored = (Pair(pairs.captions[i], _as_png(pairs.pictures[i]), pairs.captions[i]) for i in indices)
+        written += write_shards(stored, Path(folder) / name, shard_size=shard_size)
+    return written
+
+
+def _as_png(picture: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
 
 
 def _cached_pairs(size: int) -> tuple[np.ndarray, list[str]]:

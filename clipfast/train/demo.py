@@ -20,11 +20,13 @@ from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, get_config
 from clipfast.models.create import create_model
-from clipfast.train.checkpoint import save_checkpoint
+from clipfast.models.model_folder import write_model_folder
+from clipfast.train.config import Precision, TrainConfig
 from clipfast.train.demo_report import HeldOutPairs, metrics_table, write_demo_report
 from clipfast.train.emoji_batches import encode_all, normalized_pixels, training_batches, whole_tokens
-from clipfast.train.engine import Precision, TrainConfig, TrainResult, train
+from clipfast.train.engine import TrainResult, train
 from clipfast.train.progress import TrainingProgress
+from clipfast.train.workplace import find_device
 
 # 13.7 M parameters, 9.5 M of them CLIP's vocabulary; two cores take a step of 256 pairs in 0.65 s
 SMALL = CLIPConfig(
@@ -41,7 +43,7 @@ class DemoResult:
     Attributes:
         metrics: Recall and accuracy on the held-out pairs by name, with chance beside each.
         training: The records of its steps, and whether Ctrl-C ended it.
-        output: The folder with ``report.html``, ``checkpoint.pt``, ``model.json``, ``metrics.json``, ``log.jsonl``.
+        output: The folder with ``report.html``, ``model.safetensors``, ``model.json``, ``metrics.json``, ``log.jsonl``.
     """
 
     metrics: dict[str, float]
@@ -88,7 +90,7 @@ def run_demo(
     output = Path(output)
     training = TrainConfig(steps, learning_rate, warmup_steps=max(1, min(20, steps // 5)), precision=precision)
     config = _with_image_size(SMALL if model == "small" else get_config(model), image_size)
-    torch_device = _device(device)
+    torch_device = find_device(device)
     torch.manual_seed(seed)
     clip = create_model(config, device=torch_device)
     parameters = sum(parameter.numel() for parameter in clip.parameters())
@@ -111,8 +113,7 @@ def run_demo(
     taken = len(result.history)
     if result.interrupted:
         console.print(f"stopped after step {taken} of {steps}; what was learned is kept", highlight=False)
-    save_checkpoint(output / "checkpoint.pt", clip, step=taken)
-    _write_json(output / "model.json", config.to_dict())
+    write_model_folder(output, config, {name: value.cpu() for name, value in clip.state_dict().items()})
 
     clip.eval()
     held_out = pairs.held_out_indices
@@ -149,16 +150,6 @@ def _with_image_size(config: CLIPConfig, image_size: int | None) -> CLIPConfig:
     if not isinstance(config.vision_cfg.image_size, int):
         raise ValueError(f"model: got images of {config.vision_cfg.image_size} pixels, expected square ones")
     return config
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {name!r}, expected 'cpu', 'cuda' or 'auto'")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, expected 'cpu': PyTorch finds no CUDA device here")
-    return torch.device(name)
 
 
 def _zero_shot_metrics(clip: CLIP, pairs: EmojiPairs, image_features: Tensor) -> dict[str, float]:

@@ -21,6 +21,8 @@ class StopRequest:
 def stop_on_interrupt() -> Iterator[StopRequest]:
     """Turn the first SIGINT (Ctrl-C) inside into ``requested = True``; a second one raises KeyboardInterrupt.
 
+    SIGTERM, by which schedulers of clusters announce the end, does the same; a second one ends the process.
+
     A KeyboardInterrupt can strike between the updates of two parameters; a flag is read between two steps. Outside
     the main thread, where Python handles no signals, nothing changes.
     """
@@ -29,13 +31,16 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         yield stop
         return
 
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
     def request(signum: int, frame: FrameType | None) -> None:
         stop.requested = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signum, defaults[signal.Signals(signum)])
 
-    previous = signal.signal(signal.SIGINT, request)
+    previous = {signum: signal.signal(signum, request) for signum in defaults}
     try:
         yield stop
     finally:
-        # None: installed by something else than Python, which cannot put it back
-        signal.signal(signal.SIGINT, previous if previous is not None else signal.default_int_handler)
+        for signum, handler in previous.items():
+            # None: installed by something else than Python, which cannot put it back
+            signal.signal(signum, handler if handler is not None else defaults[signum])

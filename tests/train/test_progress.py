@@ -10,7 +10,7 @@ from clipfast.train.progress import TrainingProgress
 
 
 def records(steps: int) -> list[StepRecord]:
-    return [StepRecord(i, 5.0 / i, 14.0, 1e-3, 100.0 * i, 2.0 * i) for i in range(1, steps + 1)]
+    return [StepRecord(i, 5.0 / i, 14.0, 1e-3, 2.0, 100.0 * i, 0.01, 0, 0, 2.0 * i) for i in range(1, steps + 1)]
 
 
 def test_plain_lines_where_there_is_no_terminal():

@@ -1,0 +1,182 @@
+"""How a model is trained, and with what: settings from code, a TOML file, or flags."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+
+Precision = Literal["fp32", "bf16", "pure_bf16", "fp16"]
+Schedule = Literal["cosine", "constant"]
+Strategy = Literal["ddp", "fsdp"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    Attributes:
+        steps: Optimizer steps.
+        learning_rate: At the end of the warm-up.
+        schedule: ``"cosine"``, which takes the learning rate to 0 from there, or ``"constant"``.
+        warmup_steps: Steps of linear warm-up; no more than ``steps`` are taken.
+        weight_decay: Of matrices; biases, norms, scalars and position embeddings do not decay.
+        max_grad_norm: Gradients are scaled down to this norm; None leaves them.
+        precision: ``"fp32"``; ``"bf16"`` or ``"fp16"`` for autocast around the towers, the latter with a loss scale;
+            ``"pure_bf16"`` for weights in bfloat16 beside a copy in float32 that the optimizer works on. The loss is
+            computed in float32.
+        micro_batch_size: Pairs a rank encodes at once (see :func:`clipfast.train.gradients.compute_gradients`); None
+            takes the whole batch.
+        ema_decay: Of an exponential moving average of the weights; 0 keeps none.
+        grad_checkpointing: Whether blocks' activations are computed again in the backward pass.
+        compile: Whether blocks are compiled by ``torch.compile``.
+        strategy: How ranks share the model: ``"ddp"``, or ``"fsdp"`` (FSDP2).
+        seed: Of all random numbers in the towers.
+    """
+
+    steps: Annotated[int, "Optimizer steps."]
+    learning_rate: Annotated[float, "At the end of the warm-up."] = 1e-3
+    schedule: Annotated[Schedule, "cosine, which ends at 0, or constant."] = "cosine"
+    warmup_steps: Annotated[int, "Steps of linear warm-up."] = 20
+    weight_decay: Annotated[float, "Of matrices; biases, norms, scalars and position embeddings do not decay."] = 0.1
+    max_grad_norm: Annotated[float | None, "Gradients are scaled down to this norm."] = 1.0
+    precision: Annotated[Precision, "fp32, bf16 (autocast), pure_bf16 (with fp32 copies of weights), or fp16."] = "fp32"
+    micro_batch_size: Annotated[int | None, "Pairs a rank encodes at once: same gradients, less memory."] = None
+    ema_decay: Annotated[float, "Of a moving average of the weights; 0 keeps none."] = 0.0
+    grad_checkpointing: Annotated[bool, "Compute activations again in the backward pass."] = False
+    compile: Annotated[bool, "Compile the blocks with torch.compile."] = False
+    strategy: Annotated[Strategy, "How ranks share the model: ddp, or fsdp."] = "ddp"
+    seed: Annotated[int, "Of the data's order, crops and dropout."] = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps: got {self.steps}, expected at least 1")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate: got {self.learning_rate}, expected a positive number")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: got {self.ema_decay}, expected a number from 0 up to, not including, 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise ValueError(f"micro_batch_size: got {self.micro_batch_size}, expected at least 1")
+        for name, kind in (("precision", Precision), ("schedule", Schedule), ("strategy", Strategy)):
+            known = get_args(kind)
+            if getattr(self, name) not in known:
+                words = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {words}")
+        if self.precision == "fp16" and self.strategy == "fsdp":
+            raise ValueError(
+                "precision: got 'fp16' with fsdp, expected 'bf16': the scale of fp16 is not shared by ranks"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(TrainConfig):
+    """A whole run of ``clipfast train``: :class:`TrainConfig` and what is around it.
+
+    Attributes:
+        data: The pairs; see :func:`clipfast.data.sources.open_pairs`.
+        epochs: Times that every pair is seen, where ``steps`` is 0.
+        batch_size: Pairs a step, over all ranks.
+        model: A name of :func:`clipfast.list_models`, or a JSON file.
+        weights: A file of weights to begin with.
+        patch_dropout: The share of patches that the image tower leaves out in training.
+        val_data: Held-out pairs.
+        val_every: Steps between two looks at them, and at the end.
+        val_pairs: The first of them that are looked at.
+        output: The folder of the run.
+        save_every: Steps between two checkpoints.
+        keep: The last checkpoints that are kept, beside the best.
+        resume: ``"auto"`` goes on from the last checkpoint of ``output``, if there is one; ``"never"`` wants a folder
+            without; else the folder of a checkpoint.
+        workers: Processes a rank that read and decode.
+        shuffle_pool: Pairs shuffled together.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"``.
+        timeout: Seconds after which waiting for another rank is an error.
+        tensorboard: Whether to write TensorBoard's logs too.
+    """
+
+    data: Annotated[str, "Pairs: shards 'train-{000..123}.tar', a .csv or .tsv table, or a folder."]
+    steps: Annotated[int, "Optimizer steps; 0 counts them from epochs."] = 0
+    learning_rate: Annotated[float, "At the end of the warm-up."] = 5e-4
+    epochs: Annotated[float, "Times that every pair is seen, where steps is 0."] = 0.0
+    batch_size: Annotated[int, "Pairs a step, over all ranks."] = 256
+    model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
+    weights: Annotated[str | None, "A file of weights to begin with."] = None
+    patch_dropout: Annotated[float, "The share of patches that the image tower leaves out."] = 0.0
+    val_data: Annotated[str | None, "Held-out pairs, as data."] = None
+    val_every: Annotated[int, "Steps between two looks at them."] = 1000
+    val_pairs: Annotated[int, "The first of them that are looked at."] = 5000
+    output: Annotated[str, "The folder of the run."] = "runs/train"
+    save_every: Annotated[int, "Steps between two checkpoints."] = 1000
+    keep: Annotated[int, "The last checkpoints that are kept, beside the best."] = 3
+    resume: Annotated[str, "auto: go on where the folder's run stopped; never; or a checkpoint."] = "auto"
+    workers: Annotated[int, "Processes a rank that read and decode."] = 4
+    shuffle_pool: Annotated[int, "Pairs shuffled together."] = 200_000
+    device: Annotated[str, "cpu, cuda, or auto: CUDA where there is one."] = "auto"
+    timeout: Annotated[float, "Seconds after which waiting for another rank is an error."] = 600.0
+    tensorboard: Annotated[bool, "Write TensorBoard's logs too."] = True
+
+    def __post_init__(self) -> None:
+        if (self.steps > 0) == (self.epochs > 0):
+            raise ValueError(
+                f"steps, epochs: got {self.steps} and {self.epochs:g}, expected one of them to be positive"
+            )
+        for name, least in (("val_every", 1), ("save_every", 1), ("keep", 1), ("workers", 0), ("val_pairs", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(
+                f"patch_dropout: got {self.patch_dropout}, expected a share from 0 up to, not including, 1"
+            )
+        if self.steps:
+            super().__post_init__()
+
+    def training(self, pairs: int) -> TrainConfig:
+        """Return how to train on so many pairs: epochs become steps."""
+        values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
+        values["steps"] = self.steps or math.ceil(self.epochs * pairs / self.batch_size)
+        return TrainConfig(**values)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read the settings of a TOML file, by the names of :class:`RunConfig`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not TOML, or holds a setting of no known name.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not TOML: {error}") from error
+    known = [field.name for field in fields(RunConfig)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{path}: got {name!r}, expected settings among {', '.join(sorted(known))}")
+    return settings
+
+
+def make_run_config(settings: Mapping[str, Any]) -> RunConfig:
+    """Make the configuration of a run from settings by name.
+
+    Raises:
+        ValueError: ``data`` is missing, or a setting is of the wrong type or out of range.
+    """
+    if "data" not in settings:
+        raise ValueError("data: got none, expected where the pairs are")
+    hints = get_type_hints(RunConfig)
+    values = dict(settings)
+    for name, value in values.items():
+        kinds = [kind for kind in (get_args(hints[name]) or (hints[name],)) if isinstance(kind, type)] or [str]
+        if float in kinds and type(value) is int:
+            values[name] = value = float(value)
+        if type(value) not in kinds:
+            words = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{name}: got {value!r}, expected {words}")
+    return RunConfig(**values)

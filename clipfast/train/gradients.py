@@ -1,0 +1,147 @@
+"""One step's gradients: of the whole batch at once, or by parts that need less memory and give the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clipfast import ops
+from clipfast.train.towers import Features, Towers
+
+
+class StepSeeds(NamedTuple):
+    """Where the random numbers of a step come from: the same step of the same run draws the same ones, anywhere."""
+
+    seed: int
+    step: int
+    rank: int
+
+    def of_part(self, part: int) -> tuple[int, int]:
+        """Return the seeds of the text tower and the image tower for a part of the batch."""
+        words = np.random.SeedSequence([self.seed, self.step, self.rank, part]).generate_state(2, np.uint64)
+        return int(words[0] >> np.uint64(1)), int(words[1] >> np.uint64(1))
+
+
+class StepLoss(NamedTuple):
+    """What a step's batch gave, on the device.
+
+    Attributes:
+        loss: Of the batch joined over ranks.
+        logit_scale: The factor between cosines and logits.
+    """
+
+    loss: Tensor
+    logit_scale: Tensor
+
+
+def compute_gradients(
+    shared: nn.Module,
+    images: Tensor,
+    tokens: Tensor,
+    seeds: StepSeeds,
+    *,
+    micro_batch_size: int | None = None,
+    loss_factor: Tensor | float = 1.0,
+    equal_batches: bool = False,
+) -> StepLoss:
+    """Add a batch's gradients to the parameters'.
+
+    With ``micro_batch_size``, parts of the batch are encoded without a graph, the loss of the whole batch gives the
+    gradients of all features, and each part is encoded once more to pass its own back: the gradients of the whole
+    batch, for every parameter and the temperature, with the activations of one part. Random numbers are the same in
+    both passes (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
+
+    Args:
+        shared: :class:`clipfast.train.towers.Towers`, or what :func:`clipfast.train.towers.share_towers` made of it.
+        images: This rank's ``[b, 3, H, W]``.
+        tokens: This rank's ``[b, L]``.
+        seeds: Of the random numbers.
+        micro_batch_size: Pairs encoded at once; all of them if None.
+        loss_factor: What the loss is multiplied by before the backward pass (fp16's scale).
+        equal_batches: The promise that all ranks hold equally many pairs.
+    """
+    whole = micro_batch_size is None or micro_batch_size >= len(images)
+    if whole:
+        features = shared(images, tokens, seeds.of_part(0), _has_ranks(shared), equal_batches)
+        loss = _loss(features, shared)
+        (loss * loss_factor).backward()
+        return StepLoss(loss.detach(), features.logit_scale.detach())
+    return _by_parts(shared, images, tokens, seeds, micro_batch_size, loss_factor, equal_batches)
+
+
+def _by_parts(
+    shared: nn.Module,
+    images: Tensor,
+    tokens: Tensor,
+    seeds: StepSeeds,
+    size: int,
+    loss_factor: Tensor | float,
+    equal_batches: bool,
+) -> StepLoss:
+    towers = _plain(shared)
+    images, tokens = images.split(size), tokens.split(size)
+    parts = range(len(images))
+    with torch.no_grad():
+        texts = [towers(None, tokens[i], seeds.of_part(i)) for i in parts]
+    text = torch.cat([t.text for t in texts]).requires_grad_()
+    scale = texts[0].logit_scale.detach().clone().requires_grad_()
+    sent = None
+    if _has_ranks(shared):
+        sent = ops.send_texts(text, _towers(shared).workplace.group, equal_batches=equal_batches)
+    with torch.no_grad():
+        image = torch.cat([towers(images[i], None, seeds.of_part(i)).image for i in parts])
+    image.requires_grad_()
+    loss = _loss(Features(image, text, scale, sent), shared)
+    (loss * loss_factor).backward()
+
+    of_images, of_texts = image.grad.split(size), text.grad.split(size)
+    for i in parts:
+        last = i == parts[-1]
+        with nullcontext() if last else _without_sync(shared):
+            features = shared(images[i], tokens[i], seeds.of_part(i))
+            # the temperature's gradient goes with the last part, which is the one that ranks exchange
+            of_scale = scale.grad if last else torch.zeros_like(scale.grad)
+            torch.autograd.backward(
+                [features.image, features.text, features.logit_scale], [of_images[i], of_texts[i], of_scale]
+            )
+    return StepLoss(loss.detach(), scale.detach())
+
+
+def _loss(features: Features, shared: nn.Module) -> Tensor:
+    options = {} if features.sent is None else {"group": _towers(shared).workplace.group, "comm": features.sent}
+    return ops.contrastive_loss(features.image, features.text, features.logit_scale, **options)
+
+
+def _plain(shared: nn.Module) -> nn.Module:
+    """Return what encodes without preparing a backward pass; FSDP2's own hooks gather weights, and stay."""
+    return shared.module if isinstance(shared, DistributedDataParallel) else shared
+
+
+def _towers(shared: nn.Module) -> Towers:
+    return _plain(shared)
+
+
+def _has_ranks(shared: nn.Module) -> bool:
+    return _towers(shared).workplace.group is not None
+
+
+@contextmanager
+def _without_sync(shared: nn.Module) -> Iterator[None]:
+    """Let gradients add up on their rank."""
+    if isinstance(shared, DistributedDataParallel):
+        with shared.no_sync():
+            yield
+    elif hasattr(shared, "set_requires_gradient_sync"):
+        shared.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            shared.set_requires_gradient_sync(True)
+    else:
+        yield

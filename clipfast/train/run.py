@@ -1,0 +1,265 @@
+"""``clipfast train``: a run from its configuration to a trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from clipfast.data.batches import Shares, training_batches
+from clipfast.data.sources import open_pairs
+from clipfast.data.tokenizer import Tokenizer
+from clipfast.data.transform import image_transform
+from clipfast.models.config import CLIPConfig, get_config
+from clipfast.models.create import create_model
+from clipfast.models.model_folder import write_model_folder
+from clipfast.train.checkpoint import Checkpoints
+from clipfast.train.config import RunConfig, TrainConfig
+from clipfast.train.engine import StepRecord, TrainResult, train_on
+from clipfast.train.progress import TrainingProgress
+from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, step_values
+from clipfast.train.trainer import Trainer
+from clipfast.train.validation import Validation
+from clipfast.train.workplace import Workplace, join_workplace
+
+# what may differ between ranks, and between a run and the one that goes on with it
+_PLACE = ("device", "workers", "timeout", "output", "resume", "tensorboard", "keep", "save_every", "val_every")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        training: The records of the steps of this process.
+        step: Where the run stands.
+        metrics: The last look at the held-out pairs; empty without ``val_data``.
+        output: The folder of the run: ``model.json``, ``model.safetensors``, ``checkpoints``, ``log.jsonl``.
+    """
+
+    training: TrainResult
+    step: int
+    metrics: dict[str, float]
+    output: Path
+
+
+def run_training(config: RunConfig, *, console: Console | None = None) -> RunResult:
+    """Train a CLIP as ``config`` says, alone or as one of the processes that ``torchrun`` started.
+
+    Every step is a function of the configuration and the step's number, so a run that was ended, at any moment and by
+    anything, goes on from its last checkpoint as if nothing had been. What cannot work is found out before training
+    begins, and on all ranks at once.
+
+    Args:
+        config: The configuration, the same on every rank.
+        console: Where rank 0 reports; standard output by default.
+
+    Raises:
+        ValueError: Settings that do not fit the data, the model, the checkpoint or the other ranks.
+        OSError: Files that are missing, a folder that cannot be written to, or a full disk.
+        FloatingPointError: The loss is not finite. The last checkpoint is from before.
+        RuntimeError: Something went wrong on another rank.
+    """
+    torch.manual_seed(config.seed)
+    place = join_workplace(config.device, timeout=config.timeout)
+    try:
+        return _Run(config, place, console or Console(quiet=not place.leads)).go()
+    finally:
+        place.leave()
+
+
+class _Run:
+    def __init__(self, config: RunConfig, place: Workplace, console: Console) -> None:
+        self.config, self.place, self.console = config, place, console
+        self.output = Path(config.output)
+        place.agree("settings", self._settings())
+        self.source = place.together("data", lambda: open_pairs(config.data))
+        place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
+        self.shares = Shares(config.batch_size, place.rank, place.world_size)
+        self.training: TrainConfig = config.training(len(self.source))
+        self.model_config = self._model_config()
+        model = place.together("model", lambda: create_model(self.model_config, weights=config.weights))
+        # ranks meet in here: nothing may have gone wrong on one of them before
+        self.trainer = Trainer(model, self.training, place, equal_batches=True)
+        self.checkpoints = Checkpoints(self.output / "checkpoints", place, keep=config.keep)
+        self.validation = place.together("val_data", self._make_validation)
+        self.metrics: dict[str, float] = {}
+        self._unsaved: str | None = None
+
+    def _model_config(self) -> CLIPConfig:
+        config = get_config(self.config.model)
+        if self.config.patch_dropout:
+            config = replace(config, vision_cfg=replace(config.vision_cfg, patch_dropout=self.config.patch_dropout))
+        return config
+
+    def _make_validation(self) -> Validation | None:
+        if self.config.val_data is None:
+            return None
+        batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
+        return Validation(
+            open_pairs(self.config.val_data),
+            self.config.val_pairs,
+            image_transform(self.model_config.vision_cfg.image_size),
+            self._tokenizer(),
+            batch,
+        )
+
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(context_length=self.model_config.text_cfg.context_length)
+
+    # --- the run ------------------------------------------------------------------------------------------
+
+    def go(self) -> RunResult:
+        config, place, trainer = self.config, self.place, self.trainer
+        self._resume()
+        self.checkpoints.check_room(trainer.state())
+        batches = training_batches(
+            self.source,
+            image_transform(self.model_config.vision_cfg.image_size, train=True),
+            self._tokenizer(),
+            self.shares,
+            seed=config.seed,
+            first_step=trainer.step,
+            last_step=self.training.steps,
+            workers=config.workers,
+            pin_memory=place.device.type == "cuda",
+            pool=config.shuffle_pool,
+        )
+        self._announce()
+        logs = place.together("output", lambda: self._open_logs() if place.leads else [])
+        skipped = SkippedLog(self.output / f"skipped-{place.rank}.jsonl")
+        with TrainingProgress(self.training.steps, self.console, first=trainer.step) as progress:
+
+            def keep_books(record: StepRecord) -> None:
+                values = step_values(record)
+                if self.validation and (self._due(config.val_every) or record.step == self.training.steps):
+                    self.metrics = self.validation.measure(trainer)
+                    values |= self.metrics
+                for log in logs:
+                    log.write(values)
+                progress.update(record)
+                if self._due(config.save_every):
+                    self._save(last=False)
+
+            result = train_on(trainer, skipped.watch(batches), [keep_books])
+        for log in logs:
+            log.close()
+        if result.interrupted:
+            self.console.print(f"stopped after step {trainer.step} of {self.training.steps}", highlight=False)
+        if result.history and (self._unsaved or not self._due(config.save_every)):
+            self._save(last=True)
+        self._write_model()
+        self._report(result, skipped)
+        return RunResult(result, trainer.step, self.metrics, self.output)
+
+    def _due(self, every: int) -> bool:
+        return self.trainer.step % every == 0
+
+    def _resume(self) -> None:
+        resume, state = self.config.resume, self.trainer.state()
+        if resume == "never":
+            if self.place.any(bool(self.checkpoints.list())):
+                raise ValueError(
+                    f"resume: got 'never' and checkpoints in {self.checkpoints.folder}, expected another output folder"
+                )
+            return
+        if resume == "auto":
+            facts = self.checkpoints.load_last(state)
+        else:
+            facts = self.checkpoints.load(Path(resume), state)
+        if facts is None:
+            return
+        self._compare(facts["settings"])
+        self.trainer.loaded(facts["numbers"])
+        self.metrics = facts["metrics"]
+
+    def _compare(self, before: dict[str, Any]) -> None:
+        """Warn of settings that make the rest of the run another one; a run may be made longer, for instance."""
+        now = self._settings()
+        changed = [f"{k} = {now.get(k)!r} and not {v!r}" for k, v in before.items() if now.get(k) != v]
+        if changed and self.place.leads:
+            warnings.warn(f"the run goes on with other settings: {', '.join(changed)}", stacklevel=2)
+
+    def _settings(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self.config).items() if k not in _PLACE}
+
+    def _save(self, *, last: bool) -> None:
+        """Save; a disk that is full in the middle of a run ends it only if it still is at the end."""
+        facts = {
+            "step": self.trainer.step,
+            "numbers": self.trainer.numbers(),
+            "settings": self._settings(),
+            "metrics": self.metrics,
+            "model": self.model_config.to_dict(),
+        }
+        try:
+            self.checkpoints.save(self.trainer.state(), facts, score=self.metrics.get("val_loss"))
+            self._unsaved = None
+        except (OSError, RuntimeError) as error:
+            if last:
+                raise
+            self._unsaved = str(error)
+            if self.place.leads:
+                warnings.warn(f"step {self.trainer.step} was not saved, training goes on: {error}", stacklevel=2)
+
+    def _write_model(self) -> None:
+        """Write the weights, or their moving averages, where `clipfast eval` and others find them."""
+        chosen = self.trainer.ema or self.trainer.weights
+        weights = {name: _whole(chosen.get(name, value)) for name, value in self._model_state()}
+        self.place.together(
+            "output",
+            lambda: write_model_folder(self.output, self.model_config, weights) if self.place.leads else None,
+        )
+
+    def _model_state(self) -> list[tuple[str, Tensor]]:
+        return list(self.trainer.model.state_dict().items())
+
+    # --- what a person sees -------------------------------------------------------------------------------
+
+    def _open_logs(self) -> list[JsonLog | TensorBoardLog]:
+        self.output.mkdir(parents=True, exist_ok=True)
+        (self.output / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
+        logs: list[JsonLog | TensorBoardLog] = [JsonLog(self.output / "log.jsonl", self.trainer.step)]
+        if self.config.tensorboard:
+            try:
+                logs.append(TensorBoardLog(self.output / "tensorboard", self.trainer.step))
+            except ImportError as error:
+                warnings.warn(f"no logs for TensorBoard: {error}: pip install 'clipfast[train]'", stacklevel=2)
+        return logs
+
+    def _announce(self) -> None:
+        place, say = self.place, self._say
+        parameters = sum(p.numel() for p in self.trainer.model.parameters())
+        say(f"model {os.fspath(self.config.model)}: {parameters / 1e6:.1f} M parameters, {self.training.precision}")
+        where = f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else "cuda"
+        say(f"ranks: {place.world_size} ({self.training.strategy}), {where}, {self.config.workers} workers each")
+        say(f"pairs: {len(self.source)}, {self.config.batch_size} a step, {self.training.steps} steps")
+        if self.trainer.step:
+            say(f"going on from step {self.trainer.step}")
+
+    def _report(self, result: TrainResult, skipped: SkippedLog) -> None:
+        count = int(self.place.sum(torch.tensor(skipped.count, device=self.place.device)))
+        if count:
+            self._say(f"skipped {count} pairs, which {self.output}/skipped-*.jsonl names")
+        for name, value in self.metrics.items():
+            self._say(f"{name}: {value:.4g}")
+        self._say(f"model: {self.output / 'model.safetensors'}")
+
+    @property
+    def _say(self) -> Callable[[str], None]:
+        return lambda words: self.console.print(words, highlight=False, soft_wrap=True)
+
+
+def _whole(value: Tensor) -> Tensor:
+    """Return a weight as one tensor on the CPU; every rank must ask for it."""
+    value = value.detach()
+    return (value.full_tensor() if isinstance(value, DTensor) else value).cpu()

@@ -1,0 +1,130 @@
+"""A CLIP as training runs it: text tower first, in a precision, on one rank or shared by many."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from clipfast import ops
+from clipfast.models.clip import CLIP
+from clipfast.ops.contrastive_ranks import TextExchange
+from clipfast.train.config import Precision, Strategy
+from clipfast.train.workplace import Workplace
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NORMS = (nn.modules.batchnorm._BatchNorm,)
+
+
+class Features(NamedTuple):
+    """What the towers give for one batch or a part of one.
+
+    Attributes:
+        image: ``[b, D]``, of unit length, in float32 at least; None without images.
+        text: ``[b, D]``; None without tokens.
+        logit_scale: A scalar.
+        sent: The texts on their way to the other ranks, where they were sent.
+    """
+
+    image: Tensor | None
+    text: Tensor | None
+    logit_scale: Tensor
+    sent: TextExchange | None = None
+
+
+class Towers(nn.Module):
+    """Both towers of a model, in the order in which ranks wait the least: texts travel while images are encoded.
+
+    Args:
+        model: The model.
+        precision: ``"fp32"``; ``"bf16"`` and ``"fp16"`` for autocast around the towers; ``"pure_bf16"`` for a model
+            that is bfloat16 itself.
+        workplace: The ranks that share a batch.
+    """
+
+    def __init__(self, model: CLIP, precision: Precision, workplace: Workplace) -> None:
+        super().__init__()
+        self.model = model
+        self.precision = precision
+        self.workplace = workplace
+
+    def forward(
+        self,
+        images: Tensor | None,
+        tokens: Tensor | None,
+        seeds: tuple[int, int] | None = None,
+        send: bool = False,
+        equal_batches: bool = False,
+    ) -> Features:
+        """Encode images ``[b, 3, H, W]`` and tokens ``[b, L]``, or one of them.
+
+        Args:
+            images: The pictures.
+            tokens: The captions.
+            seeds: What each tower's random numbers (dropout) start from: text's, then image's.
+            send: Whether to send the texts to the other ranks at once.
+            equal_batches: The promise that all ranks hold equally many rows.
+        """
+        text = image = sent = None
+        if tokens is not None:
+            _seed(seeds and seeds[0])
+            text = self._normalized(self.model.encode_text, tokens)
+            if send:
+                sent = ops.send_texts(text, self.workplace.group, equal_batches=equal_batches)
+        if images is not None:
+            _seed(seeds and seeds[1])
+            image = self._normalized(self.model.encode_image, self._as_weights(images))
+        return Features(image, text, self.model.logit_scale.exp(), sent)
+
+    def _normalized(self, encode: nn.Module, inputs: Tensor) -> Tensor:
+        dtype = _AUTOCAST.get(self.precision)
+        with torch.autocast(inputs.device.type, dtype) if dtype else nullcontext():
+            features = encode(inputs)
+        # logits need more than sixteen bits
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+    def _as_weights(self, images: Tensor) -> Tensor:
+        return images.to(torch.bfloat16) if self.precision == "pure_bf16" else images
+
+
+def _seed(seed: int | None) -> None:
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
+def share_towers(towers: Towers, strategy: Strategy) -> nn.Module:
+    """Wrap towers for the ranks of their workplace: DDP, or FSDP2 with every block a unit of its own.
+
+    Source: Zhao et al., "PyTorch FSDP" (2023); Li et al., "PyTorch Distributed" (2020).
+    """
+    workplace = towers.workplace
+    if workplace.group is None:
+        return towers
+    if strategy == "ddp":
+        devices = [workplace.device] if workplace.device.type == "cuda" else None
+        return DistributedDataParallel(towers, device_ids=devices, gradient_as_bucket_view=True)
+    model = towers.model
+    # in bfloat16 the blocks, which hold nearly all weights; what comes out of the last one is float32 again
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    policy = half if towers.precision == "pure_bf16" else MixedPrecisionPolicy()
+    for tower in (model.visual, model):
+        for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
+            fully_shard(block, mp_policy=policy)
+    # FSDP2 takes no scalars: they stay whole on every rank
+    fully_shard(towers, ignored_params={p for p in model.parameters() if p.dim() == 0})
+    return towers
+
+
+def halve(model: nn.Module) -> None:
+    """Make a model bfloat16 in place, but for scalars and BatchNorm: their sums need more than eight bits."""
+    for module in model.modules():
+        if isinstance(module, _NORMS):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim():
+                parameter.data = parameter.data.to(torch.bfloat16)

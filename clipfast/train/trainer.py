@@ -1,0 +1,197 @@
+"""A model in training: its weights, its optimizer, and one step after the other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from clipfast.models.clip import CLIP
+from clipfast.train.config import TrainConfig
+from clipfast.train.gradients import StepSeeds, compute_gradients
+from clipfast.train.optimizer import clip_gradients, learning_rate_share, make_optimizer
+from clipfast.train.towers import Towers, halve, share_towers
+from clipfast.train.workplace import Workplace
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step came to.
+
+    Attributes:
+        loss: Of the step's batch, before the update.
+        logit_scale: The factor between cosines and logits (not its logarithm), before the update.
+        learning_rate: Of this step.
+        grad_norm: The norm of all gradients, before clipping.
+    """
+
+    loss: float
+    logit_scale: float
+    learning_rate: float
+    grad_norm: float
+
+
+class Trainer:
+    """A model in training.
+
+    Args:
+        model: In float32 (or float64); it is moved to the workplace's device, and trained in place.
+        config: How.
+        workplace: Where, and with whom; the model's own device by default.
+        equal_batches: The promise that ranks always hold equally many pairs, which spares an exchange a step.
+
+    Attributes:
+        step: Steps taken.
+        weights: The trainable weights in full precision, by name: the model's parameters, or copies that the optimizer
+            works on.
+        ema: The moving averages of the weights, by name; empty without ``ema_decay``.
+        buffers: What the model keeps beside its parameters (BatchNorm's statistics), by name.
+
+    Raises:
+        ValueError: ``micro_batch_size`` for a model with BatchNorm, whose statistics depend on the batch.
+    """
+
+    def __init__(
+        self, model: CLIP, config: TrainConfig, workplace: Workplace | None = None, *, equal_batches: bool = False
+    ) -> None:
+        self.workplace = workplace or Workplace(model.logit_scale.device)
+        self.config = config
+        self.equal_batches = equal_batches
+        self.step = 0
+        if config.micro_batch_size is not None and any(
+            isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
+        ):
+            raise ValueError(
+                "micro_batch_size: got a model with BatchNorm, expected None: its statistics are those of a whole batch"
+            )
+        self.model = model.to(self.workplace.device).train()
+        if config.grad_checkpointing:
+            model.set_grad_checkpointing()
+        if config.compile:
+            for tower in (model.visual, model):
+                for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
+                    block.compile()
+        copies = config.precision == "pure_bf16" and not (self.workplace.group and config.strategy == "fsdp")
+        masters = {n: p.detach().clone() for n, p in model.named_parameters() if copies and p.requires_grad and p.dim()}
+        if copies:
+            halve(model)
+        self.shared = share_towers(Towers(model, config.precision, self.workplace), config.strategy)
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {n: masters.get(n, p) for n, p in self._parameters.items()}
+        self.optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, self.weights)
+        self.ema = {n: w.detach().clone() for n, w in self.weights.items()} if config.ema_decay else {}
+        self.buffers = dict(model.named_buffers())
+        self.scaler = torch.amp.GradScaler(self.workplace.device.type, enabled=config.precision == "fp16")
+
+    def take_step(self, images: Tensor, tokens: Tensor) -> StepResult:
+        """Train on one batch: this rank's ``[b, 3, H, W]`` and ``[b, L]``.
+
+        Raises:
+            FloatingPointError: The loss is not finite. The weights are those before this batch.
+        """
+        config, device = self.config, self.workplace.device
+        rate = config.learning_rate * learning_rate_share(config.schedule, self.step, config.steps, config.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        found = compute_gradients(
+            self.shared,
+            images.to(device, non_blocking=True),
+            tokens.to(device, non_blocking=True),
+            StepSeeds(config.seed, self.step, self.workplace.rank),
+            micro_batch_size=config.micro_batch_size,
+            loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
+            equal_batches=self.equal_batches,
+        )
+        self._average_scalars()
+        self._hand_gradients_over()
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients([w.grad for w in self.weights.values() if w.grad is not None], config.max_grad_norm)
+        # one wait for the device, after all its work is queued
+        loss, scale, norm = torch.stack([x.to(device, torch.float64) for x in (*found, norm)]).tolist()
+        if not math.isfinite(loss):
+            self.optimizer.zero_grad()
+            raise FloatingPointError(
+                f"the loss is {loss} at step {self.step + 1} (logit scale {scale:.4g}, learning rate {rate:.3g}), "
+                f"expected a finite number: look for NaN in the batch or the weights, or train with a lower learning "
+                f"rate or a longer warm-up"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.zero_grad()
+        self.optimizer.zero_grad()
+        self._hand_weights_back()
+        self.model.clamp_logit_scale()
+        self._update_ema()
+        self.step += 1
+        return StepResult(loss, scale, rate, norm)
+
+    @property
+    def _copies(self) -> Mapping[str, Tensor]:
+        return {n: w for n, w in self.weights.items() if w is not self._parameters[n]}
+
+    def _average_scalars(self) -> None:
+        """Do for the scalars what FSDP2 does for all others; DDP has done it."""
+        if self.workplace.group is None or self.config.strategy != "fsdp":
+            return
+        for parameter in self._parameters.values():
+            if not isinstance(parameter, DTensor) and parameter.grad is not None:
+                dist.all_reduce(parameter.grad, group=self.workplace.group)
+                parameter.grad /= self.workplace.world_size
+
+    def _hand_gradients_over(self) -> None:
+        for name, weight in self._copies.items():
+            gradient = self._parameters[name].grad
+            weight.grad = None if gradient is None else gradient.to(weight.dtype)
+
+    @torch.no_grad()
+    def _hand_weights_back(self) -> None:
+        for name, weight in self._copies.items():
+            self._parameters[name].copy_(weight)
+
+    @torch.no_grad()
+    def _update_ema(self) -> None:
+        for name, average in self.ema.items():
+            average.lerp_(self.weights[name].detach(), 1 - self.config.ema_decay)
+
+    # --- state --------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that training goes on from, as tensors by name; numbers are in :meth:`numbers`.
+
+        The tensors are the live ones: what is copied into them is loaded.
+        """
+        state = {f"weights.{n}": w.detach() for n, w in self.weights.items()}
+        state |= {f"frozen.{n}": p.detach() for n, p in self.model.named_parameters() if n not in self.weights}
+        state |= {f"buffers.{n}": b for n, b in self.buffers.items()}
+        state |= {f"ema.{n}": a for n, a in self.ema.items()}
+        for name, weight in self.weights.items():
+            for key, value in self._moments(weight).items():
+                state[f"optimizer.{key}.{name}"] = value
+        return state
+
+    def numbers(self) -> dict[str, float | int]:
+        """Return what belongs to :meth:`state` and is no tensor."""
+        scaler = self.scaler.state_dict() if self.scaler.is_enabled() else {}
+        return {"step": self.step} | {f"scaler.{k}": v for k, v in scaler.items()}
+
+    def loaded(self, numbers: Mapping[str, float | int]) -> None:
+        """Go on from what was copied into the tensors of :meth:`state`, and from these :meth:`numbers`."""
+        self.step = int(numbers["step"])
+        scaler = {k.removeprefix("scaler."): v for k, v in numbers.items() if k.startswith("scaler.")}
+        if scaler and self.scaler.is_enabled():
+            self.scaler.load_state_dict(scaler)
+        self._hand_weights_back()
+
+    def _moments(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return AdamW's state of one weight, as it is before the first step where there is none yet."""
+        state = self.optimizer.state[weight]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        return state

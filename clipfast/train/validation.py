@@ -1,0 +1,74 @@
+"""How a model does on pairs that training does not see, with every rank encoding its share of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from clipfast import ops
+from clipfast.data.batches import read_pairs
+from clipfast.data.sources import PairSource
+from clipfast.data.tokenizer import Tokenizer
+from clipfast.data.transform import ImageTransform
+from clipfast.evaluate.retrieval import retrieval_recall
+from clipfast.train.trainer import Trainer
+
+
+class Validation:
+    """Held-out pairs, encoded anew at every look.
+
+    Args:
+        source: The pairs; the first ``pairs`` of them are looked at, and those that cannot be read are left out.
+        pairs: How many.
+        transform: From picture to tensor, without anything random.
+        tokenizer: From captions to tokens.
+        batch_size: Pairs encoded at once on a rank.
+    """
+
+    def __init__(
+        self, source: PairSource, pairs: int, transform: ImageTransform, tokenizer: Tokenizer, batch_size: int
+    ) -> None:
+        self.source = source
+        self.count = min(pairs, len(source))
+        self.transform, self.tokenizer, self.batch_size = transform, tokenizer, batch_size
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """Return ``val_loss`` (the contrastive loss of all pairs as one batch) and ``val_<direction>_recall@k``.
+
+        The same on every rank. The model is in ``eval()`` meanwhile.
+        """
+        model, place = trainer.model, trainer.workplace
+        model.eval()
+        try:
+            with torch.no_grad():
+                features = [self._encoded(trainer.shared, batch, place.device) for batch in self._shares(trainer)]
+        finally:
+            model.train()
+        # a rank's rows and whether each counts
+        image, text, counts = (torch.cat(parts) for parts in zip(*features, strict=True))
+        joined = place.gather((image.cpu(), text.cpu(), counts))
+        image, text, counts = (torch.cat(parts) for parts in zip(*joined, strict=True))
+        image, text = image[counts], text[counts]
+        loss = ops.contrastive_loss(image, text, float(model.logit_scale.detach().exp()))
+        recall = {f"val_{k}": v for k, v in retrieval_recall(image, text).items() if "recall" in k}
+        return {"val_loss": float(loss), "val_pairs": len(image)} | recall
+
+    def _shares(self, trainer: Trainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield this rank's batches: as many of one size on every rank, for FSDP2's ranks take every step together."""
+        place = trainer.workplace
+        rounds = -(-self.count // (self.batch_size * place.world_size))
+        for turn in range(rounds):
+            first = (turn * place.world_size + place.rank) * self.batch_size
+            yield read_pairs(
+                self.source, range(first, first + self.batch_size), self.count, self.transform, self.tokenizer
+            )
+
+    def _encoded(
+        self, shared: nn.Module, batch: tuple[Tensor, Tensor, Tensor], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        images, tokens, counts = batch
+        towers = getattr(shared, "module", shared)
+        features = towers(images.to(device), tokens.to(device))
+        return features.image, features.text, counts

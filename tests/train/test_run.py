@@ -1,0 +1,444 @@
+"""``clipfast train`` as a whole, on a model and pictures that take milliseconds."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+import clipfast
+from clipfast.cli import app
+from clipfast.data.shards import write_shards
+from clipfast.data.sources import Pair
+from clipfast.train.checkpoint import CheckpointError, Checkpoints
+from clipfast.train.config import make_run_config, read_settings
+from clipfast.train.run import RunResult, run_training
+from clipfast.train.workplace import Workplace
+
+TINY = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
+    "text_cfg": {"context_length": 8, "width": 16, "heads": 2, "layers": 1},
+}
+COUNT = 40
+
+
+def picture(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with shards, held-out pairs and a model's configuration."""
+    folder = tmp_path_factory.mktemp("train")
+    words = ["red", "green", "blue", "large", "small"]
+    for name, count in (("shards", COUNT), ("held_out", 10)):
+        pairs = (Pair(str(i), picture(i), f"{words[i % 5]} {words[i // 5 % 5]} {i}") for i in range(count))
+        write_shards(pairs, folder / name, shard_size=15)
+    (folder / "tiny.json").write_text(json.dumps(TINY))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def settings(place: Path, output: Path, **changes: object) -> dict[str, object]:
+    values = {
+        "data": str(place / "shards"),
+        "model": str(place / "tiny.json"),
+        "output": str(output),
+        "steps": 6,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+        "save_every": 2,
+        "workers": 0,
+        "device": "cpu",
+        "tensorboard": False,
+    }
+    return values | changes
+
+
+def train(place: Path, output: Path, **changes: object) -> tuple[RunResult, str]:
+    console = Console(file=io.StringIO(), width=200)
+    result = run_training(make_run_config(settings(place, output, **changes)), console=console)
+    return result, console.file.getvalue()
+
+
+def last_state(output: Path) -> dict[str, torch.Tensor]:
+    from clipfast.models.config import CLIPConfig
+    from clipfast.train.checkpoint import read_facts
+    from clipfast.train.config import TrainConfig
+    from clipfast.train.trainer import Trainer
+
+    checkpoints = Checkpoints(output / "checkpoints", Workplace(torch.device("cpu")))
+    facts = read_facts(checkpoints.list()[0])
+    model = clipfast.create_model(CLIPConfig.from_dict(facts["model"]))
+    ema = facts["settings"]["ema_decay"]
+    trainer = Trainer(model, TrainConfig(9, ema_decay=ema))
+    state = trainer.state()
+    checkpoints.load_last(state)
+    return state
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """Weights, moments and averages are the same bits, and so are the losses on the way."""
+    first, second = last_state(a), last_state(b)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    lines = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (a, b)]
+    assert [(x["step"], x["loss"]) for x in lines[0]] == [(x["step"], x["loss"]) for x in lines[1]]
+    weights = [load_file(p / "model.safetensors") for p in (a, b)]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+
+
+def test_what_a_run_leaves(place, tmp_path):
+    result, said = train(
+        place, tmp_path, val_data=str(place / "held_out"), val_every=3, ema_decay=0.5, tensorboard=True
+    )
+    assert result.step == 6
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "checkpoints", "config.json", "log.jsonl", "model.json", "model.safetensors", "tensorboard",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert ["val_loss" in line for line in lines] == [False, False, True, False, False, True]
+    assert lines[-1]["val_loss"] == result.metrics["val_loss"]
+    assert result.metrics["val_pairs"] == 10
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    for shown in ("0.8 M parameters", "40, 8 a step, 6 steps", "val_loss: ", "step 6/6"):
+        assert shown in said, said
+    # what is written are the averages
+    model = clipfast.create_model(tmp_path / "model.json", weights=tmp_path / "model.safetensors")
+    state = last_state(tmp_path)
+    assert torch.equal(model.visual.proj, state["ema.visual.proj"])
+    assert not torch.equal(model.visual.proj, state["weights.visual.proj"])
+
+
+def test_the_held_out_pairs_are_measured_as_the_evaluation_does(place, tmp_path):
+    from clipfast.data.sources import open_pairs
+    from clipfast.data.transform import image_transform, load_image
+    from clipfast.evaluate.retrieval import retrieval_recall
+
+    result, _ = train(place, tmp_path, steps=2, val_data=str(place / "held_out"), micro_batch_size=4)
+    model = clipfast.create_model(tmp_path / "model.json", weights=tmp_path / "model.safetensors").eval()
+    source = open_pairs(place / "held_out")
+    pairs = [source.read(i) for i in range(len(source))]
+    with torch.no_grad():
+        image = model.encode_image(torch.stack([image_transform(16)(load_image(p.image)) for p in pairs]), True)
+        text = model.encode_text(clipfast.tokenize([p.caption for p in pairs], context_length=8), True)
+        logits = model.logit_scale.exp() * image @ text.T
+    labels = torch.arange(len(pairs))
+    cross_entropy = torch.nn.functional.cross_entropy
+    expected = (cross_entropy(logits, labels) + cross_entropy(logits.T, labels)) / 2
+    assert result.metrics["val_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    for name, value in retrieval_recall(image, text).items():
+        if "recall" in name:
+            assert result.metrics[f"val_{name}"] == pytest.approx(value)
+
+
+def test_it_goes_on_where_it_stopped(place, tmp_path):
+    options = {"ema_decay": 0.5, "micro_batch_size": 3, "patch_dropout": 0.25}
+    train(place, tmp_path / "straight", **options)
+    with pytest.warns(UserWarning, match="goes on with other settings: steps = 6 and not 3"):
+        # a shorter run has another schedule, unless it is constant
+        train(place, tmp_path / "parts", steps=3, schedule="constant", **options)
+        train(place, tmp_path / "parts", schedule="constant", **options)
+    train(place, tmp_path / "constant", schedule="constant", **options)
+    assert_same_end(tmp_path / "parts", tmp_path / "constant")
+    assert not torch.equal(
+        last_state(tmp_path / "straight")["weights.visual.proj"], last_state(tmp_path / "parts")["weights.visual.proj"]
+    )
+    _, said = train(place, tmp_path / "parts", schedule="constant", **options)
+    assert "going on from step 6" in said
+
+
+def test_a_damaged_checkpoint_costs_no_more_than_its_steps(place, tmp_path):
+    train(place, tmp_path / "straight")
+    train(place, tmp_path / "damaged")
+    shard = next((tmp_path / "damaged" / "checkpoints" / "step-000000006").glob("__0_*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match="step-000000006 is damaged and passed over"):
+        _, said = train(place, tmp_path / "damaged")
+    assert "going on from step 4" in said
+    assert_same_end(tmp_path / "straight", tmp_path / "damaged")
+
+
+def test_bad_pairs_are_counted_and_named(place, tmp_path):
+    pairs = [Pair(str(i), picture(i), f"pair {i}") for i in range(12)]
+    pairs[3] = Pair("broken", b"\x89PNG and no more", "broken")
+    write_shards(pairs, tmp_path / "shards")
+    _, said = train(place, tmp_path / "run", data=str(tmp_path / "shards"), steps=3)
+    assert "skipped 2 pairs" in said
+    lines = [json.loads(line) for line in (tmp_path / "run" / "skipped-0.jsonl").read_text().splitlines()]
+    assert {line["pair"] for line in lines} == {"00000.tar/000000003"}
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 2
+
+
+def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
+    """A save that fails in the middle is told, training goes on, and the end is an error only if it fails there too."""
+    original, full = Checkpoints.save, {4}
+
+    def save(self, state, facts, **options):
+        if facts["step"] in full:
+            raise OSError(28, "No space left on device")
+        return original(self, state, facts, **options)
+
+    monkeypatch.setattr(Checkpoints, "save", save)
+    with pytest.warns(UserWarning, match="step 4 was not saved, training goes on: .*No space left"):
+        result, _ = train(place, tmp_path / "a", steps=7)
+    assert result.step == 7
+    full |= {5, 6, 7}
+    with pytest.warns(UserWarning, match="was not saved"), pytest.raises(OSError, match="No space left"):
+        train(place, tmp_path / "b", steps=7)
+    assert Checkpoints(tmp_path / "b" / "checkpoints", Workplace(torch.device("cpu"))).list()[0].name.endswith("2")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": "nowhere-{0..3}.tar"}, FileNotFoundError, "4 of 4 shards are missing, the first is nowhere-0.tar"),
+        ({"val_data": "nowhere"}, FileNotFoundError, "got nowhere"),
+        ({"batch_size": 41}, ValueError, "batch_size: got 41, expected at most 40"),
+        ({"model": "ViT-B-33"}, ValueError, "model name: got 'ViT-B-33'"),
+        ({"weights": "none.pt"}, FileNotFoundError, "none.pt"),
+        ({"resume": "checkpoints/step-1"}, FileNotFoundError, "expected a folder with checkpoint.json"),
+        ({"device": "tpu"}, ValueError, "device: got 'tpu'"),
+    ],
+)
+def test_what_cannot_work_is_told_before_training(place, tmp_path, changes, error, message):
+    with pytest.raises(error, match=message):
+        train(place, tmp_path, **changes)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA here")
+def test_cuda_without_cuda(place, tmp_path):
+    with pytest.raises(ValueError, match="device: got 'cuda', expected 'cpu'"):
+        train(place, tmp_path, device="cuda")
+
+
+def test_a_checkpoint_of_another_model_is_kept(place, tmp_path):
+    train(place, tmp_path, steps=2)
+    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(TINY | {"embed_dim": 16}))
+    with pytest.raises(CheckpointError, match=r"got weights.*of shape .*expected"):
+        train(place, tmp_path, model=str(other))
+    with pytest.raises(ValueError, match="resume: got 'never' and checkpoints"):
+        train(place, tmp_path, resume="never")
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
+
+
+# --- settings ---------------------------------------------------------------------------------------------
+
+
+def test_flags_go_before_the_file_and_help_tells_all(place, tmp_path):
+    file = tmp_path / "run.toml"
+    lines = [f"{k} = {json.dumps(v)}" for k, v in settings(place, tmp_path / "run", steps=3).items()]
+    file.write_text("\n".join(lines))
+    assert read_settings(file)["steps"] == 3
+    done = CliRunner().invoke(app, ["train", "--config", str(file), "--steps", "2", "--no-compile"])
+    assert done.exit_code == 0, done.output
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["steps"], config["batch_size"], config["compile"]) == (2, 8, False)
+    told = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
+    for name in config:
+        assert f"--{name.replace('_', '-')}" in told, name
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("stepps = 3", "got 'stepps', expected settings among batch_size"),
+        ("steps = 'many'", "steps: got 'many', expected int"),
+        ("steps = ", "not TOML"),
+        ("precision = 'fp8'", "precision: got 'fp8', expected 'fp32'"),
+        ("keep = 0", "keep: got 0, expected at least 1"),
+        ("epochs = 2", "steps, epochs: got 6 and 2"),
+    ],
+)
+def test_bad_settings_are_named(place, tmp_path, line, message):
+    file = tmp_path / "run.toml"
+    file.write_text(line)
+    values = settings(place, tmp_path)
+    with pytest.raises(ValueError, match=message):
+        make_run_config(values | read_settings(file))
+
+
+def test_epochs_become_steps(place, tmp_path):
+    config = make_run_config(settings(place, tmp_path, steps=0, epochs=2.5))
+    assert config.training(40).steps == 13
+    done = CliRunner().invoke(app, ["train", "--data", str(place / "shards")])
+    assert done.exit_code == 1
+    assert "error: steps, epochs: got 0 and 0, expected one of them above 0" in done.output
+
+
+# --- processes --------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def flags(values: dict[str, object]) -> list[str]:
+    given = []
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        given += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return given
+
+
+def on_ranks(per_rank: list[dict[str, object]], env: dict[str, str] | None = None) -> list[tuple[int, str]]:
+    """Run ``clipfast train`` on ranks as ``torchrun`` starts them; return exit codes and output."""
+    port = str(free_port())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "clipfast", "train", *flags(values)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(per_rank))}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+            | (env or {}),
+        )
+        for rank, values in enumerate(per_rank)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_ranks_train_as_one(place, tmp_path, strategy):
+    train(place, tmp_path / "one", val_data=str(place / "held_out"), patch_dropout=0.0)
+    values = settings(place, tmp_path / "two", val_data=str(place / "held_out"), strategy=strategy, workers=1)
+    for code, output in on_ranks([values, values]):
+        assert code == 0, output
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4, msg=name)
+    logs = [[json.loads(x) for x in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    assert [x["loss"] for x in logs[1]] == pytest.approx([x["loss"] for x in logs[0]], rel=1e-4)
+    assert logs[1][-1]["val_loss"] == pytest.approx(logs[0][-1]["val_loss"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_ranks_that_do_not_fit_say_so_and_do_not_wait(place, tmp_path):
+    values = settings(place, tmp_path)
+    started = time.monotonic()
+    for code, output in on_ranks([values, values | {"learning_rate": 0.5}]):
+        assert code == 1
+        assert "settings: got learning_rate = 0.5 and not 0.01 on rank 1" in output
+    here, gone = on_ranks([values, values | {"data": values["data"]}], env={"CLIPFAST_CACHE": str(tmp_path / "c")})
+    assert here[0] == gone[0] == 0, here[1] + gone[1]
+    bad = values | {"weights": str(tmp_path / "none.pt")}
+    for code, output in on_ranks([bad, bad]):
+        assert code == 1
+        assert "none.pt" in output
+    assert time.monotonic() - started < 100
+
+
+KILLER = """
+import os, random, signal, sys, time, json
+import torch
+torch.set_num_threads(1)
+from clipfast.train.config import make_run_config
+from clipfast.train.run import run_training
+from rich.console import Console
+
+values, kills, seed = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+rng = random.Random(seed)
+
+def start():
+    pid = os.fork()
+    if pid == 0:
+        try:
+            run_training(make_run_config(values), console=Console(quiet=True))
+            os._exit(0)
+        except BaseException as error:
+            print(type(error).__name__, error, flush=True)
+            os._exit(1)
+    return pid
+
+killed = 0
+while killed < kills:
+    pid = start()
+    time.sleep(rng.uniform(0.05, 1.2))
+    if os.waitpid(pid, os.WNOHANG) != (0, 0):
+        break
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    killed += 1
+_, status = os.waitpid(start(), 0)
+print(json.dumps({"killed": killed, "status": status}))
+"""
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_the_same(place, tmp_path):
+    """Kill −9 at random moments, saving among them; processes are forked so that a start takes little time."""
+    steps, kills = 400, 20
+    options = {"steps": steps, "ema_decay": 0.5, "save_every": 5, "patch_dropout": 0.25, "keep": 2}
+    train(place, tmp_path / "straight", **options)
+    values = settings(place, tmp_path / "killed", **options)
+    seed = time.time_ns() % 2**32
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(values), str(kills), str(seed)],
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    outcome = json.loads(done.stdout.splitlines()[-1])
+    assert outcome["status"] == 0, (seed, done.stdout, done.stderr)
+    assert outcome["killed"] == kills, (seed, outcome)
+    assert_same_end(tmp_path / "straight", tmp_path / "killed")
+    # nothing is left of what was half written but the last part, if it was killed there
+    left = {re.sub(r"\d+", "N", p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert left <= {"step-N", ".step-N.part"}
+
+
+@pytest.mark.slow
+def test_a_scheduler_that_ends_the_job_costs_nothing(place, tmp_path):
+    """SIGTERM ends training after the step in progress, saved; the next run goes on."""
+    options = {"steps": 3000, "save_every": 1000, "output": str(tmp_path / "run")}
+    values = settings(place, tmp_path / "run", **options)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "clipfast", "train", *flags(values)], stdout=subprocess.PIPE, text=True
+    )
+    log = tmp_path / "run" / "log.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    taken = int(re.search(r"stopped after step (\d+) of 3000", output)[1])
+    assert 5 < taken < 3000
+    _, said = train(place, tmp_path / "run", steps=3000 if taken > 2990 else taken + 2, save_every=1000)
+    assert f"going on from step {taken}" in said
