@@ -120,9 +120,7 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         if (self.steps > 0) == (self.epochs > 0):
-            raise ValueError(
-                f"steps, epochs: got {self.steps} and {self.epochs:g}, expected one of them to be positive"
-            )
+            raise ValueError(f"steps, epochs: got {self.steps} and {self.epochs:g}, expected one of them above 0")
         for name, least in (("val_every", 1), ("save_every", 1), ("keep", 1), ("workers", 0), ("val_pairs", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
