@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+# PyTorch 2.13 renamed them
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -50,7 +53,7 @@ class Ranks:
         """Join the rows ``[b, ...]`` of all ranks to ``[B, ...]``."""
         if self._equal:
             out = x.new_empty(self.total, *x.shape[1:])
-            dist.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+            _all_gather(out, x.contiguous(), group=self.group)
             return out
         parts = [x.new_empty(max(self.sizes), *x.shape[1:]) for _ in self.sizes]
         dist.all_gather(parts, self._padded(x), group=self.group)
@@ -60,7 +63,7 @@ class Ranks:
         """Sum ``[B, ...]`` over ranks and return this rank's rows ``[b, ...]``."""
         out = x.new_empty(max(self.sizes), *x.shape[1:])
         if self._equal:
-            dist.reduce_scatter_tensor(out, x.contiguous(), group=self.group)
+            _reduce_scatter(out, x.contiguous(), group=self.group)
             return out
         parts = [self._padded(x[self.rows(rank)]) for rank in range(len(self.sizes))]
         dist.reduce_scatter(out, parts, group=self.group)
@@ -163,9 +166,7 @@ class _Send(torch.autograd.Function):
         ctx.exchange, ranks = exchange, exchange.ranks
         # rows up to the longest batch of all: what is padding is cut when it has arrived
         out = text.new_empty(len(ranks.sizes) * max(ranks.sizes), *text.shape[1:])
-        exchange._work = dist.all_gather_into_tensor(
-            out, ranks._padded(text.detach()), group=ranks.group, async_op=True
-        )
+        exchange._work = _all_gather(out, ranks._padded(text.detach()), group=ranks.group, async_op=True)
         return out
 
     @staticmethod
@@ -197,7 +198,7 @@ class _Arrive(torch.autograd.Function):
             grad = torch.cat([ranks._padded(grad[ranks.rows(rank)]) for rank in range(len(ranks.sizes))])
         out = grad.new_empty(max(ranks.sizes), *grad.shape[1:])
         grad = grad.contiguous()
-        exchange._returning = out, dist.reduce_scatter_tensor(out, grad, group=ranks.group, async_op=True)
+        exchange._returning = out, _reduce_scatter(out, grad, group=ranks.group, async_op=True)
         # what _Send returns comes from the exchange; this only tells autograd the way
         return grad, None
 

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clipfast
 from clipfast import ops
+from clipfast.ops import contrastive_ranks
 
 STEPS, BATCH = 5, 24
 COMMS = ("gather", "ring", "sent")
@@ -164,14 +165,14 @@ def on_their_way(rank: int, ranks: int) -> list[str]:
     events = []
     text, image = nn.Linear(6, 5), nn.Linear(7, 5)
     images, texts = (t.chunk(ranks)[rank].float() for t in batches()[0])
-    for collective in ("all_gather_into_tensor", "reduce_scatter_tensor"):
-        original = getattr(dist, collective)
+    for collective in ("_all_gather", "_reduce_scatter"):
+        original = getattr(contrastive_ranks, collective)
 
         def watched(*args: object, original: object = original, name: str = collective, **keywords: object) -> object:
             events.append(name)
             return original(*args, **keywords)
 
-        setattr(dist, collective, watched)
+        setattr(contrastive_ranks, collective, watched)
     text.register_full_backward_hook(lambda *_: events.append("text tower backward"))
     image.register_forward_hook(lambda *_: events.append("image tower"))
     image.register_full_backward_hook(lambda *_: events.append("image tower backward"))
@@ -191,12 +192,12 @@ def on_their_way(rank: int, ranks: int) -> list[str]:
 def test_texts_travel_while_the_image_tower_runs() -> None:
     for events in run_on_ranks(on_their_way, 2):
         # the weights of rows are gathered once more on the way back
-        events = [e for i, e in enumerate(events) if i == 0 or e != "all_gather_into_tensor"]
+        events = [e for i, e in enumerate(events) if i == 0 or e != "_all_gather"]
         assert events[:-1] == [
-            "all_gather_into_tensor",
+            "_all_gather",
             "image tower",
             "loss",
-            "reduce_scatter_tensor",
+            "_reduce_scatter",
             "image tower backward",
             "text tower backward",
         ]
