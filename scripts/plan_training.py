@@ -127,8 +127,8 @@ def memory(plan: Plan) -> tuple[float, float, float]:
 def saved_values(config: CLIPConfig, text_tokens: float, checkpointing: bool = False) -> float:
     """Count the values that one pair's blocks keep for the backward pass.
 
-    A block keeps 16·W a token: its input, LayerNorm's output, queries, keys and values, attention's output, the sum, the
-    second LayerNorm's output, and four W before and after the GELU.
+    A block keeps 16·W a token: its input, LayerNorm's output, queries, keys and values, attention's output, the sum,
+    the second LayerNorm's output, and four W before and after the GELU.
     """
     total = 0.0
     for layers, width, tokens in towers(config, text_tokens):
