@@ -1,6 +1,10 @@
 # Every target is a thin call; scripts/ and the `clipfast` command do the work.
 # ARGS passes options on: make demo ARGS="--steps 50", make test ARGS="-k tokenizer".
 
+# tests run in so many processes, each with one thread
+JOBS ?= 2
+PYTEST = .venv/bin/pytest -n $(JOBS) --dist loadfile
+
 .PHONY: help demo test test-all exhaustive bench kernels wheel gpu lint clean
 
 help:
@@ -20,11 +24,11 @@ demo:
 
 test:
 	scripts/setup_env.sh test
-	.venv/bin/pytest -m "not slow and not exhaustive and not gpu" $(ARGS)
+	$(PYTEST) -m "not slow and not exhaustive and not gpu" $(ARGS)
 
 test-all:
 	scripts/setup_env.sh test
-	.venv/bin/pytest -m "not exhaustive and not gpu" $(ARGS)
+	$(PYTEST) -m "not exhaustive and not gpu" $(ARGS)
 
 exhaustive:
 	scripts/setup_env.sh test

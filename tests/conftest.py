@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import sys
 from collections.abc import Generator, Iterable
@@ -40,6 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))
 
 
+# files whose tests take gigabytes each
+LARGE = {"test_parity_open_clip.py"}
+
 # Set where nothing can be installed, such as by `make gpu`: tests skip what they miss. Elsewhere that is an error.
 SKIP_MISSING = os.environ.get("CLIPFAST_SKIP_MISSING") == "1"
 
@@ -57,6 +62,16 @@ class _Module(pytest.Module):
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
     """Skip a file that imports what is not installed, where that was asked for."""
     return _Module.from_parent(parent, path=module_path) if SKIP_MISSING else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Give memory back to the system after each file: glibc keeps gigabytes of what large models leave in pieces."""
+    if sys.platform == "linux" and (nextitem is None or nextitem.path != item.path or item.path.name in LARGE):
+        gc.collect()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 @pytest.hookimpl(wrapper=True)
