@@ -78,7 +78,7 @@ class Towers(nn.Module):
                 sent = ops.send_texts(text, self.workplace.group, equal_batches=equal_batches)
         if images is not None:
             _seed(seeds and seeds[1])
-            image = self._normalized(self.model.encode_image, self._as_weights(images))
+            image = self._normalized(self.model.encode_image, images.to(self.model.visual.conv1.weight.dtype))
         return Features(image, text, self.model.logit_scale.exp(), sent)
 
     def _normalized(self, encode: nn.Module, inputs: Tensor) -> Tensor:
@@ -87,9 +87,6 @@ class Towers(nn.Module):
             features = encode(inputs)
         # logits need more than sixteen bits
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-
-    def _as_weights(self, images: Tensor) -> Tensor:
-        return images.to(torch.bfloat16) if self.precision == "pure_bf16" else images
 
 
 def _seed(seed: int | None) -> None:

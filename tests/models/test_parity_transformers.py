@@ -82,7 +82,7 @@ def test_b32_fp64_outputs_and_gradients(hidden_act: str, tmp_path: Path) -> None
     compare_fp64("ViT-B-32", hidden_act, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("hidden_act", ["quick_gelu", "gelu"])
 def test_l14_fp64_outputs_and_gradients(hidden_act: str, tmp_path: Path) -> None:
     compare_fp64("ViT-L-14", hidden_act, tmp_path)
