@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from clipfast.cli_features import add_feature_commands as _add_feature_commands
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
@@ -105,3 +107,6 @@ def doctor(
     report = diagnose()
     typer.echo(json.dumps(report, indent=1) if as_json else render(report))
     raise typer.Exit(exit_code(report, strict))
+
+
+_add_feature_commands(app)
