@@ -203,7 +203,7 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
             workers=reading.workers,
             on_rows=progress,
         )
-    _require_some(images, "the pairs")
+    _require_some(images, names.get(0, "pair 0"))
     place = {row: index for index, row in enumerate(images.rows)}
     rows = [row for row in sorted(captions) if owner[captions[row][0]] in place]
     with RowProgress("texts", len(rows), reading.console) as progress:
@@ -244,9 +244,13 @@ def metrics_table(evaluation: Evaluation) -> Table:
     for name, value in metrics.items():
         if "chance" in name:
             continue
-        chance = metrics.get(name.replace("recall@", "chance@").replace("top", "chance"))
+        of_chance = name.replace("recall@", "chance@").replace("top", "chance")
+        chance = None if of_chance == name else metrics.get(of_chance)
         words = name.replace("_", " ").replace("to text", "→ text").replace("to image", "→ image")
         table.add_row(words, f"{value:.4f}", "" if chance is None else f"{chance:.4f}")
+    if "C" in evaluation.settings:
+        stopped = "" if evaluation.settings["converged"] else ", and the solver was stopped early"
+        table.caption = f"C = {evaluation.settings['C']:.4g}{stopped}"
     return table
 
 
