@@ -170,11 +170,11 @@ class _Parquet:
     """A column of a Parquet file, read a row group at a time."""
 
     def __init__(self, path: Path, kind: Kind, column: str | None) -> None:
-        import pyarrow.types as types
-
         self.kind = kind
         self._path = path
         self._file = open_parquet(path)
+        import pyarrow.types as types
+
         schema = self._file.schema_arrow
         usual = _PICTURE_COLUMNS if kind == "image" else CAPTION_COLUMNS
         self._column = find_column(schema.names, column, usual, path)

@@ -187,9 +187,9 @@ class _Table:
     """A Parquet file with a column of features."""
 
     def __init__(self, path: Path) -> None:
+        self._file = open_parquet(path)
         import pyarrow.types as types
 
-        self._file = open_parquet(path)
         schema = self._file.schema_arrow
         find_column(schema.names, "features", (), path)
         kind = schema.field("features").type
