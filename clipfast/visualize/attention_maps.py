@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from clipfast.visualize.figures import hide_frame, new_figure
+from clipfast.visualize.figures import INK, hide_frame, new_figure
 
 
 def attention_rollout(attention: Tensor) -> Tensor:
@@ -120,9 +120,11 @@ def plot_heads(
         )
     maps = torch.cat([rollout[None].float().cpu(), heads.mean(dim=0, keepdim=True).cpu(), heads.cpu()])
     titles = ["rollout", "mean of the heads", *(f"head {i}" for i in range(len(heads)))]
-    columns = 5
-    rows = -(-(len(maps) + 1) // columns)
-    figure, panels = new_figure(6.4, 1.42 * rows + (0.3 if caption else 0), rows=rows, columns=columns)
+    count = len(maps) + 1
+    columns = min((6, 5), key=lambda columns: -count % columns)  # with the fewest empty places
+    rows = -(-count // columns)
+    height = (6.4 / columns + 0.14) * rows + (0.3 if caption else 0)
+    figure, panels = new_figure(6.4, height, rows=rows, columns=columns)
     for axes in panels.flat:
         hide_frame(axes)
     first, *others = panels.flat
@@ -132,7 +134,7 @@ def plot_heads(
         _overlay(axes, picture, map_)
         axes.set_title(title, fontsize=7, loc="left")
     if caption:
-        figure.suptitle(textwrap.shorten(caption, 90, placeholder="…"), fontsize=9)
+        figure.suptitle(textwrap.shorten(caption, 90, placeholder="…"), fontsize=9, color=INK)
     return figure
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageFilter
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from clipfast.visualize.figures import BLUE, GREY, ORANGE, hide_frame, new_figure
+from clipfast.visualize.figures import BLUE, GREY, INK, ORANGE, hide_frame, new_figure
 
 # points a side of a picture, where there are many and where there are few
 _MANY, _SIDES = 40, (19.2, 42.0)
@@ -86,8 +86,8 @@ def plot_feature_space(
     axes.add_collection(LineCollection(np.stack([image_points, text_points], axis=1), colors=GREY, linewidths=0.7))
     axes.plot(*text_points.T, ".", color=ORANGE, markersize=4)
     for point, text in zip(text_points, texts or (), strict=False):
-        words = textwrap.shorten(text, 28, placeholder="…")
-        axes.annotate(words, point, (3, 3), textcoords="offset points", fontsize=7)
+        words = textwrap.fill(textwrap.shorten(text, 48, placeholder="…") or text[:48], 26)
+        axes.annotate(words, point, (4, 0), textcoords="offset points", fontsize=7, color=INK, va="center")
     if pictures is None:
         axes.plot(*image_points.T, ".", color=BLUE, markersize=4)
     else:

@@ -19,12 +19,12 @@ from clipfast.files import write_atomically
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#3d85d0", "#e07b2e", "#2fa36b", "#9a6fd0", "#8a8f98"
 
 # Stand-ins that a web page swaps for its own colours, which follow the reader's light or dark mode.
-_INK, _RULE = "#010203", "#040506"
+INK, _RULE = "#010203", "#040506"
 _STYLE = {
     "axes.edgecolor": _RULE,
     "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
@@ -35,9 +35,9 @@ _STYLE = {
     "savefig.facecolor": "none",
     "svg.fonttype": "none",  # text stays text: it can be searched and takes the page's font
     "svg.hashsalt": "clipfast",  # the same figure gives the same file
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -81,7 +81,7 @@ def figure_svg(figure: Figure, label: str) -> str:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(file, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(_RULE, "var(--rule)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
@@ -95,7 +95,7 @@ def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) 
         dpi: pixels an inch.
     """
     page, ink, rule = ("#14171c", "#e8eaee", "#3a414d") if dark else ("#ffffff", "#1d2129", "#d9dde3")
-    swap = {to_rgba(_INK): ink, to_rgba(_RULE): rule}
+    swap = {to_rgba(INK): ink, to_rgba(_RULE): rule}
 
     def recolour(get: Callable[[], object], put: Callable[[str], object]) -> None:
         colour = get()

@@ -99,7 +99,7 @@ def show(
     if texts:
         text_features = _encode_texts(model, texts)
         cosines = similarity_matrix(sight.features, text_features)
-        words = "Cosine similarities; the best text of each picture is framed."
+        words = "Cosine similarities" + ("; the best text of each picture is framed." if len(texts) > 1 else ".")
         add("similarity.png", "Texts and pictures", words, plot_similarity_matrix(cosines, texts, sight.pictures))
         if len(texts) == len(images) >= 3:
             points = project_features(sight.features, text_features, method=method)

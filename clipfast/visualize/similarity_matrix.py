@@ -43,7 +43,7 @@ def similarity_matrix(image_features: Tensor, text_features: Tensor) -> Tensor:
 def plot_similarity_matrix(cosines: Tensor, texts: Sequence[str], pictures: Sequence[np.ndarray]) -> Figure:
     """Plot cosines as a heat map, texts at the left and pictures above, as OpenAI's notebook does.
 
-    In each column the best text is framed.
+    In each column the best of several texts is framed.
 
     Args:
         cosines: ``[texts, images]`` of :func:`similarity_matrix`.
@@ -77,7 +77,7 @@ def plot_similarity_matrix(cosines: Tensor, texts: Sequence[str], pictures: Sequ
             # viridis is dark below and light above
             ink = "white" if values[row, column] < low + 0.6 * (high - low) else "black"
             axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=8, color=ink)
-    for column, best in enumerate(values.argmax(axis=0)):
+    for column, best in enumerate(values.argmax(axis=0) if rows > 1 else ()):
         axes.plot(*_frame(column, best), color="white", linewidth=2.4, clip_on=False)
         axes.plot(*_frame(column, best), color=BLUE, linewidth=1.2, clip_on=False)
     for column, picture in enumerate(pictures):
