@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from clipfast.data.model_inputs import picture_loader
 from clipfast.embed import embed as embedding
 from clipfast.embed.embed import embed
 from clipfast.embed.writer import read_about
+from clipfast.evaluate.features import Encoder, picture_encoder
 
 
 @pytest.fixture
@@ -150,7 +152,14 @@ def test_what_another_run_left_is_not_taken_over(folder, monkeypatch):
         embed(small.model(seed=1), folder, folder.parent / "f.npy", batch_size=2)
 
 
-def test_rows_that_cannot_be_read_change_no_others_bits(folder):
+def test_rows_that_cannot_be_read_change_no_others_bits(folder, monkeypatch):
+    def by_place(model: clipfast.CLIP) -> Encoder:
+        """Features that depend on the size of the batch and the place in it, as those of some products do."""
+        encoder = picture_encoder(model)
+        places = torch.arange(9.0)[:, None]
+        return replace(encoder, encode=lambda batch: encoder.encode(batch) + len(batch) + places[: len(batch)])
+
+    monkeypatch.setattr(embedding, "picture_encoder", by_place)
     run(folder, "f.npy")
     before = np.load(folder.parent / "f.npy")
     (folder / "10.png").write_bytes(b"no")
