@@ -36,7 +36,7 @@ _HOME_OF = {
     "deterministic": "clipfast.ops.dispatch",
     "explain": "clipfast.ops.dispatch",
 }
-_ROOMS = ("data", "evaluate", "models", "modules", "ops", "train", "visualize")
+_ROOMS = ("data", "embed", "evaluate", "models", "modules", "ops", "train", "visualize")
 
 __all__ = ["__version__", *_HOME_OF, *_ROOMS]
 
@@ -57,7 +57,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from clipfast import data, evaluate, models, modules, ops, train, visualize
+    from clipfast import data, embed, evaluate, models, modules, ops, train, visualize
     from clipfast.data.tokenizer import Tokenizer, tokenize
     from clipfast.data.transform import image_transform
     from clipfast.models.accelerate import accelerate, acceleration, restore

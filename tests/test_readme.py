@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import small
+from typer.testing import CliRunner
+
+from clipfast.cli import app
 
 ROOT = Path(__file__).parent.parent
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
@@ -20,11 +25,13 @@ SHORTENED = {
         *("--target", "{tmp}/site", "."),
     ],
 }
+FEATURE_COMMANDS = ("clipfast eval", "clipfast embed", "clipfast search", "clipfast show")
 
 
 def test_blocks_are_of_two_kinds() -> None:
     assert {kind for kind, _ in BLOCKS} == {"python", "console"}
     commands = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
+    commands = [line for line in commands if not line.startswith(FEATURE_COMMANDS)]
     assert sorted(commands) == sorted(SHORTENED)
 
 
@@ -47,3 +54,18 @@ def test_commands(command: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     expected = {"make demo": "demo/report.html", "pip install .": "site/clipfast/kernels/__init__.py"}.get(command)
     assert expected is None or (tmp_path / expected).is_file()
+
+
+@pytest.mark.slow
+def test_feature_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as they stand there, one after another, with a model that was drawn in the place of one that was trained
+    monkeypatch.chdir(tmp_path)
+    small.run(tmp_path / "runs" / "demo")
+    small.write_pictures(tmp_path / "pictures", 6)
+    lines = [line for _, text in BLOCKS for line in text.splitlines() if line.startswith(FEATURE_COMMANDS)]
+    assert {line.split()[1] for line in lines} == {command.split()[1] for command in FEATURE_COMMANDS}
+    for line in lines:
+        result = CliRunner().invoke(app, shlex.split(line)[1:])
+        assert result.exit_code == 0, (line, result.output)
+    for made in ("runs/demo/eval.json", "features.parquet", "runs/show/similarity.png", "runs/show/report.html"):
+        assert (tmp_path / made).is_file()

@@ -1,1 +1,1 @@
-"""What a trained model is worth: retrieval recall and zero-shot accuracy."""
+"""What a trained model is worth: zero-shot accuracy, retrieval recall and linear probes."""

@@ -65,8 +65,9 @@ def zero_shot_accuracy(
         ks: How many of the best classes count.
 
     Returns:
-        For each k ``top{k}``, a share in [0, 1]; and ``chance{k}``, that of always naming the k commonest classes
-        of ``labels``, which no blind classifier can beat.
+        For each k ``top{k}``, a share in [0, 1], and ``chance{k}``, that of always naming the k commonest classes
+        of ``labels``, which no blind classifier can beat. ``mean_per_class_recall`` is the mean of the classes' own
+        top-1 (scikit-learn's balanced accuracy; clip-benchmark's name), over the classes that ``labels`` has.
 
     Raises:
         ValueError: Shapes or labels that do not fit, no images, or features that are not finite.
@@ -88,7 +89,20 @@ def zero_shot_accuracy(
     ranks = (scores >= right - 8 * torch.finfo(scores.dtype).eps).sum(dim=1)
     commonest = torch.bincount(labels, minlength=classes).sort(descending=True).values
     result = {f"top{k}": (ranks <= k).double().mean().item() for k in ks}
+    result["mean_per_class_recall"] = mean_per_class(ranks == 1, labels)
     return result | {f"chance{k}": commonest[:k].sum().item() / len(labels) for k in ks}
+
+
+def mean_per_class(right: Tensor, labels: Tensor) -> float:
+    """Return the mean over classes of the share of their samples that are right.
+
+    Args:
+        right: bool ``[N]``.
+        labels: int64 ``[N]``; classes that it lacks do not count.
+    """
+    samples = torch.bincount(labels)
+    shares = torch.bincount(labels, weights=right.double()) / samples
+    return shares[samples > 0].mean().item()
 
 
 def _fill(template: str | Callable[[str], str], name: str) -> str:

@@ -21,12 +21,12 @@ from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, get_config
 from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
+from clipfast.models.open_model import find_device
 from clipfast.train.config import Precision, TrainConfig
 from clipfast.train.demo_report import HeldOutPairs, metrics_table, write_demo_report
 from clipfast.train.emoji_batches import encode_all, normalized_pixels, training_batches, whole_tokens
 from clipfast.train.engine import TrainResult, train
 from clipfast.train.progress import TrainingProgress
-from clipfast.train.workplace import find_device
 
 # 13.7 M parameters, 9.5 M of them CLIP's vocabulary; two cores take a step of 256 pairs in 0.65 s
 SMALL = CLIPConfig(

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from clipfast.models.open_model import find_device
+
 
 @dataclass(frozen=True)
 class Workplace:
@@ -108,28 +110,11 @@ def _difference(mine: Any, first: Any) -> str:
     return repr(mine)
 
 
-def find_device(name: str, local_rank: int = 0) -> torch.device:
-    """Return the device of a name: ``cpu``, ``cuda``, ``cuda:1``, or ``auto`` for CUDA where there is one.
-
-    Raises:
-        ValueError: Another name, or CUDA where PyTorch finds none.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device: got {name!r}, expected 'cpu', 'cuda' or 'auto'")
-    if not name.startswith("cuda"):
-        return torch.device(name)
-    if not torch.cuda.is_available():
-        raise ValueError(f"device: got {name!r}, expected 'cpu': PyTorch finds no CUDA device here")
-    return torch.device(name if ":" in name else f"cuda:{local_rank}")
-
-
 def join_workplace(device: str = "auto", *, timeout: float = 600.0) -> Workplace:
     """Join the processes that ``torchrun`` started, or work alone where it did not.
 
     Args:
-        device: As :func:`find_device`; each process of a machine takes the CUDA device of its local rank.
+        device: As :func:`clipfast.models.open_model.find_device`; each process takes the CUDA device of its local rank.
         timeout: Seconds after which waiting for another rank is an error.
 
     Raises:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
+
 import numpy as np
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -10,28 +13,41 @@ from PIL import Image, ImageFilter
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from clipfast.visualize.figures import BLUE, GREY, ORANGE, hide_frame, new_figure
+from clipfast.visualize.figures import BLUE, GREY, INK, ORANGE, hide_frame, new_figure
+
+# points a side of a picture, where there are many and where there are few
+_MANY, _SIDES = 40, (19.2, 42.0)
 
 
 def project_features(
-    image_features: Tensor, text_features: Tensor, *, center: bool = True, perplexity: float = 20.0, seed: int = 0
+    image_features: Tensor,
+    text_features: Tensor,
+    *,
+    center: bool = True,
+    perplexity: float = 20.0,
+    seed: int = 0,
+    method: str = "tsne",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Lay N pairs out in a plane by t-SNE (van der Maaten & Hinton, 2008) on cosine distances.
+    """Lay N pairs out in a plane by t-SNE (van der Maaten & Hinton, 2008) on cosine distances, or by UMAP.
 
     Args:
         image_features: ``[N, D]``.
         text_features: ``[N, D]``.
         center: Whether each modality's mean is taken out first. CLIP keeps pictures and texts in two separate cones
             (the modality gap: Liang et al., 2022); with the gap in, t-SNE shows little but two clouds.
-        perplexity: How many neighbours t-SNE looks at; fewer for fewer pairs.
-        seed: Of t-SNE.
+        perplexity: How many neighbours each point looks at; fewer for fewer pairs.
+        seed: Of the layout.
+        method: ``"tsne"``, or ``"umap"`` (McInnes et al., 2018) where umap-learn is installed.
 
     Returns:
         float32 ``[N, 2]`` for images and for texts.
 
     Raises:
-        ValueError: Shapes differ, fewer than three pairs, or features that are not finite.
+        ImportError: ``method`` is "umap" and umap-learn is missing.
+        ValueError: Shapes differ, fewer than three pairs, features that are not finite, or another ``method``.
     """
+    if method not in ("tsne", "umap"):
+        raise ValueError(f"method: got {method!r}, expected 'tsne' or 'umap'")
     if image_features.shape != text_features.shape or image_features.dim() != 2 or len(image_features) < 3:
         raise ValueError(
             f"image_features, text_features: got {tuple(image_features.shape)} and {tuple(text_features.shape)}, "
@@ -41,32 +57,56 @@ def project_features(
     points = np.concatenate([images, texts])
     if not np.isfinite(points).all():
         raise ValueError("image_features, text_features: got NaN or infinity, expected finite features")
-    tsne = TSNE(perplexity=min(perplexity, (len(points) - 1) / 3), metric="cosine", init="pca", random_state=seed)
-    plane = tsne.fit_transform(points)
+    neighbours = min(perplexity, (len(points) - 1) / 3)
+    if method == "umap":
+        plane = _umap(points, max(2, round(neighbours)), seed)
+    else:
+        tsne = TSNE(perplexity=neighbours, metric="cosine", init="pca", random_state=seed)
+        plane = tsne.fit_transform(points)
     return plane[: len(images)], plane[len(images) :]
 
 
-def plot_feature_space(image_points: np.ndarray, text_points: np.ndarray, pictures: np.ndarray | None = None) -> Figure:
+def plot_feature_space(
+    image_points: np.ndarray,
+    text_points: np.ndarray,
+    pictures: np.ndarray | None = None,
+    texts: Sequence[str] | None = None,
+) -> Figure:
     """Plot N pairs, each picture (blue) joined with its caption (orange): short lines found each other.
 
     Args:
         image_points: ``[N, 2]`` of :func:`project_features`.
         text_points: ``[N, 2]``.
         pictures: uint8 ``[N, H, W, 3]`` drawn in the place of the blue dots.
+        texts: N captions written beside the orange dots.
     """
     figure, panels = new_figure(6.0, 6.0)
     axes = panels[0, 0]
     hide_frame(axes)
     axes.add_collection(LineCollection(np.stack([image_points, text_points], axis=1), colors=GREY, linewidths=0.7))
     axes.plot(*text_points.T, ".", color=ORANGE, markersize=4)
+    for point, text in zip(text_points, texts or (), strict=False):
+        words = textwrap.fill(textwrap.shorten(text, 48, placeholder="…") or text[:48], 26)
+        axes.annotate(words, point, (4, 0), textcoords="offset points", fontsize=7, color=INK, va="center")
     if pictures is None:
         axes.plot(*image_points.T, ".", color=BLUE, markersize=4)
     else:
+        side = _SIDES[len(pictures) < _MANY]
         for point, picture in zip(image_points, pictures, strict=True):
-            axes.add_artist(AnnotationBbox(OffsetImage(_cut_out(picture), zoom=0.3), point, frameon=False))
+            axes.add_artist(
+                AnnotationBbox(OffsetImage(_cut_out(picture), zoom=side / picture.shape[0]), point, frameon=False)
+            )
         axes.update_datalim(image_points)
         axes.autoscale_view()
     return figure
+
+
+def _umap(points: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
+    try:
+        from umap import UMAP
+    except ImportError as error:
+        raise ImportError("method: 'umap' needs umap-learn, which is not installed: pip install umap-learn") from error
+    return UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed).fit_transform(points)
 
 
 def _unit_rows(features: np.ndarray, center: bool) -> np.ndarray:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Callable
+from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like, to_rgba
 from matplotlib.figure import Figure
 from PIL import Image
+
+from clipfast.files import write_atomically
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#3d85d0", "#e07b2e", "#2fa36b", "#9a6fd0", "#8a8f98"
 
 # Stand-ins that a web page swaps for its own colours, which follow the reader's light or dark mode.
-_INK, _RULE = "#010203", "#040506"
+INK, _RULE = "#010203", "#040506"
 _STYLE = {
     "axes.edgecolor": _RULE,
     "axes.facecolor": "none",
     "axes.grid": True,
-    "axes.labelcolor": _INK,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
@@ -30,9 +35,9 @@ _STYLE = {
     "savefig.facecolor": "none",
     "svg.fonttype": "none",  # text stays text: it can be searched and takes the page's font
     "svg.hashsalt": "clipfast",  # the same figure gives the same file
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -76,8 +81,34 @@ def figure_svg(figure: Figure, label: str) -> str:
     with matplotlib.rc_context(_STYLE):
         figure.savefig(file, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor").replace(_RULE, "var(--rule)")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor").replace(_RULE, "var(--rule)")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) -> None:
+    """Write a figure as PNG on a page of its own: white, or nearly black.
+
+    Args:
+        figure: made by :func:`new_figure`; drawn in the page's colours from then on.
+        path: replaced at once or not at all.
+        dark: which page.
+        dpi: pixels an inch.
+    """
+    page, ink, rule = ("#14171c", "#e8eaee", "#3a414d") if dark else ("#ffffff", "#1d2129", "#d9dde3")
+    swap = {to_rgba(INK): ink, to_rgba(_RULE): rule}
+
+    def recolour(get: Callable[[], object], put: Callable[[str], object]) -> None:
+        colour = get()
+        if is_color_like(colour) and to_rgba(colour) in swap:
+            put(swap[to_rgba(colour)])
+
+    for part in figure.findobj():
+        for name in ("color", "edgecolor", "facecolor", "markeredgecolor"):
+            get, put = getattr(part, f"get_{name}", None), getattr(part, f"set_{name}", None)
+            if get is not None and put is not None:
+                recolour(get, put)
+    with matplotlib.rc_context(_STYLE):
+        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor=page))
 
 
 def picture_uri(picture: np.ndarray) -> str:

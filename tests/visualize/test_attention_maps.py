@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import clipfast
-from clipfast.visualize.attention_maps import attention_rollout, plot_attention_maps
+from clipfast.visualize.attention_maps import attention_rollout, class_attention, plot_attention_maps, plot_heads
 
 
 def test_rollout_by_hand():
@@ -51,7 +51,38 @@ def test_plot_lays_maps_over_pictures():
     assert [axes.get_title(loc="left") for axes in shown[::2]] == ["a", "b", "c"]
 
 
+def test_class_attention_is_the_class_tokens_row():
+    vit = clipfast.ViT(image_size=16, patch_size=4, width=32, layers=2, heads=2, output_dim=8)
+    attention = vit.get_attention_maps(torch.randn(3, 3, 16, 16))
+    for block in (0, -1):
+        heads = class_attention(attention, block)
+        assert heads.shape == (3, 2, 16)
+        torch.testing.assert_close(heads.sum(dim=-1), 1 - attention[block, :, :, 0, 0])
+        assert torch.equal(heads[1, 0], attention[block, 1, 0, 0, 1:])
+
+
+@pytest.mark.parametrize(("count", "places"), [(3, 6), (12, 15), (16, 20)])
+def test_every_head_is_plotted(count, places):
+    picture = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    heads = torch.eye(4)[torch.arange(count) % 4]
+    figure = plot_heads(picture, heads, torch.tensor([0.0, 0, 0, 1]), (2, 2), caption="a caption")
+    shown = [axes for axes in figure.axes if axes.images]
+    assert len(figure.axes) == places
+    titles = [axes.get_title(loc="left") for axes in shown]
+    assert titles == ["picture", "rollout", "mean of the heads", *(f"head {i}" for i in range(count))]
+    heat = [np.asarray(axes.images[1].get_array()) for axes in shown[1:]]
+    assert heat[0][8:, 8:].mean() > 0.7  # the rollout's is the lower right quarter
+    assert heat[2][:8, :8].mean() > 0.7  # head 0's the upper left
+    assert heat[3][:8, 8:].mean() > 0.7
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="block: got 2, expected -2 to 1"):
+        class_attention(torch.ones(2, 1, 1, 3, 3), 2)
+    with pytest.raises(ValueError, match=r"got shape \(2, 3, 3\)"):
+        class_attention(torch.ones(2, 3, 3))
+    with pytest.raises(ValueError, match=r"heads, rollout: got \(2, 5\) and \(4,\)"):
+        plot_heads(np.zeros((8, 8, 3), np.uint8), torch.ones(2, 5), torch.ones(4), (2, 2))
     with pytest.raises(ValueError, match=r"attention: got shape \(2, 3, 3\)"):
         attention_rollout(torch.ones(2, 3, 3))
     with pytest.raises(ValueError, match=r"shares: got shape \(1, 9\), expected \[1, 2·2\]"):

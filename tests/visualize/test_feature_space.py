@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -66,3 +69,29 @@ def test_errors():
         project_features(torch.randn(2, 4), torch.randn(2, 4))
     with pytest.raises(ValueError, match="NaN"):
         project_features(torch.full((5, 4), torch.nan), torch.randn(5, 4))
+    with pytest.raises(ValueError, match="method: got 'pca'"):
+        project_features(torch.randn(5, 4), torch.randn(5, 4), method="pca")
+
+
+def test_umap_where_it_is_installed(clusters, monkeypatch):
+    class Umap:
+        def __init__(self, **options):
+            assert options == {"n_neighbors": 20, "metric": "cosine", "random_state": 3}
+
+        def fit_transform(self, points):
+            return points[:, :2]
+
+    monkeypatch.setitem(sys.modules, "umap", types.SimpleNamespace(UMAP=Umap))
+    image_points, text_points = project_features(*clusters, method="umap", seed=3)
+    assert image_points.shape == text_points.shape == (36, 2)
+    monkeypatch.setitem(sys.modules, "umap", None)
+    with pytest.raises(ImportError, match="pip install umap-learn"):
+        project_features(*clusters, method="umap")
+
+
+def test_captions_beside_their_points(clusters):
+    points = np.random.default_rng(0).normal(size=(2, 3, 2))
+    axes = plot_feature_space(points[0], points[1], None, ["a", "b", "word " * 30]).axes[0]
+    assert [list(text.xy) for text in axes.texts] == points[1].tolist()
+    assert [text.get_text() for text in axes.texts][:2] == ["a", "b"]
+    assert len(axes.texts[2].get_text()) < 52

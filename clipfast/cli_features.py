@@ -1,0 +1,260 @@
+"""What a trained model is used for, on the command line: ``clipfast eval | embed | search | show``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from rich.console import Console
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        help="The folder of a training run; or, with --weights, a name of clipfast.list_models() or a .json "
+        "configuration."
+    ),
+]
+_Weights = Annotated[Path | None, typer.Option(help="A file or folder of weights, of any layout that is known.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")]
+_Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16: of the weights and what is computed with them.")]
+_BatchSize = Annotated[int, typer.Option(help="Pictures or texts at once.")]
+_Workers = Annotated[int, typer.Option(help="Threads that read and decode.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")]
+
+
+def eval_(
+    model: _Model,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Pictures with classes (a folder for each class, shards with .cls, or 'digits') or with captions "
+            "(shards, a .csv or .tsv table, a folder with .txt files, or 'scikit-image')."
+        ),
+    ],
+    task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear-probe, or auto: by the data.")] = "auto",
+    weights: _Weights = None,
+    classes: Annotated[Path | None, typer.Option(help="A file with the names of classes, one a line or JSON.")] = None,
+    templates: Annotated[str, typer.Option(help="Prompts: name, photo, simple, or a file with one a line.")] = "simple",
+    train_data: Annotated[
+        str | None,
+        typer.Option(help="What a linear probe learns from.", show_default="half of --data, which is not tested on"),
+    ] = None,
+    c: Annotated[
+        float | None,
+        typer.Option("--C", help="Of the linear probe.", show_default="chosen on a fifth of what it learns from"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A .json file for the results.")] = None,
+    as_json: _Json = False,
+    batch_size: _BatchSize = 64,
+    workers: _Workers = 2,
+    precision: _Precision = "fp32",
+    device: _Device = "auto",
+) -> None:
+    """Measure a model: zero-shot accuracy, retrieval recall, or a linear probe. Nothing is downloaded."""
+    with _mistakes_told():
+        from clipfast import __version__
+        from clipfast.evaluate.linear_probe import SWEEP
+        from clipfast.evaluate.run import Reading, evaluate, metrics_table, write_evaluation
+
+        clip = _open(model, weights, device, precision)
+        reading = Reading(batch_size, workers, _progress())
+        result = evaluate(
+            clip,
+            data,
+            task,  # type: ignore[arg-type]  # checked there
+            class_names=classes,
+            templates=templates,
+            train_data=train_data,
+            c=SWEEP if c is None else c,
+            reading=reading,
+        )
+        about = {"clipfast": __version__, "model": model, "data": data, "precision": precision}
+        if output is not None:
+            write_evaluation(result, output, **about)
+        _print_result(metrics_table(result), about | result.to_dict(), as_json)
+        _tell_skipped(list(result.skipped.items()))
+
+
+def embed(
+    model: _Model,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder, a .txt list (paths, or texts line by line), a .parquet file, .tar shards, or a .csv or "
+            ".tsv table."
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(help="A .parquet or .npy file.")],
+    kind: Annotated[str, typer.Option(help="image or text: what SOURCE holds, or is to be taken of it.")] = "image",
+    column: Annotated[
+        str | None, typer.Option(help="Of Parquet.", show_default="path, image, text, caption, …")
+    ] = None,
+    weights: _Weights = None,
+    dtype: Annotated[str, typer.Option(help="float32 or float16: of the features in the file.")] = "float32",
+    normalize: Annotated[bool, typer.Option(help="Whether features get unit length.")] = True,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left.")] = False,
+    batch_size: _BatchSize = 64,
+    workers: _Workers = 2,
+    precision: _Precision = "fp32",
+    device: _Device = "auto",
+) -> None:
+    """Write the features of many pictures or texts. A run that was killed goes on where it was, with the same bits."""
+    with _mistakes_told():
+        from clipfast.embed.embed import embed as compute
+
+        clip = _open(model, weights, device, precision)
+        result = compute(
+            clip,
+            source,
+            output,
+            kind=kind,  # type: ignore[arg-type]  # checked there
+            column=column,
+            dtype=dtype,  # type: ignore[arg-type]
+            normalize=normalize,
+            batch_size=batch_size,
+            workers=workers,
+            restart=restart,
+            model_source=_where(model, weights),
+            console=_progress(),
+        )
+        words = "wrote {}: {} rows" if result.computed else "{} is complete: {} rows"
+        typer.echo(words.format(result.output, result.rows))
+        _tell_skipped([(name, reason) for _, name, reason in result.skipped])
+
+
+def search(
+    features: Annotated[Path, typer.Argument(help="A .parquet or .npy file of features.")],
+    text: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to look for, in the place of words.")] = None,
+    k: Annotated[int, typer.Option("-k", "--nearest", help="How many to list.")] = 10,
+    model: Annotated[
+        str | None, typer.Option(help="As for clipfast embed.", show_default="what FEATURES was made with")
+    ] = None,
+    weights: _Weights = None,
+    as_json: _Json = False,
+    device: _Device = "auto",
+) -> None:
+    """List the pictures or texts that are nearest to a text or a picture."""
+    with _mistakes_told():
+        from dataclasses import asdict
+
+        from clipfast.embed import search as searching
+
+        if (text is None) == (image is None):
+            raise ValueError(f"text, --image: got {'neither' if text is None else 'both'}, expected one of them")
+        if model is None:
+            where = searching.model_of(features)
+            model, weights = where["spec"], weights or where.get("weights")
+        clip = _open(model, weights, device, "fp32")
+        searching.check_model(features, clip)
+        hits = searching.search(features, searching.encode_query(clip, text=text, image=image), k)
+        query = text if text is not None else str(image)
+        found = {"query": query, "features": str(features), "hits": [asdict(hit) for hit in hits]}
+        _print_result(searching.hits_table(hits, query), found, as_json)
+
+
+def show(
+    model: _Model,
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    output: Annotated[Path, typer.Option(help="The folder for PNGs and report.html.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text to compare them with; as often as you like, in order.")
+    ] = None,
+    weights: _Weights = None,
+    method: Annotated[str, typer.Option(help="tsne, or umap where umap-learn is installed.")] = "tsne",
+    block: Annotated[int, typer.Option(help="Whose heads are drawn; -1 is the last.")] = -1,
+    dark: Annotated[bool, typer.Option("--dark", help="PNGs for dark pages; the report follows its reader.")] = False,
+    device: _Device = "auto",
+) -> None:
+    """Draw where a model looks, how pictures and texts fit, and how a run went; as PNGs and one HTML page."""
+    with _mistakes_told():
+        from clipfast.visualize.show import show as draw
+
+        clip = _open(model, weights, device, "fp32")
+        place = Path(model)
+        log = (place if place.is_dir() else place.parent) / "log.jsonl"
+        has_log = place.exists() and log.is_file()
+        files = draw(
+            clip,
+            images,
+            output,
+            texts=text or [],
+            log=log if has_log else None,
+            method=method,
+            block=block,
+            dark=dark,
+        )
+        for file in files:
+            typer.echo(file)
+
+
+def add_feature_commands(app: typer.Typer) -> None:
+    """Put these commands behind those that ``app`` has."""
+    app.command("eval")(eval_)
+    for command in (embed, search, show):
+        app.command()(command)
+
+
+@contextlib.contextmanager
+def _mistakes_told() -> Iterator[None]:
+    """Tell what is wrong with what was typed or read in one line, and exit with 2."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("matplotlib", "sklearn", "webdataset", "braceexpand"):
+            raise
+        typer.echo(f"error: this needs {error.name}, which is not installed: pip install 'clipfast[train]'", err=True)
+        raise typer.Exit(2) from error
+    except (ImportError, ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _open(spec: str, weights: str | Path | None, device: str, precision: str) -> torch.nn.Module:
+    import torch
+
+    from clipfast.models.open_model import open_model
+
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtypes:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(dtypes)}")
+    return open_model(spec, weights, device, dtypes[precision])
+
+
+def _where(model: str, weights: Path | None) -> dict[str, str]:
+    """Say where a model lies so that it is found from any folder."""
+    where = {"spec": str(Path(model).resolve()) if Path(model).exists() else model}
+    return where if weights is None else where | {"weights": str(weights.resolve())}
+
+
+def _progress() -> Console:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _print_result(table: object, values: object, as_json: bool) -> None:
+    import json
+
+    from rich.console import Console
+
+    if as_json:
+        typer.echo(json.dumps(values, indent=1))
+    else:
+        Console().print(table)
+
+
+def _tell_skipped(skipped: list[tuple[str, str]], shown: int = 5) -> None:
+    if not skipped:
+        return
+    typer.echo(f"skipped {len(skipped)} that cannot be read:", err=True)
+    for name, reason in skipped[:shown]:
+        typer.echo(f"  {name}: {reason}", err=True)
+    if len(skipped) > shown:
+        typer.echo(f"  and {len(skipped) - shown} more", err=True)

@@ -1,0 +1,98 @@
+"""Training on the command line: ``clipfast train`` and ``clipfast shards``."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+
+from clipfast.train.config import RunConfig
+
+
+def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every setting of a run, with its words and default, in the place of ``**flags``."""
+    own, hints = get_type_hints(command, include_extras=True), get_type_hints(RunConfig, include_extras=True)
+    given = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters = [p.replace(annotation=own[p.name]) for p in given]
+    settings = {field.name: field for field in fields(RunConfig)}
+    # those of a run before those that it shares with all training
+    for name in dict.fromkeys([*RunConfig.__annotations__, *settings]):
+        field = settings[name]
+        kind, words = get_args(hints[name])
+        kinds = [k for k in (get_args(kind) or (kind,)) if isinstance(k, type) and k is not type(None)]
+        kind = kinds[0] if kinds and get_origin(kind) is not Literal else str
+        shown = "none" if field.default in (None, MISSING) else str(field.default).lower()
+        option = typer.Option(help=words, show_default=False if field.default is MISSING else shown)
+        annotation = Annotated[kind | None, option]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    return command
+
+
+@settings_as_options
+def train(
+    config: Annotated[Path | None, typer.Option(help="A TOML file with settings; flags go before it.")] = None,
+    **flags: Any,
+) -> None:
+    """Train a CLIP on pictures and captions, alone or under torchrun; run it again to go on where it stopped.
+
+    Each setting is a flag, or a line such as 'batch_size = 256' in the TOML file. Ctrl-C and SIGTERM end training after
+    the step in progress and keep what was learned.
+    """
+    try:
+        from clipfast.train.config import make_run_config, read_settings
+        from clipfast.train.run import run_training
+
+        settings = read_settings(config) if config else {}
+        run_training(make_run_config(settings | {name: value for name, value in flags.items() if value is not None}))
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: training needs {error.name}: pip install 'clipfast[train]'", err=True)
+        raise typer.Exit(1) from error
+    except (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        typer.echo(f"error: {rank}{error}", err=True)
+        raise typer.Exit(1) from error
+
+
+def shards(
+    source: Annotated[str, typer.Argument(help="'emoji' for the demo's pairs, a .csv or .tsv table, or a folder.")],
+    output: Annotated[Path, typer.Argument(help="The folder for the shards; it may hold none yet.")],
+    shard_size: Annotated[int, typer.Option(help="Pairs a shard.")] = 10_000,
+    image_size: Annotated[int, typer.Option(help="Pixels a side of the emoji.")] = 64,
+) -> None:
+    """Write pictures and captions as WebDataset shards, which training reads.
+
+    The emoji become two folders, OUTPUT/train and OUTPUT/held_out: compositions that training does not see.
+    """
+    try:
+        if source == "emoji":
+            from clipfast.data.emoji_pairs import write_emoji_shards
+
+            written = write_emoji_shards(output, image_size=image_size, shard_size=shard_size)
+        else:
+            from clipfast.data.shards import write_shards
+            from clipfast.data.sources import open_pairs
+
+            pairs = open_pairs(source)
+            written = write_shards((pairs.read(i) for i in range(len(pairs))), output, shard_size=shard_size)
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: shards need {error.name}: pip install 'clipfast[demo]'", err=True)
+        raise typer.Exit(1) from error
+    except (ImportError, ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    typer.echo(f"wrote {len(written)} shards to {output}")
+
+
+def add_train_commands(app: typer.Typer) -> None:
+    """Put these commands behind those that ``app`` has."""
+    for command in (train, shards):
+        app.command()(command)

@@ -1,0 +1,283 @@
+"""Pictures with a class each: folders of classes, WebDataset shards, and pictures that libraries ship."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image
+
+from clipfast.data.shards import ShardSample, expand_shards, scan_shard
+from clipfast.data.sources import PICTURES, Pair, PairError
+
+_CLASS_FILES = ("classnames.txt", "classes.txt")
+
+
+class LabelledSource(Protocol):
+    """N pictures, read by number.
+
+    Attributes:
+        class_names: C names, as prompts say them.
+        labels: N indices into them.
+    """
+
+    class_names: Sequence[str]
+    labels: Sequence[int]
+
+    def __len__(self) -> int:
+        """Return N."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call picture ``index``."""
+        ...
+
+    def read(self, index: int) -> bytes | Image.Image:
+        """Read picture ``index``: the bytes of its file, or itself.
+
+        Raises:
+            PairError, OSError: It cannot be read.
+        """
+        ...
+
+
+def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[str] | None = None) -> LabelledSource:
+    """Find pictures with classes.
+
+    Args:
+        path: One of
+
+            - a folder with a folder for each class, pictures in it or below (torchvision's ImageFolder). The classes
+              are the folders in the order of their names, ``_`` read as a blank;
+            - WebDataset shards, named as for :func:`clipfast.data.sources.open_pairs`: a picture and its class'
+              number in a ``.cls``, the names in a ``classnames.txt`` beside them or one folder up (clip-benchmark's
+              layout);
+            - ``digits``: the 1,797 pictures of handwritten digits that scikit-learn ships.
+        class_names: A file with the names: one a line (or a JSON list) in the order of the numbers or folders, or a
+            JSON object of names by folder.
+
+    Raises:
+        FileNotFoundError: A file or folder is missing.
+        ImportError: scikit-learn is missing.
+        ValueError: No pictures, no names, or names that do not fit.
+    """
+    text = os.fspath(path)
+    names = None if class_names is None else _read_names(Path(class_names))
+    shards = find_shards(text)
+    if shards:
+        return ShardClasses(shards, names)
+    if text == "digits" and not Path(text).exists():
+        return Digits(names)
+    place = Path(text)
+    if not place.is_dir():
+        raise FileNotFoundError(f"data: got {text}, expected shards, 'digits', or a folder of classes: none is there")
+    return FolderClasses(place, names)
+
+
+def find_shards(path: str) -> list[Path]:
+    """Return the shards that ``path`` names, none if it names something else."""
+    if "::" in path or "{" in path or path.endswith(".tar"):
+        return expand_shards(path)
+    return sorted(Path(path).glob("*.tar")) if Path(path).is_dir() else []
+
+
+def has_labels(path: str) -> bool:
+    """Whether ``path`` names pictures with classes, rather than with captions."""
+    shards = find_shards(path)
+    if shards:
+        samples, _ = scan_shard(shards[0])
+        return bool(samples) and any(extension == "cls" for extension, _, _ in samples[0].parts)
+    place = Path(path)
+    if not place.is_dir():
+        return path == "digits"
+    pictures = next((p for p in sorted(place.rglob("*")) if p.suffix.lower() in PICTURES), None)
+    return pictures is not None and pictures.parent != place and not pictures.with_suffix(".txt").is_file()
+
+
+class FolderClasses:
+    """The pictures of a folder of classes; see :func:`open_labelled`."""
+
+    def __init__(self, folder: Path, names: Sequence[str] | dict[str, str] | None = None) -> None:
+        folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        if not folders:
+            raise ValueError(f"data: got no folders in {folder}, expected one for each class, with its pictures")
+        self.class_names = _fitting_names(names, [p.name for p in folders], folder)
+        found = [
+            (path, label)
+            for label, of_class in enumerate(folders)
+            for path in sorted(of_class.rglob("*"))
+            if path.suffix.lower() in PICTURES
+        ]
+        if not found:
+            raise ValueError(f"data: got no pictures in the folders of {folder}, expected {', '.join(PICTURES)}")
+        self._paths = [path for path, _ in found]
+        self.labels = [label for _, label in found]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def name(self, index: int) -> str:
+        """See :class:`LabelledSource`."""
+        return str(self._paths[index])
+
+    def read(self, index: int) -> bytes:
+        """See :class:`LabelledSource`."""
+        return self._paths[index].read_bytes()
+
+
+class ShardClasses:
+    """The pictures of shards with a ``.cls`` each; see :func:`open_labelled`."""
+
+    def __init__(self, shards: Sequence[Path], names: Sequence[str] | dict[str, str] | None = None) -> None:
+        if names is None:
+            names = _names_beside(shards[0])
+        if isinstance(names, dict):
+            raise ValueError("class_names: got names by folder, expected a list: shards have numbers for classes")
+        self.class_names = list(names)
+        self._samples: list[tuple[Path, ShardSample]] = []
+        self.labels: list[int] = []
+        for shard in shards:
+            with shard.open("rb") as file:
+                for sample in scan_shard(shard)[0]:
+                    parts = {extension: (first, length) for extension, first, length in sample.parts}
+                    if "cls" not in parts:
+                        raise ValueError(
+                            f"data: got {', '.join(parts)} for {sample.key} in {shard}, expected a .cls with its class"
+                        )
+                    file.seek(parts["cls"][0])
+                    self.labels.append(self._label(file.read(parts["cls"][1]), sample.key, shard))
+                    self._samples.append((shard, sample))
+        if not self._samples:
+            raise ValueError(f"data: got no samples in {len(shards)} shards such as {shards[0]}")
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def name(self, index: int) -> str:
+        """See :class:`LabelledSource`."""
+        shard, sample = self._samples[index]
+        return f"{shard.name}/{sample.key}"
+
+    def read(self, index: int) -> bytes:
+        """See :class:`LabelledSource`."""
+        shard, sample = self._samples[index]
+        for extension, first, length in sample.parts:
+            if f".{extension}" in PICTURES:
+                with shard.open("rb") as file:
+                    file.seek(first)
+                    return file.read(length)
+        raise PairError(f"{self.name(index)}: got {', '.join(e for e, _, _ in sample.parts)}, expected a picture")
+
+    def _label(self, text: bytes, key: str, shard: Path) -> int:
+        classes = len(self.class_names)
+        try:
+            label = int(text)
+        except ValueError:
+            label = -1
+        if not 0 <= label < classes:
+            raise ValueError(f"data: got class {text[:20]!r} of {key} in {shard}, expected a number 0 to {classes - 1}")
+        return label
+
+
+class Digits:
+    """The handwritten digits of scikit-learn, dark on white; see :func:`open_labelled`."""
+
+    def __init__(self, names: Sequence[str] | dict[str, str] | None = None) -> None:
+        if importlib.util.find_spec("sklearn") is None:
+            raise ImportError("data: 'digits' come with scikit-learn, which is missing: pip install 'clipfast[train]'")
+        from sklearn.datasets import load_digits
+
+        found = load_digits()
+        words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+        self.class_names = _fitting_names(names, words, Path("digits"))
+        self.labels = found.target.tolist()
+        self._pictures = np.round(255 - found.images * (255 / 16)).astype(np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """See :class:`LabelledSource`."""
+        return f"digits/{index}"
+
+    def read(self, index: int) -> Image.Image:
+        """See :class:`LabelledSource`."""
+        return Image.fromarray(self._pictures[index])
+
+
+class ScikitImagePairs:
+    """The eight pictures of scikit-image that OpenAI's notebook captions, and their captions.
+
+    The library is looked for and not imported.
+
+    Raises:
+        ImportError: scikit-image is missing.
+
+    Source: ``notebooks/Interacting_with_CLIP.ipynb`` of OpenAI's CLIP.
+    """
+
+    groups = (8,)
+    _CAPTIONS = (
+        ("page.png", "a page of text about segmentation"),
+        ("chelsea.png", "a facial photo of a tabby cat"),
+        ("astronaut.png", "a portrait of an astronaut with the American flag"),
+        ("rocket.jpg", "a rocket standing on a launchpad"),
+        ("motorcycle_right.png", "a red motorcycle standing in a garage"),
+        ("camera.png", "a person looking at a camera on a tripod"),
+        ("horse.png", "a black-and-white silhouette of a horse"),
+        ("coffee.png", "a cup of coffee on a saucer"),
+    )
+
+    def __init__(self) -> None:
+        spec = importlib.util.find_spec("skimage")
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError("data: 'scikit-image' names pictures of that library: pip install scikit-image")
+        self._folder = Path(next(iter(spec.submodule_search_locations))) / "data"
+
+    def __len__(self) -> int:
+        return len(self._CAPTIONS)
+
+    def read(self, index: int) -> Pair:
+        """See :class:`clipfast.data.sources.PairSource`."""
+        name, caption = self._CAPTIONS[index]
+        try:
+            return Pair(name, (self._folder / name).read_bytes(), caption)
+        except OSError as error:
+            raise PairError(f"{name}: {error}") from error
+
+
+def _read_names(path: Path) -> Sequence[str] | dict[str, str]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".json":
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    names = json.loads(text)
+    values = list(names.values()) if isinstance(names, dict) else names
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"class_names: got {path}, expected a JSON list of names, or an object of them by folder")
+    return names
+
+
+def _names_beside(shard: Path) -> list[str]:
+    for folder in (shard.parent, shard.parent.parent):
+        for name in _CLASS_FILES:
+            if (folder / name).is_file():
+                return list(_read_names(folder / name))
+    raise ValueError(f"class_names: got none for {shard}, expected a file of names, or {_CLASS_FILES[0]} beside it")
+
+
+def _fitting_names(names: Sequence[str] | dict[str, str] | None, own: list[str], place: Path) -> list[str]:
+    if names is None:
+        return [name.replace("_", " ") for name in own]
+    if isinstance(names, dict):
+        missing = [name for name in own if name not in names]
+        if missing:
+            raise ValueError(f"class_names: got no name for {missing[0]!r} and {len(missing) - 1} more in {place}")
+        return [names[name] for name in own]
+    if len(names) != len(own):
+        raise ValueError(f"class_names: got {len(names)} names, expected {len(own)}, one for each class of {place}")
+    return list(names)

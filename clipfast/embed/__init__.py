@@ -1,0 +1,1 @@
+"""Features of many pictures or texts in a file, and the nearest among them."""

@@ -1,0 +1,170 @@
+"""What ``clipfast embed`` does: the features of many pictures or texts, in a file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch.nn.functional as F
+from rich.console import Console
+
+from clipfast.data.model_inputs import picture_loader
+from clipfast.embed.reader import Inputs, open_inputs
+from clipfast.embed.writer import (
+    DTYPES,
+    Part,
+    PartStore,
+    check_writable,
+    names_path,
+    read_about,
+    read_skipped,
+    remove_run,
+)
+from clipfast.evaluate.features import Encoder, encode_rows, picture_encoder, text_encoder
+from clipfast.evaluate.progress import RowProgress
+from clipfast.models.clip import CLIP
+from clipfast.models.open_model import weights_digest
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What a run of :func:`embed` came to.
+
+    Attributes:
+        output: The file.
+        rows: How many it holds.
+        computed: How many were computed by this run; the others were there.
+        skipped: ``(row, name, reason)`` of those that could not be read.
+    """
+
+    output: Path
+    rows: int
+    computed: int
+    skipped: list[tuple[int, str, str]]
+
+
+def embed(
+    model: CLIP,
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    kind: Literal["image", "text"] = "image",
+    column: str | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+    normalize: bool = True,
+    batch_size: int = 64,
+    batches_per_part: int = 16,
+    workers: int = 2,
+    restart: bool = False,
+    model_source: dict[str, str] | None = None,
+    console: Console | None = None,
+) -> Embedding:
+    """Compute features and write them, in parts that a run after a kill takes over.
+
+    Batches begin at fixed rows, and rows that cannot be read leave their places empty: on the same machine, a run
+    that was killed and went on gives the bits of one that was not. While a batch is computed at most two are read.
+
+    Args:
+        model: In ``eval()``.
+        source: For :func:`clipfast.embed.reader.open_inputs`.
+        output: A ``.parquet`` file, with the columns ``row``, ``path`` (or ``text``) and ``features``; or an ``.npy``
+            array ``[n, E]``, with ``row`` and name of each in the ``.names.jsonl`` beside it. Rows that could not be
+            read are left out, and listed in a ``.skipped.jsonl``.
+        kind: ``"image"`` or ``"text"``.
+        column: Of a Parquet source.
+        dtype: Of the features in the file.
+        normalize: Whether they get unit length.
+        batch_size: Rows a batch.
+        batches_per_part: What a kill loses at most.
+        workers: Threads that read and decode.
+        restart: Whether what an earlier run left is thrown away.
+        model_source: What :func:`clipfast.embed.search.model_of` shall give: ``spec`` and perhaps ``weights``.
+        console: Where progress goes.
+
+    Raises:
+        FileNotFoundError, ImportError, OSError, ValueError: As its parts raise; an output of another model or source
+            is there.
+    """
+    output = Path(output)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
+    if batch_size < 1 or batches_per_part < 1:
+        raise ValueError(f"batch_size, batches_per_part: got {batch_size} and {batches_per_part}, expected at least 1")
+    inputs = open_inputs(source, kind, column)
+    about = _about(model, inputs, dtype, normalize, batch_size, model_source)
+    check_writable(output.parent)
+    if restart:
+        remove_run(output)
+    if (done := _done_before(output, about)) is not None:
+        return Embedding(output, done, 0, read_skipped(output))
+    store = PartStore(output, about, batch_size * batches_per_part, len(inputs))
+    missing = store.missing()
+    to_do = sum(map(len, missing))
+    encoder, load = _modality(model, inputs)
+    with RowProgress(f"{kind}s", len(inputs), console, done=len(inputs) - to_do) as progress:
+        for rows in missing:
+            encoded = encode_rows(
+                encoder,
+                lambda row: load(inputs.read(row)),
+                rows,
+                batch_size=batch_size,
+                workers=workers,
+                fixed_batches=True,
+                on_rows=progress,
+            )
+            features = F.normalize(encoded.features, dim=-1) if normalize else encoded.features
+            values = features.numpy().astype(dtype)
+            if not np.isfinite(values).all():
+                raise ValueError(
+                    f"dtype: got features that are too large for {dtype}, expected float32, or to normalise"
+                )
+            names = [inputs.name(row) for row in encoded.rows]
+            unread = [(row, inputs.name(row), reason) for row, reason in encoded.skipped.items()]
+            store.write(rows, Part(values, np.array(encoded.rows, np.int64), names, unread))
+    count, skipped = store.join()
+    return Embedding(output, count, to_do, skipped)
+
+
+def _about(
+    model: CLIP, inputs: Inputs, dtype: str, normalize: bool, batch_size: int, model_source: dict[str, str] | None
+) -> dict[str, Any]:
+    return {
+        "kind": inputs.kind,
+        "source": inputs.fingerprint(),
+        "weights": weights_digest(model.state_dict()),
+        "config": model.config.to_dict(),
+        "model": model_source,
+        "dtype": dtype,
+        "normalize": normalize,
+        "batch_size": batch_size,
+    }
+
+
+def _done_before(output: Path, about: dict[str, Any]) -> int | None:
+    """Return how many rows an output of the same run holds; None if there is no output."""
+    if not output.exists():
+        return None
+    found = read_about(output)
+    # JSON has lists where configurations have tuples; where the model lies does not change what it computes
+    same = {key: found.get(key) == _as_json(value) for key, value in about.items() if key != "model"}
+    if not all(same.values()) or (output.suffix == ".npy" and not names_path(output).is_file()):
+        changed = ", ".join(key for key, equal in same.items() if not equal)
+        raise ValueError(
+            f"output: got {output}, which is there and of another run ({changed} differ), expected a new name, or "
+            f"--restart to replace it"
+        )
+    return int(found["count"])
+
+
+def _as_json(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _modality(model: CLIP, inputs: Inputs) -> tuple[Encoder, Any]:
+    if inputs.kind == "text":
+        return text_encoder(model), str
+    return picture_encoder(model), picture_loader(model)

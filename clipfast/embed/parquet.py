@@ -1,0 +1,51 @@
+"""Parquet by pyarrow, which is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def require_pyarrow() -> tuple[Any, Any]:
+    """Return the modules ``pyarrow`` and ``pyarrow.parquet``.
+
+    Raises:
+        ImportError: They are missing.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise ImportError("Parquet needs pyarrow, which is not installed: pip install 'clipfast[embed]'") from error
+    return pyarrow, parquet
+
+
+def open_parquet(path: Path) -> Any:
+    """Return a ``pyarrow.parquet.ParquetFile``, mapped into memory.
+
+    Raises:
+        ImportError: pyarrow is missing.
+        FileNotFoundError: There is no such file.
+        ValueError: It is no Parquet, or damaged.
+    """
+    pyarrow, parquet = require_pyarrow()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    try:
+        return parquet.ParquetFile(path, memory_map=True)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: got no whole Parquet file: {str(error).splitlines()[0]}") from error
+
+
+def find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str], path: Path) -> str:
+    """Return the column that was asked for, or the first of the usual ones.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    for name in [wanted] if wanted else usual:
+        if name in columns:
+            return name
+    expected = repr(wanted) if wanted else f"one of {', '.join(usual)}, or --column"
+    raise ValueError(f"column: got {', '.join(columns)} in {path}, expected {expected}")

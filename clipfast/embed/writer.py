@@ -1,0 +1,234 @@
+"""Features in files: parts of fixed rows that are each whole or not there, then one file of all.
+
+A run that was killed goes on with the parts that are missing. A part's batches begin at fixed rows, so that its bits
+do not depend on where the run before was stopped.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from clipfast.embed.parquet import require_pyarrow
+from clipfast.files import write_atomically
+
+FORMAT = "clipfast.features.1"
+ENDINGS = (".parquet", ".npy")
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class Part:
+    """The features of a range of rows.
+
+    Attributes:
+        features: float32 or float16 ``[n, E]``.
+        rows: int64 ``[n]``, their numbers in the input, ascending.
+        names: Their n names.
+        skipped: ``(row, name, reason)`` of those that could not be read.
+    """
+
+    features: np.ndarray
+    rows: np.ndarray
+    names: list[str]
+    skipped: list[tuple[int, str, str]]
+
+
+def names_path(output: Path) -> Path:
+    """Where the names of an ``.npy``'s rows are: ``features.names.jsonl`` beside ``features.npy``."""
+    return output.with_suffix(".names.jsonl")
+
+
+def skipped_path(output: Path) -> Path:
+    """Where the rows are listed that could not be read."""
+    return output.with_suffix(".skipped.jsonl")
+
+
+class PartStore:
+    """The parts of a run beside its output, in ``OUTPUT.parts``.
+
+    Args:
+        output: The ``.parquet`` or ``.npy`` file that they become.
+        about: What the features depend on; parts of anything else are not taken over.
+        part_rows: Rows a part.
+        total: Rows in all.
+
+    Raises:
+        ImportError: pyarrow is missing, for Parquet.
+        OSError: The folder cannot be written.
+        ValueError: ``output`` has another ending, or parts of another run are there.
+    """
+
+    def __init__(self, output: Path, about: dict[str, Any], part_rows: int, total: int) -> None:
+        if output.suffix not in ENDINGS:
+            raise ValueError(f"output: got {output}, expected a name that ends with .parquet or .npy")
+        if output.suffix == ".parquet":
+            require_pyarrow()
+        self.output, self.about, self.part_rows, self.total = output, about, part_rows, total
+        self.folder = output.with_name(output.name + ".parts")
+        manifest = self.folder / "manifest.json"
+        expected = json.loads(json.dumps(about | {"part_rows": part_rows, "total": total}))
+        if manifest.is_file():
+            found = json.loads(manifest.read_text(encoding="utf-8"))
+            # where the model lies does not change what it computes
+            keys = (found.keys() | expected.keys()) - {"model"}
+            changed = sorted(key for key in keys if found.get(key) != expected.get(key))
+            if changed:
+                raise ValueError(
+                    f"output: got parts of another run in {self.folder} ({', '.join(changed)} changed), expected the "
+                    f"same: give its arguments, another output, or --restart"
+                )
+        else:
+            write_atomically(manifest, lambda file: file.write(json.dumps(expected, indent=1).encode()))
+        # what was being written when a run was killed
+        for place, name in ((self.folder, ""), (output.parent, output.name), (output.parent, names_path(output).name)):
+            for left in place.glob(f"{glob.escape(name)}*.part"):
+                left.unlink(missing_ok=True)
+
+    @property
+    def ranges(self) -> list[range]:
+        """The rows of every part."""
+        return [range(first, min(first + self.part_rows, self.total)) for first in range(0, self.total, self.part_rows)]
+
+    def missing(self) -> list[range]:
+        """The rows of the parts that are not there yet."""
+        return [rows for rows in self.ranges if not self._path(rows).is_file()]
+
+    def write(self, rows: range, part: Part) -> None:
+        """Write one part, whole or not at all."""
+        about = json.dumps({"names": part.names, "skipped": part.skipped}).encode()
+
+        def save(file: BinaryIO) -> None:
+            np.savez(file, features=part.features, rows=part.rows, about=np.frombuffer(about, np.uint8))
+
+        write_atomically(self._path(rows), save)
+
+    def parts(self) -> Iterator[Part]:
+        """Read all parts in order, one at a time."""
+        for rows in self.ranges:
+            with np.load(self._path(rows), allow_pickle=False) as kept:
+                about = json.loads(kept["about"].tobytes())
+                skipped = [tuple(entry) for entry in about["skipped"]]
+                yield Part(kept["features"], kept["rows"], about["names"], skipped)
+
+    def join(self) -> tuple[int, list[tuple[int, str, str]]]:
+        """Make the output of the parts, then remove them; returns the number of its rows, and what was skipped.
+
+        Raises:
+            ValueError: No row could be read.
+        """
+        count, width = 0, 0
+        skipped: list[tuple[int, str, str]] = []
+        for part in self.parts():
+            count += len(part.rows)
+            width = max(width, part.features.shape[1])
+            skipped += part.skipped
+        if not count:
+            raise ValueError(f"input: got no row that could be read, expected at least one; the first: {skipped[0][2]}")
+        about = self.about | {"format": FORMAT, "count": count, "width": width}
+        if skipped:
+            lines = (json.dumps({"row": row, "name": name, "reason": reason}) for row, name, reason in skipped)
+            text = "\n".join(lines) + "\n"
+            write_atomically(skipped_path(self.output), lambda file: file.write(text.encode()))
+        else:
+            skipped_path(self.output).unlink(missing_ok=True)
+        if self.output.suffix == ".npy":
+            # the names first: an .npy that is there has its names beside it
+            write_atomically(names_path(self.output), lambda file: _write_names(self, about, file))
+            write_atomically(self.output, lambda file: _write_npy(self, count, width, file))
+        else:
+            write_atomically(self.output, lambda file: _write_parquet(self, about, width, file))
+        shutil.rmtree(self.folder)
+        return count, skipped
+
+    def _path(self, rows: range) -> Path:
+        return self.folder / f"{rows.start:012d}.npz"
+
+
+def remove_run(output: Path) -> None:
+    """Remove an output and the parts of a run that was to make it."""
+    for path in (output, names_path(output), skipped_path(output)):
+        path.unlink(missing_ok=True)
+    parts = output.with_name(output.name + ".parts")
+    if (parts / "manifest.json").is_file():
+        shutil.rmtree(parts)
+
+
+def read_skipped(output: Path) -> list[tuple[int, str, str]]:
+    """Return ``(row, name, reason)`` of the rows that a run left out."""
+    path = skipped_path(output)
+    if not path.is_file():
+        return []
+    entries = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    return [(entry["row"], entry["name"], entry["reason"]) for entry in entries]
+
+
+def read_about(output: Path) -> dict[str, Any]:
+    """Return what the features of a file depend on, as the run wrote it; empty for files of other programs.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or has another ending.
+    """
+    if output.suffix == ".parquet":
+        from clipfast.embed.parquet import open_parquet
+
+        metadata = open_parquet(output).schema_arrow.metadata or {}
+        return json.loads(metadata.get(b"clipfast", b"{}"))
+    if output.suffix != ".npy":
+        raise ValueError(f"features: got {output}, expected a .parquet or .npy file")
+    if not output.is_file():
+        raise FileNotFoundError(f"features: got {output}, expected a file: there is none")
+    names = names_path(output)
+    if not names.is_file():
+        return {}
+    with names.open(encoding="utf-8") as file:
+        first = file.readline()
+    return json.loads(first) if first.startswith("{") else {}
+
+
+def _write_names(store: PartStore, about: dict[str, Any], file: BinaryIO) -> None:
+    file.write(json.dumps(about).encode() + b"\n")
+    for part in store.parts():
+        for row, name in zip(part.rows.tolist(), part.names, strict=True):
+            file.write(json.dumps([row, name]).encode() + b"\n")
+
+
+def _write_npy(store: PartStore, count: int, width: int, file: BinaryIO) -> None:
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(store.about["dtype"])), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (count, width)})
+    for part in store.parts():
+        file.write(np.ascontiguousarray(part.features).tobytes())
+
+
+def _write_parquet(store: PartStore, about: dict[str, Any], width: int, file: BinaryIO) -> None:
+    pyarrow, parquet = require_pyarrow()
+    value = pyarrow.from_numpy_dtype(store.about["dtype"])
+    column = "path" if store.about["kind"] == "image" else "text"
+    schema = pyarrow.schema(
+        [("row", pyarrow.int64()), (column, pyarrow.string()), ("features", pyarrow.list_(value, width))],
+        metadata={"clipfast": json.dumps(about)},
+    )
+    # features are noise to a compressor
+    with parquet.ParquetWriter(file, schema, compression={"row": "snappy", column: "snappy"}) as writer:
+        for part in store.parts():
+            if len(part.rows):
+                flat = pyarrow.array(np.ascontiguousarray(part.features).reshape(-1), type=value)
+                features = pyarrow.FixedSizeListArray.from_arrays(flat, width)
+                arrays = [pyarrow.array(part.rows), pyarrow.array(part.names, pyarrow.string()), features]
+                writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+
+def check_writable(folder: Path) -> None:
+    """Raise an OSError unless files can be made in a folder; it is made if it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"output: got the folder {folder}, expected one that can be written")

@@ -1,0 +1,260 @@
+"""What ``clipfast eval`` does: a model measured on data, as a table and as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels, open_labelled
+from clipfast.data.model_inputs import picture_loader
+from clipfast.data.sources import PairError, PairSource, open_pairs
+from clipfast.evaluate.class_cache import cached_classifier
+from clipfast.evaluate.features import Encoded, encode_rows, picture_encoder, text_encoder
+from clipfast.evaluate.linear_probe import SWEEP, linear_probe, split_for_probe
+from clipfast.evaluate.progress import RowProgress
+from clipfast.evaluate.retrieval import retrieval_recall
+from clipfast.evaluate.templates import load_templates
+from clipfast.evaluate.zero_shot import zero_shot_accuracy
+from clipfast.files import write_atomically
+from clipfast.models.clip import CLIP
+
+Task = Literal["auto", "zero-shot", "retrieval", "linear-probe"]
+TASKS = ("auto", "zero-shot", "retrieval", "linear-probe")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model came to on some data.
+
+    Attributes:
+        task: "zero-shot", "retrieval" or "linear-probe".
+        metrics: By name; shares in [0, 1].
+        counts: What was measured: pictures, texts, classes.
+        settings: What else the figures depend on.
+        skipped: Why a picture or pair could not be read, by its name.
+    """
+
+    task: str
+    metrics: dict[str, float]
+    counts: dict[str, int]
+    settings: dict[str, Any] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON holds of it."""
+        return {
+            "task": self.task,
+            "metrics": self.metrics,
+            "counts": self.counts,
+            "settings": self.settings,
+            "skipped": self.skipped,
+        }
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How data is read and encoded.
+
+    Attributes:
+        batch_size: Pictures or texts at once.
+        workers: Threads that read and decode.
+        console: Where progress goes, or None.
+    """
+
+    batch_size: int = 64
+    workers: int = 2
+    console: Console | None = None
+
+
+def evaluate(
+    model: CLIP,
+    data: str | os.PathLike[str],
+    task: Task = "auto",
+    *,
+    class_names: str | os.PathLike[str] | None = None,
+    templates: str | os.PathLike[str] = "simple",
+    train_data: str | os.PathLike[str] | None = None,
+    c: float | Sequence[float] = SWEEP,
+    reading: Reading | None = None,
+) -> Evaluation:
+    """Measure a model.
+
+    Args:
+        model: In ``eval()``.
+        data: Pictures with classes (:func:`clipfast.data.labelled.open_labelled`) or with captions
+            (:func:`clipfast.data.sources.open_pairs`), ``digits`` or ``scikit-image``.
+        task: ``"auto"`` is zero-shot for pictures with classes and retrieval for pictures with captions.
+        class_names: A file of names for the classes.
+        templates: A name of :data:`clipfast.evaluate.templates.TEMPLATES`, or a file.
+        train_data: What a linear probe is trained on; half of ``data``, of every class alike, where it is missing.
+        c: Of the linear probe.
+        reading: How to read.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: An argument that does not fit, or nothing that could be read.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
+    data = os.fspath(data)
+    reading = reading or Reading()
+    if task == "auto":
+        task = "zero-shot" if has_labels(data) else "retrieval"
+    if task == "retrieval":
+        shipped = data == "scikit-image" and not Path(data).exists()
+        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data), reading)
+    source = open_labelled(data, class_names)
+    if task == "zero-shot":
+        return _zero_shot(model, source, load_templates(templates), reading)
+    other = None if train_data is None else open_labelled(train_data, class_names)
+    return _linear_probe(model, source, other, c, reading)
+
+
+def _zero_shot(model: CLIP, source: LabelledSource, templates: Sequence[str], reading: Reading) -> Evaluation:
+    # the texts first: a model that cannot read them should not read a million pictures before
+    classifier = cached_classifier(model, source.class_names, templates)
+    images = _pictures(model, source, reading)
+    labels = torch.tensor(source.labels)[images.rows]
+    classes = len(source.class_names)
+    metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if classes > 5 else (1,))
+    return Evaluation(
+        "zero-shot",
+        metrics,
+        {"pictures": len(labels), "classes": classes},
+        {"templates": list(templates)},
+        _by_name(images, source),
+    )
+
+
+def _linear_probe(
+    model: CLIP, source: LabelledSource, train: LabelledSource | None, c: float | Sequence[float], reading: Reading
+) -> Evaluation:
+    images = _pictures(model, source, reading)
+    labels = torch.tensor(source.labels)[images.rows]
+    skipped = _by_name(images, source)
+    if train is None:
+        rows, others = split_for_probe(labels)
+        train_features, train_labels = images.features[rows], labels[rows]
+        test_features, test_labels = images.features[others], labels[others]
+    else:
+        if list(train.class_names) != list(source.class_names):
+            raise ValueError(
+                f"train_data: got the classes {', '.join(train.class_names[:5])}…, expected those of data: "
+                f"{', '.join(source.class_names[:5])}…"
+            )
+        seen = _pictures(model, train, reading)
+        train_features, train_labels = seen.features, torch.tensor(train.labels)[seen.rows]
+        test_features, test_labels = images.features, labels
+        skipped |= _by_name(seen, train)
+    probe = linear_probe(train_features, train_labels, test_features, test_labels, c=c)
+    counts = {"pictures": len(test_labels), "trained_on": len(train_labels), "classes": len(source.class_names)}
+    return Evaluation("linear-probe", probe.metrics, counts, {"C": probe.c, "converged": probe.converged}, skipped)
+
+
+def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
+    load = picture_loader(model)
+    with RowProgress("pictures", len(source), reading.console) as progress:
+        images = encode_rows(
+            picture_encoder(model),
+            lambda row: load(source.read(row)),
+            range(len(source)),
+            batch_size=reading.batch_size,
+            workers=reading.workers,
+            on_rows=progress,
+        )
+    _require_some(images, source.name(0))
+    return images
+
+
+def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
+    texts = text_encoder(model)
+    load = picture_loader(model)
+    names: dict[int, str] = {}
+    captions: dict[int, tuple[str, str]] = {}  # by row: which picture, and the caption
+    owner: dict[str, int] = {}  # the row whose picture is encoded for all that share it
+
+    def load_pair(row: int) -> Tensor | None:
+        pair = source.read(row)
+        names[row] = pair.key
+        if not pair.caption.strip():
+            raise PairError(f"{pair.key}: got an empty caption")
+        # a table that lists a picture with five captions means one picture
+        if owner.setdefault(pair.key, row) == row:
+            pixels = load(pair.image)
+        else:
+            pixels = None
+        captions[row] = (pair.key, pair.caption)
+        return pixels
+
+    with RowProgress("pictures", len(source), reading.console) as progress:
+        images = encode_rows(
+            picture_encoder(model),
+            load_pair,
+            range(len(source)),
+            batch_size=reading.batch_size,
+            workers=reading.workers,
+            on_rows=progress,
+        )
+    _require_some(images, names.get(0, "pair 0"))
+    place = {row: index for index, row in enumerate(images.rows)}
+    rows = [row for row in sorted(captions) if owner[captions[row][0]] in place]
+    with RowProgress("texts", len(rows), reading.console) as progress:
+        encoded = encode_rows(
+            texts,
+            lambda row: captions[row][1],
+            rows,
+            batch_size=reading.batch_size,
+            workers=0,
+            on_rows=progress,
+        )
+    image_of_text = torch.tensor([place[owner[captions[row][0]]] for row in encoded.rows])
+    metrics = retrieval_recall(images.features, encoded.features, image_of_text=image_of_text)
+    counts = {"pictures": len(images.rows), "texts": len(encoded.rows)}
+    skipped = {names.get(row, f"pair {row}"): reason for row, reason in images.skipped.items()}
+    return Evaluation("retrieval", metrics, counts, {}, skipped)
+
+
+def _by_name(images: Encoded, source: LabelledSource) -> dict[str, str]:
+    return {source.name(row): reason for row, reason in images.skipped.items()}
+
+
+def _require_some(images: Encoded, first: str) -> None:
+    if not images.rows:
+        reason = next(iter(images.skipped.values()), "there are none")
+        raise ValueError(
+            f"data: got no picture that could be read, expected at least one; the first, {first}: {reason}"
+        )
+
+
+def metrics_table(evaluation: Evaluation) -> Table:
+    """Set an evaluation as a table for the terminal: each measure, and chance where it is known."""
+    counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in evaluation.counts.items())
+    table = Table("measure", "result", "chance", title=f"{evaluation.task}: {counts}", title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    metrics = evaluation.metrics
+    for name, value in metrics.items():
+        if "chance" in name:
+            continue
+        of_chance = name.replace("recall@", "chance@").replace("top", "chance")
+        chance = None if of_chance == name else metrics.get(of_chance)
+        words = name.replace("_", " ").replace("to text", "→ text").replace("to image", "→ image")
+        table.add_row(words, f"{value:.4f}", "" if chance is None else f"{chance:.4f}")
+    if "C" in evaluation.settings:
+        stopped = "" if evaluation.settings["converged"] else ", and the solver was stopped early"
+        table.caption = f"C = {evaluation.settings['C']:.4g}{stopped}"
+    return table
+
+
+def write_evaluation(evaluation: Evaluation, path: Path, **about: object) -> None:
+    """Write an evaluation, and what else it is about, as JSON."""
+    text = json.dumps(about | evaluation.to_dict(), indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

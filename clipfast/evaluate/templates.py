@@ -1,0 +1,55 @@
+"""Prompts for zero-shot classification, by name or from a file.
+
+Source: ``notebooks/Prompt_Engineering_for_ImageNet.ipynb`` of OpenAI's CLIP (MIT).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "name": ("{}",),
+    "photo": ("a photo of a {}.",),
+    # the seven that OpenAI found to do nearly as well as all eighty on ImageNet
+    "simple": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+    ),
+}
+
+
+def load_templates(name_or_path: str | os.PathLike[str]) -> tuple[str, ...]:
+    """Return templates with a ``{}`` for the class' name.
+
+    Args:
+        name_or_path: A key of :data:`TEMPLATES`, or a file: one template a line, or a JSON list. clip-benchmark's
+            ``{c}`` is read as ``{}``.
+
+    Raises:
+        FileNotFoundError: It is neither.
+        ValueError: The file holds no templates, or one without a place for the name.
+    """
+    name = os.fspath(name_or_path)
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"templates: got {name!r}, expected one of {', '.join(TEMPLATES)}, or a file of templates"
+        )
+    text = path.read_text(encoding="utf-8")
+    lines = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
+    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"templates: got {path} without templates, expected one a line, or a JSON list")
+    templates = tuple(line.replace("{c}", "{}") for line in lines)
+    for template in templates:
+        if "{}" not in template:
+            raise ValueError(f"templates: got {template!r} in {path}, expected a {{}} where the class name goes")
+    return templates

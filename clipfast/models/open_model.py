@@ -1,0 +1,124 @@
+"""A trained model from what a user types: a name with weights, or the folder of a training run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.models.clip import CLIP
+from clipfast.models.config import CLIPConfig, get_config, list_models
+from clipfast.models.create import create_model
+from clipfast.models.model_folder import CONFIG_FILE, WEIGHTS_FILE
+
+
+def open_model(
+    spec: str | os.PathLike[str],
+    weights: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> CLIP:
+    """Load a trained model for inference. Nothing is downloaded, and no code of a file is run.
+
+    Args:
+        spec: One of
+
+            - a name of :func:`clipfast.list_models`, or a ``.json`` file with a configuration, with ``weights``;
+            - the folder of a training run: ``model.json`` with ``model.safetensors``, or with ``weights``.
+        weights: A file or folder for :func:`clipfast.load_weights`.
+        device: For :func:`find_device`.
+        dtype: Of its parameters; float32 by default.
+
+    Returns:
+        The model in ``eval()``, its parameters frozen.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: An unknown name, no weights, or files that are corrupt or do not fit.
+    """
+    target = find_device(device)
+    config, state = _find(os.fspath(spec), weights)
+    model = create_model(config, weights=state, device=target, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def find_device(name: str, local_rank: int | None = None) -> torch.device:
+    """Return the device of ``"cpu"``, ``"cuda"``, ``"cuda:1"``, or ``"auto"``: CUDA where there is one.
+
+    Where a machine runs several ranks, ``"cuda"`` is the device of this one's ``local_rank``.
+
+    Raises:
+        ValueError: Another name, or CUDA where PyTorch finds none.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise ValueError(f"device: got {name!r}, expected 'cpu', 'cuda', 'cuda:1' or 'auto'")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: got {name!r}, expected 'cpu': PyTorch finds no CUDA device here")
+    if index and kind == "cuda" and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {name!r}, expected one of the {torch.cuda.device_count()} CUDA devices here")
+    return (
+        torch.device(kind, local_rank)
+        if kind == "cuda" and not index and local_rank is not None
+        else torch.device(name)
+    )
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of names, dtypes, shapes and bits, the same on every device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _find(
+    spec: str, weights: str | os.PathLike[str] | None
+) -> tuple[CLIPConfig, str | os.PathLike[str] | Mapping[str, Tensor]]:
+    path = Path(spec)
+    if path.is_dir():
+        return _config_of_run(path), weights or _weights_of_run(path)
+    if spec in list_models() or spec.endswith(".json"):
+        if not weights:
+            raise ValueError(f"weights: got none for {spec}, expected a file of weights: --weights FILE")
+        if spec not in list_models() and not path.is_file():
+            raise FileNotFoundError(f"model: got {spec}, expected a configuration's file: there is none")
+        return _config_of(path) if spec.endswith(".json") else get_config(spec), weights
+    if "/" not in spec and not path.suffix:
+        get_config(spec)  # an unknown name: says which are near
+    raise FileNotFoundError(
+        f"model: got {spec}, expected the folder of a run, a .json configuration, or a name of clipfast.list_models(); "
+        f"weights alone go to --weights, beside the model's name"
+    )
+
+
+def _config_of_run(folder: Path) -> CLIPConfig:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"model: got the folder {folder}, expected {CONFIG_FILE} in it, as training leaves it")
+    return _config_of(path)
+
+
+def _config_of(path: Path) -> CLIPConfig:
+    try:
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"got {type(values).__name__}, expected an object")
+        return CLIPConfig.from_dict(values.get("model_cfg", values))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model: {path} is no configuration: {error}") from error
+
+
+def _weights_of_run(folder: Path) -> Path:
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"model: got the folder {folder}, expected {WEIGHTS_FILE} in it, or --weights")
+    return folder / WEIGHTS_FILE

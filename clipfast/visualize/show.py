@@ -1,0 +1,167 @@
+"""What ``clipfast show`` does: pictures of what a model sees in pictures, and how they fit texts."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from clipfast.data.model_inputs import image_size_of, tokenizer_of
+from clipfast.data.transform import image_transform, load_image, to_pixels
+from clipfast.models.clip import CLIP
+from clipfast.modules.vit import ViT
+from clipfast.visualize.attention_maps import attention_rollout, class_attention, plot_attention_maps, plot_heads
+from clipfast.visualize.feature_space import plot_feature_space, project_features
+from clipfast.visualize.figures import save_png
+from clipfast.visualize.report import Report
+from clipfast.visualize.similarity_matrix import plot_similarity_matrix, similarity_matrix
+from clipfast.visualize.training_curves import plot_training_curves, read_log
+
+_LEAST_SIDE = 224  # pixels that overlays are drawn with, however small the model's input
+_CURVES = {"step", "loss", "logit_scale", "samples_per_second"}
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Pictures as a model sees them.
+
+    Attributes:
+        pictures: Each uint8 ``[H, W, 3]``, whole.
+        crops: uint8 ``[N, S, S, 3]``, the part that the model is given, finer where its input is small.
+        names: N names.
+        inputs: float ``[N, 3, h, w]``, the model's input.
+        features: ``[N, E]``.
+    """
+
+    pictures: list[np.ndarray]
+    crops: np.ndarray
+    names: list[str]
+    inputs: Tensor
+    features: Tensor
+
+
+def show(
+    model: CLIP,
+    images: Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    texts: Sequence[str] = (),
+    log: str | os.PathLike[str] | None = None,
+    method: str = "tsne",
+    block: int = -1,
+    dark: bool = False,
+) -> list[Path]:
+    """Draw attention maps, similarities, the shared space and training curves, as PNGs and in ``report.html``.
+
+    Args:
+        model: In ``eval()``.
+        images: Pictures' files.
+        output: The folder; files of the same names are replaced.
+        texts: What to compare the pictures with. As many as there are pictures, three or more, are taken to be their
+            captions, and both are laid out in a plane.
+        log: The ``log.jsonl`` of a training run.
+        method: Of the plane: ``"tsne"``, or ``"umap"``.
+        block: Whose heads are drawn.
+        dark: Whether PNGs are for dark pages. The report follows its reader.
+
+    Returns:
+        The files, the report last.
+
+    Raises:
+        ImageError, OSError: A picture cannot be read.
+        ImportError: A package is missing.
+        ValueError: No pictures, an empty text, or an argument that does not fit.
+    """
+    if not images:
+        raise ValueError("images: got none, expected at least one picture")
+    if any(not text.strip() for text in texts):
+        raise ValueError("texts: got an empty one, expected words")
+    sight = _look(model, [Path(image) for image in images])
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    report = Report("What the model sees", f"{len(images)} pictures" + (f" and {len(texts)} texts." if texts else "."))
+    files = []
+
+    def add(name: str, heading: str, words: str, figure: Figure) -> None:
+        report.add_section(heading, words)
+        report.add_figure(figure, heading)  # before the colours of a page are fixed
+        save_png(figure, output / name, dark=dark)
+        files.append(output / name)
+
+    if texts:
+        text_features = _encode_texts(model, texts)
+        cosines = similarity_matrix(sight.features, text_features)
+        words = "Cosine similarities" + ("; the best text of each picture is framed." if len(texts) > 1 else ".")
+        add("similarity.png", "Texts and pictures", words, plot_similarity_matrix(cosines, texts, sight.pictures))
+        if len(texts) == len(images) >= 3:
+            points = project_features(sight.features, text_features, method=method)
+            words = f"Pictures and their captions (orange), laid out by {_METHODS[method]}; pairs are joined."
+            add("space.png", "The shared space", words, plot_feature_space(*points, sight.crops, texts))
+    _add_attention(model, sight, block, add, report)
+    if log is not None:
+        records = [record for record in read_log(Path(log)) if record.keys() >= _CURVES]
+        if records:
+            add("training.png", "Training", "", plot_training_curves(records))
+    report.write(output / "report.html")
+    return [*files, output / "report.html"]
+
+
+_METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
+
+
+def _look(model: CLIP, paths: list[Path]) -> Sight:
+    height, width = image_size_of(model)
+    finer = max(1, -(-_LEAST_SIDE // min(height, width)))
+    transform, fine = image_transform((height, width)), image_transform((height * finer, width * finer))
+    loaded = [load_image(path) for path in paths]
+    like = model.logit_scale
+    inputs = torch.stack([transform(image) for image in loaded]).to(like.device, like.dtype)
+    crops = to_pixels(torch.stack([fine(image) for image in loaded])).numpy()
+    with torch.no_grad():
+        features = model.encode_image(inputs).float().cpu()
+    if not features.isfinite().all():
+        raise ValueError("model: got features with NaN or infinity, expected finite ones")
+    pictures = [np.asarray(_thumbnail(image)) for image in loaded]
+    return Sight(pictures, crops, [path.name for path in paths], inputs, features)
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    image = image.convert("RGB")
+    image.thumbnail((512, 512), Image.Resampling.LANCZOS)
+    return image
+
+
+def _encode_texts(model: CLIP, texts: Sequence[str]) -> Tensor:
+    tokenizer = tokenizer_of(model)
+    with torch.no_grad():
+        return model.encode_text(tokenizer(list(texts)).to(model.logit_scale.device)).float().cpu()
+
+
+def _add_attention(model: CLIP, sight: Sight, block: int, add: object, report: Report) -> None:
+    if not isinstance(model.visual, ViT):
+        report.add_section("Attention", "This image tower is a ResNet: it has no attention between patches to draw.")
+        return
+    grid = model.visual.grid_size
+    rollouts, heads = [], []
+    for one in sight.inputs.split(1):  # the maps of every block and head are large
+        with torch.no_grad():
+            attention = model.visual.get_attention_maps(one)
+        rollouts.append(attention_rollout(attention)[0].cpu())
+        heads.append(class_attention(attention, block)[0].cpu())
+    words = "Attention from the class token, followed through all blocks (rollout)."
+    figure = plot_attention_maps(sight.crops, torch.stack(rollouts), grid, sight.names)
+    add("attention.png", "Where it looks", words, figure)
+    number = block % model.config.vision_cfg.layers + 1
+    for index, name in enumerate(sight.names):
+        stem = re.sub(r"[^\w.-]", "_", Path(name).stem)[:60]
+        figure = plot_heads(sight.crops[index], heads[index], rollouts[index], grid)
+        words = f"What the class token looks at in block {number}, head by head, each with its own scale."
+        add(f"heads-{index:02d}-{stem}.png", name, words, figure)

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import csv
+import sys
+
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+import small
+
+from clipfast.data.shards import write_shards
+from clipfast.data.sources import PairError, open_pairs
+from clipfast.embed.reader import open_inputs
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    small.write_pictures(tmp_path / "pictures", 4)
+    (tmp_path / "pictures" / "below").mkdir()
+    small.picture(9).save(tmp_path / "pictures" / "below" / "z.jpg")
+    return tmp_path / "pictures"
+
+
+def contents(inputs) -> list[tuple[str, bytes | str]]:
+    found = []
+    for row in range(len(inputs)):
+        content = inputs.read(row)
+        found.append((inputs.name(row), content))
+    return found
+
+
+def test_a_folder(folder):
+    images = contents(open_inputs(folder))
+    assert [name for name, _ in images] == ["00.png", "01.png", "02.png", "03.png", "below/z.jpg"]
+    assert images[4][1] == (folder / "below" / "z.jpg").read_bytes()
+    texts = contents(open_inputs(folder, "text"))
+    assert texts[1] == ("01.txt", "a green thing, number 1")
+
+
+def test_lists(folder):
+    (folder / "list.txt").write_text("below/z.jpg\n\n00.png\nmissing.png\n", encoding="utf-8-sig")
+    inputs = open_inputs(folder / "list.txt")
+    assert len(inputs) == 3
+    assert inputs.name(0) == "below/z.jpg"
+    assert inputs.read(1) == (folder / "00.png").read_bytes()
+    with pytest.raises(FileNotFoundError, match=r"missing\.png"):
+        inputs.read(2)
+    assert contents(open_inputs(folder / "list.txt", "text"))[2] == ("missing.png", "missing.png")
+
+
+def test_parquet(folder):
+    data = [(folder / f"{i:02d}.png").read_bytes() for i in range(4)]
+    table = pyarrow.table(
+        {
+            "path": ["00.png", "01.png", None, "03.png"],
+            "data": data,
+            "caption": ["a", "bé", "", None],
+            "number": [1, 2, 3, 4],
+        }
+    )
+    parquet.write_table(table, folder / "t.parquet", row_group_size=2)
+    paths = open_inputs(folder / "t.parquet")
+    assert (paths.read(3), paths.name(3)) == (data[3], "03.png")
+    with pytest.raises(PairError, match=r"t\.parquet/2: got nothing in the column 'path'"):
+        paths.read(2)
+    in_bytes = contents(open_inputs(folder / "t.parquet", column="data"))
+    assert in_bytes == [(f"t.parquet/{i}", data[i]) for i in range(4)]
+    texts = open_inputs(folder / "t.parquet", "text")
+    assert [texts.read(i) for i in (0, 2, 1, 0)] == ["a", "", "bé", "a"]
+    with pytest.raises(ValueError, match=r"column: got path, data, caption, number in .*, expected 'words'"):
+        open_inputs(folder / "t.parquet", "text", "words")
+    with pytest.raises(ValueError, match="got 'number' of int64"):
+        open_inputs(folder / "t.parquet", "text", "number")
+    with pytest.raises(ValueError, match="got 'data' of binary .* expected strings"):
+        open_inputs(folder / "t.parquet", "text", "data")
+    parquet.write_table(table.select(["number"]), folder / "n.parquet")
+    with pytest.raises(ValueError, match="expected one of filepath, image, .*or --column"):
+        open_inputs(folder / "n.parquet")
+
+
+def test_shards_and_tables(folder):
+    source = open_pairs(folder)
+    write_shards((source.read(i) for i in range(4)), folder / "shards", shard_size=3)
+    images = contents(open_inputs(folder / "shards"))
+    assert [name for name, _ in images] == [f"0000{i // 3}.tar/00000000{i}" for i in range(4)]
+    texts = contents(open_inputs(folder / "shards" / "0000{0..1}.tar", "text"))
+    assert [text for _, text in texts] == [(folder / f"{i:02d}.txt").read_text() for i in range(4)]
+    with (folder / "t.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), ("02.png", "two")])
+    assert contents(open_inputs(folder / "t.csv", "text")) == [("two", "two")]
+    with pytest.raises(ValueError, match="only Parquet's columns can be chosen"):
+        open_inputs(folder / "t.csv", column="title")
+
+
+def test_a_fingerprint_sees_what_moves_rows(folder):
+    first = open_inputs(folder).fingerprint()
+    assert open_inputs(folder).fingerprint() == first != open_inputs(folder, "text").fingerprint()
+    small.picture(0).save(folder / "0.png")
+    assert open_inputs(folder).fingerprint() != first
+    seen = set()
+    for texts in ("ab\nc", "a\nbc", "c\nab"):
+        (folder / "t.txt").write_text(texts)
+        seen.add(open_inputs(folder / "t.txt", "text").fingerprint())
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("missing", "image", "none is there"),
+        ("empty", "image", r"got no pictures \(\.jpg"),
+        ("empty", "text", r"got no texts \(\.txt\)"),
+        ("blank.txt", "text", "got no texts in"),
+        ("latin.txt", "text", "got no UTF-8"),
+        ("x.xlsx", "image", r"expected a folder, a \.txt list"),
+        ("cut.parquet", "image", "got no whole Parquet file"),
+        ("none.parquet", "image", "got no rows"),
+        ("empty", "sound", "kind: got 'sound'"),
+    ],
+)
+def test_mistakes(tmp_path, name, kind, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "x.xlsx").write_bytes(b"x")
+    parquet.write_table(pyarrow.table({"path": pyarrow.array([], pyarrow.string())}), tmp_path / "none.parquet")
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "none.parquet").read_bytes()[:-9])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        open_inputs(tmp_path / name, kind)
+
+
+def test_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "t.parquet").write_bytes(b"")
+    with pytest.raises(ImportError, match=r"Parquet needs pyarrow.*: pip install 'clipfast\[embed\]'"):
+        open_inputs(tmp_path / "t.parquet")

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import small
+import torch
+from rich.console import Console
+
+import clipfast
+from clipfast.data.model_inputs import picture_loader
+from clipfast.data.shards import write_shards
+from clipfast.data.sources import open_pairs
+from clipfast.evaluate.retrieval import retrieval_recall
+from clipfast.evaluate.run import Reading, evaluate, metrics_table, write_evaluation
+from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def printed(table) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_retrieval_is_that_of_the_features(tmp_path):
+    model = small.model()
+    small.write_pictures(tmp_path, 12)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG no picture")
+    (tmp_path / "broken.txt").write_text("a thing")
+    (tmp_path / "empty.png").write_bytes((tmp_path / "00.png").read_bytes())
+    (tmp_path / "empty.txt").write_text(" \n")
+    result = evaluate(model, tmp_path, reading=Reading(batch_size=5))
+    pictures = [small.picture(i) for i in range(12)]
+    images = model.encode_image(torch.stack([picture_loader(model)(p) for p in pictures]))
+    captions = [(tmp_path / f"{i:02d}.txt").read_text() for i in range(12)]
+    texts = model.encode_text(clipfast.tokenize(captions, 16))
+    assert result.task == "retrieval"
+    assert result.metrics == pytest.approx(retrieval_recall(images, texts))
+    assert result.counts == {"pictures": 12, "texts": 12}
+    assert set(result.skipped) == {str(tmp_path / "broken.png"), str(tmp_path / "empty.png")}
+    assert "empty caption" in " ".join(result.skipped.values())
+    assert "→ text recall@5" in printed(metrics_table(result))
+
+
+def test_shards_and_folders_give_the_same(tmp_path):
+    model = small.model()
+    small.write_pictures(tmp_path / "pairs", 7)
+    source = open_pairs(tmp_path / "pairs")
+    write_shards((source.read(i) for i in range(7)), tmp_path / "shards", shard_size=3)
+    assert evaluate(model, tmp_path / "shards").metrics == evaluate(model, tmp_path / "pairs").metrics
+
+
+def test_a_picture_with_several_captions_is_one_picture(tmp_path):
+    model = small.model()
+    paths = small.write_pictures(tmp_path, 6)
+    rows = [(path.name, f"caption {j} of {path.stem}") for j in range(3) for path in paths]
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), *rows])
+    result = evaluate(model, tmp_path / "table.csv", reading=Reading(batch_size=4))
+    assert result.counts == {"pictures": 6, "texts": 18}
+    images = model.encode_image(torch.stack([picture_loader(model)(small.picture(i)) for i in range(6)]))
+    texts = model.encode_text(clipfast.tokenize([caption for _, caption in rows], 16))
+    expected = retrieval_recall(images, texts, image_of_text=torch.arange(6).repeat(3))
+    assert result.metrics == pytest.approx(expected)
+
+
+@pytest.fixture
+def classes(tmp_path):
+    for label, name in enumerate(("red_fox", "owl")):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        for index in range(6):
+            small.picture(10 * label + index).save(tmp_path / "classes" / name / f"{index}.png")
+    return tmp_path / "classes"
+
+
+def test_zero_shot_is_that_of_the_features(classes):
+    model = small.model()
+    (classes / "owl" / "broken.png").write_bytes(b"no")
+    result = evaluate(model, classes, templates="photo")
+    pictures = [small.picture(i) for i in (*range(10, 16), *range(6))]  # owls come first
+    images = model.encode_image(torch.stack([picture_loader(model)(p) for p in pictures]))
+    tokenizer = clipfast.Tokenizer(16)
+    classifier = zero_shot_classifier(model.encode_text, tokenizer, ["owl", "red fox"], ["a photo of a {}."])
+    labels = torch.tensor([0] * 6 + [1] * 6)
+    assert result.task == "zero-shot"
+    assert result.metrics == pytest.approx(zero_shot_accuracy(images, classifier, labels, ks=(1,)))
+    assert result.settings == {"templates": ["a photo of a {}."]}
+    assert list(result.skipped) == [str(classes / "owl" / "broken.png")]
+
+
+def test_a_linear_probe_learns_from_half_or_from_other_data(classes):
+    model = small.model()
+    half = evaluate(model, classes, "linear-probe", c=1.0)
+    assert half.counts == {"pictures": 6, "trained_on": 6, "classes": 2}
+    other = evaluate(model, classes, "linear-probe", train_data=classes, c=1e4)
+    assert other.counts == {"pictures": 12, "trained_on": 12, "classes": 2}
+    assert other.metrics["top1"] == 1  # what it was trained on
+    assert "C = 1e+04" in printed(metrics_table(other))
+    with pytest.raises(ValueError, match="train_data: got the classes zero, one"):
+        evaluate(model, classes, "linear-probe", train_data="digits", c=1.0)
+
+
+def test_results_as_json(classes, tmp_path):
+    result = evaluate(small.model(), classes)
+    write_evaluation(result, tmp_path / "new" / "r.json", model="m")
+    read = json.loads((tmp_path / "new" / "r.json").read_text())
+    assert read == {"model": "m"} | result.to_dict()
+    assert read["metrics"]["top1"] == result.metrics["top1"]
+
+
+def test_pictures_that_libraries_ship():
+    assert evaluate(small.model(), "scikit-image").counts == {"pictures": 8, "texts": 8}
+
+
+def test_nothing_that_can_be_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(ValueError, match=r"got no picture that could be read.*a\.png"):
+        evaluate(small.model(), tmp_path)
+    with pytest.raises(ValueError, match="task: got 'both'"):
+        evaluate(small.model(), tmp_path, "both")
