@@ -315,3 +315,32 @@ def test_without_nvcc_there_is_no_wheel(tmp_path: Path, monkeypatch: pytest.Monk
     assert done.returncode == 1
     assert "error: the op library was built without CUDA: no nvcc was found" in done.stderr
     assert not (tmp_path / "made").exists()
+
+
+def test_the_script_that_tests_a_wheel_wants_one() -> None:
+    done = subprocess.run(["bash", SCRIPTS / "test_wheel.sh", "no.whl"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "WHEEL: got 'no.whl', expected a file" in done.stderr
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_wheel_that_changes_pytorch_is_refused(changed: bool, tmp_path: Path) -> None:
+    # an environment whose Python tells of another PyTorch after the first install
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+    *importlib.metadata*) echo "2.12.0 1 $(cat {tmp_path}/installs)" ;;
+    *"pip install"*) echo {"$*" if changed else "same"} > {tmp_path}/installs ;;
+    *) echo ran "$*" ;;
+esac
+""")
+    python.chmod(0o755)
+    (tmp_path / "installs").write_text("same\n")
+    (tmp_path / "some.whl").touch()
+    command = ["bash", SCRIPTS / "test_wheel.sh", tmp_path / "some.whl"]
+    environment = os.environ | {"CLIPFAST_ENV": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (1 if changed else 0), done.stderr
+    assert ("changed PyTorch: 2.12.0 1 same, then" in done.stderr) is changed
+    assert ("-m pytest --ignore=tests/test_wheel.py" in done.stdout) is not changed
