@@ -5,7 +5,7 @@
 JOBS ?= 2
 PYTEST = .venv/bin/pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-all exhaustive bench kernels wheel gpu lint clean
+.PHONY: help demo test test-all exhaustive bench kernels wheel sdist gpu lint clean
 
 help:
 	@echo "make demo      train a small CLIP on real pairs and write runs/demo/report.html"
@@ -15,6 +15,7 @@ help:
 	@echo "make bench     time clipfast beside its rivals"
 	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
 	@echo "make wheel     one wheel for every Python and card into dist/; no GPU is needed; CPU=1, or ARCHS=\"9.0a\""
+	@echo "make sdist     the sources that pip builds a wheel from, into dist/"
 	@echo "make gpu       on a machine with an NVIDIA GPU: all tests and benchmarks; PART=tests or PART=bench for one"
 	@echo "make lint      ruff"
 
@@ -45,6 +46,10 @@ kernels:
 wheel:
 	scripts/setup_env.sh wheel
 	.venv/bin/python scripts/build_wheel.py $(if $(filter 1,$(CPU)),--cpu) $(if $(ARCHS),--archs "$(ARCHS)") $(ARGS)
+
+sdist:
+	scripts/setup_env.sh wheel
+	.venv/bin/python scripts/build_wheel.py --sdist
 
 gpu:
 	scripts/gpu.sh $(PART)

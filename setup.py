@@ -17,6 +17,7 @@ Environment:
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -29,6 +30,7 @@ import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -178,7 +180,22 @@ def build_library(target: Path, temporary: Path) -> dict[str, str | None]:
     if oldest:
         first = old_symbols(target, oldest, temporary / "glibc", compiler)
         run([*linker, "-shared", *first, *objects, *cuda_objects, "-o", str(target), *links])
-    return {"cuda": cuda, "cuda_reason": reason}
+    found = {"cuda": cuda, "cuda_reason": reason, "torch": version_of(torch)}
+    return found | {"libstdcxx": compiler_version(compiler) if oldest else None}
+
+
+def version_of(torch: Path) -> str | None:
+    """Return the version of a PyTorch that may not be importable here."""
+    file = torch / "version.py"
+    match = re.search(r"^__version__ = '(.+)'$", file.read_text() if file.exists() else "", re.M)
+    return match and match[1]
+
+
+def compiler_version(compiler: list[str]) -> str:
+    """Return GCC's version, which is that of its C++ library, or ``unknown``."""
+    done = subprocess.run([*compiler, "--version"], capture_output=True, text=True)
+    match = None if "clang" in done.stdout else re.search(r"\b(\d+\.\d+\.\d+)$", done.stdout, re.M)
+    return match[1] if match else "unknown"
 
 
 def no_paths(torch: Path) -> str:
@@ -186,11 +203,18 @@ def no_paths(torch: Path) -> str:
     return f"-fmacro-prefix-map={torch.parent}/="
 
 
+def script(name: str) -> ModuleType:
+    """Import a file of scripts/."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
 def old_symbols(library: Path, glibc: str, temporary: Path, compiler: list[str]) -> list[str]:
     """Return what is linked first so that a library needs no newer C library than the one of a version."""
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import manylinux
-
+    manylinux = script("manylinux")
     if re.fullmatch(r"\d+\.\d+", glibc) is None:
         raise CannotBuild(f"CLIPFAST_GLIBC: got {glibc!r}, expected a version such as 2.28")
     try:
@@ -253,11 +277,23 @@ class BuildLibrary(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """Tags the wheel by platform alone."""
+    """Tags the wheel by platform alone, and puts its bill of materials in."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Serve every Python 3."""
         return "py3", "none", super().get_tag()[2]
+
+    def write_wheelfile(self, wheelfile_base: str, *arguments: str, **named: str) -> None:
+        """Write the bill of materials where the rest of the metadata is written."""
+        super().write_wheelfile(wheelfile_base, *arguments, **named)
+        package = Path(wheelfile_base).parent / "clipfast"
+        record = package / "_build.json"
+        # an editable install has metadata alone
+        if record.exists():
+            bill = script("sbom").document(self.distribution.get_version(), package, json.loads(record.read_text()))
+            folder = Path(wheelfile_base) / "sboms"
+            folder.mkdir(exist_ok=True)
+            (folder / "clipfast.cdx.json").write_text(bill)
 
 
 setup(

@@ -7,6 +7,7 @@ neither Triton nor the compiled library, and costs little beyond ``import torch`
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -41,11 +42,22 @@ _ROOMS = ("data", "embed", "evaluate", "models", "modules", "ops", "train", "vis
 __all__ = ["__version__", *_HOME_OF, *_ROOMS]
 
 
+def _import(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except (ImportError, AttributeError) as error:
+        # pip is not asked for a PyTorch of some version, because it would replace the one that is there
+        version = getattr(sys.modules.get("torch"), "__version__", "2.10")
+        if tuple(map(int, version.split(".")[:2])) >= (2, 10):
+            raise
+        raise ImportError(f"clipfast needs PyTorch 2.10 or later, this is {version}: upgrade PyTorch") from error
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
-        value = getattr(importlib.import_module(_HOME_OF[name]), name)
+        value = getattr(_import(_HOME_OF[name]), name)
     elif name in _ROOMS:
-        value = importlib.import_module(f"clipfast.{name}")
+        value = _import(f"clipfast.{name}")
     else:
         raise AttributeError(f"module 'clipfast' has no attribute {name!r}")
     globals()[name] = value

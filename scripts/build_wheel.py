@@ -2,16 +2,20 @@
 """Builds one wheel that serves every Python 3 and every card, on a machine without a GPU, and checks what it says.
 
     scripts/build_wheel.py [--cpu] [--archs "9.0a"] [--output FOLDER]
+    scripts/build_wheel.py --sdist [--output FOLDER]
 
 Wheels of one version have one name whatever they hold, so each kind has a folder of its own: dist/, dist/cpu/, and
 dist/9.0a/ for the architectures that were asked for. It is built from a copy of the sources. Its tag is what
 scripts/manylinux.py finds to be true of the library in it. Without nvcc there is no wheel, but with --cpu there is.
+--sdist makes the archive of sources that pip builds a wheel from where it installs.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
+import io
 import json
 import os
 import platform
@@ -20,6 +24,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -29,6 +34,7 @@ import manylinux
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("clipfast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_LICENSES")
+SOURCES += ("MANIFEST.in", "scripts/manylinux.py", "scripts/sbom.py")
 LEFT_OUT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
 # code for every card from A100 to RTX PRO Blackwell; PTX of compute_100 for the others of today and those to come
 ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0a+PTX;12.0"
@@ -38,7 +44,7 @@ CONTENTS = re.compile(
     r"clipfast/([a-z_]+/)*[a-z_0-9]+\.py|clipfast/(py\.typed|libclipfast\.so|_build\.json)"
     r"|clipfast/data/(bpe_simple_vocab_16e6\.txt\.gz|VOCABULARY_LICENSE)"
     r"|clipfast-[\d.]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|top_level\.txt"
-    r"|licenses/(LICENSE|THIRD_PARTY_LICENSES|clipfast/data/VOCABULARY_LICENSE))"
+    r"|sboms/clipfast\.cdx\.json|licenses/(LICENSE|THIRD_PARTY_LICENSES|clipfast/data/VOCABULARY_LICENSE))"
 )
 LICENCES = ("LICENSE", "THIRD_PARTY_LICENSES", "clipfast/data/VOCABULARY_LICENSE")
 
@@ -53,9 +59,8 @@ def copy_sources(folder: Path) -> None:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=LEFT_OUT)
         else:
+            (folder / name).parent.mkdir(exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
-    (folder / "scripts").mkdir()
-    shutil.copy2(ROOT / "scripts" / "manylinux.py", folder / "scripts")
 
 
 def build(source: Path, output: Path, architectures: str | None) -> Path:
@@ -71,6 +76,29 @@ def build(source: Path, output: Path, architectures: str | None) -> Path:
         raise Failed(f"the build failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
     (wheel,) = output.glob("*.whl")
     return wheel
+
+
+def build_sdist(source: Path, output: Path) -> Path:
+    """Pack the sources with this Python's setuptools, the same bytes for the same input."""
+    code = "from setuptools import build_meta; import sys; build_meta.build_sdist(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", code, str(output)], cwd=source, capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"the sdist failed:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    (made,) = output.glob("*.tar.gz")
+    # as it comes it tells who packed it and when
+    with tarfile.open(made) as archive:
+        members = [(m, archive.extractfile(m).read()) for m in sorted(archive, key=lambda m: m.name) if m.isfile()]
+    with (
+        made.open("wb") as raw,
+        gzip.GzipFile("", "wb", mtime=0, fileobj=raw) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        for member, content in members:
+            fresh = tarfile.TarInfo(member.name)
+            fresh.size, fresh.mtime = len(content), int(source_date())
+            fresh.mode = 0o755 if member.mode & 0o100 else 0o644
+            archive.addfile(fresh, io.BytesIO(content))
+    return made
 
 
 def source_date() -> str:
@@ -146,9 +174,10 @@ def main() -> int:
     parser.add_argument("--cpu", action="store_true", help="leave CUDA out")
     parser.add_argument("--archs", default="", help=f"such as '8.0;9.0a', '+PTX' behind one ({ARCHITECTURES})")
     parser.add_argument("--output", type=Path, help="the folder for the wheel")
+    parser.add_argument("--sdist", action="store_true", help="pack the sources, and build no wheel")
     options = parser.parse_args()
-    if options.cpu and options.archs:
-        parser.error("--cpu and --archs: got both, expected one of them")
+    if options.cpu + bool(options.archs) + options.sdist > 1:
+        parser.error("--cpu, --archs and --sdist: got several, expected one of them")
     output = options.output or ROOT / "dist" / ("cpu" if options.cpu else re.sub(r"[;, ]+", "_", options.archs))
     began = time.monotonic()
     try:
@@ -156,6 +185,12 @@ def main() -> int:
             source, made = Path(temporary) / "source", Path(temporary) / "made"
             source.mkdir()
             copy_sources(source)
+            if options.sdist:
+                output.mkdir(parents=True, exist_ok=True)
+                made.mkdir()
+                sdist = build_sdist(source, made)
+                print(shutil.copy2(sdist, output / sdist.name))
+                return 0
             wheel = build(source, made, None if options.cpu else options.archs or ARCHITECTURES)
             record, tag = check(wheel, not options.cpu, places(source))
             wheel = retag(wheel, tag)

@@ -24,6 +24,13 @@ SHORTENED = {
         *("{root}/.venv/bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"),
         *("--target", "{tmp}/site", "."),
     ],
+    "make wheel": ["make", "--dry-run", "wheel"],
+    "pip install dist/clipfast-*.whl": [
+        *("sh", "-ec"),
+        "{root}/.venv/bin/python scripts/build_wheel.py --cpu --output {tmp}/dist; "
+        "{root}/.venv/bin/python -m pip install --quiet --no-deps --target {tmp}/site {tmp}/dist/clipfast-*.whl",
+    ],
+    "clipfast doctor": ["{root}/.venv/bin/clipfast", "doctor"],
 }
 FEATURE_COMMANDS = ("clipfast eval", "clipfast embed", "clipfast search", "clipfast show")
 
@@ -52,8 +59,13 @@ def test_commands(command: str, tmp_path: Path) -> None:
     arguments = [a.format(root=ROOT, tmp=tmp_path) for a in SHORTENED[command]]
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    expected = {"make demo": "demo/report.html", "pip install .": "site/clipfast/kernels/__init__.py"}.get(command)
-    assert expected is None or (tmp_path / expected).is_file()
+    installed = "site/clipfast/kernels/__init__.py"
+    expected = {
+        "make demo": "demo/report.html",
+        "pip install .": installed,
+        "pip install dist/clipfast-*.whl": installed,
+    }
+    assert command not in expected or (tmp_path / expected[command]).is_file()
 
 
 @pytest.mark.slow

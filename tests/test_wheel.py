@@ -150,7 +150,9 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     assert {n for n in names if ".dist-info/" not in n} == of_package | {f"clipfast/{name}" for name in data}
     metadata = {name.split(".dist-info/")[1] for name in names if ".dist-info/" in name}
     licences = {"licenses/LICENSE", "licenses/THIRD_PARTY_LICENSES", "licenses/clipfast/data/VOCABULARY_LICENSE"}
-    assert metadata == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt"} | licences
+    assert metadata == {"METADATA", "WHEEL", "RECORD", "entry_points.txt", "top_level.txt"} | licences | {
+        "sboms/clipfast.cdx.json"
+    }
     for name, text in content.items():
         for place in (ROOT, Path(sys.prefix), Path(library.torch.__file__).parent.parent):
             assert f"{place}/".encode() not in text, f"{name} names {place}"
@@ -158,6 +160,52 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
         assert not re.search(rb"/(home|root|work|build)/[a-z]", text), name
     record = json.loads(content["clipfast/_build.json"])
     assert record["sha256"] == hashlib.sha256(content["clipfast/libclipfast.so"]).hexdigest()
+
+
+@pytest.mark.slow
+def test_its_bill_of_materials(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if ".dist-info/sboms/" in n)
+        bill = json.loads(archive.read(name))
+        built = hashlib.sha256(archive.read("clipfast/libclipfast.so")).hexdigest()
+    parts = {part["name"]: part for part in bill["components"]}
+    names = {"bpe_simple_vocab_16e6", "clipfast/libclipfast.so", "torch-stable-abi-headers", "libstdc++"}
+    assert set(parts) == names  # and no CUDA runtime in a wheel for CPUs
+    assert parts["clipfast/libclipfast.so"]["hashes"] == [{"alg": "SHA-256", "content": built}]
+    assert parts["torch-stable-abi-headers"]["version"] == library.torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("record", "names"),
+    [
+        ({"library": None}, []),
+        ({"library": "libclipfast.so", "torch": "2.13.0+cpu", "cuda": None}, ["torch-stable-abi-headers"]),
+        (
+            {"library": "libclipfast.so", "torch": None, "cuda": "13.0:80,90a", "libstdcxx": "12.2.0"},
+            ["torch-stable-abi-headers", "cudart_static", "libstdc++"],
+        ),
+    ],
+)
+def test_a_bill_of_materials_names_what_was_built(
+    record: dict, names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbom = load("sbom", monkeypatch)
+    package = tmp_path / "clipfast"
+    (package / "data").mkdir(parents=True)
+    (tmp_path / sbom.VOCABULARY).write_bytes(b"words")
+    (package / "libclipfast.so").write_bytes(b"code")
+    text = sbom.document("1.2", package, record)
+    assert text == sbom.document("1.2", package, record)
+    bill = json.loads(text)
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    assert bill["metadata"]["component"]["purl"] == "pkg:pypi/clipfast@1.2"
+    first = ["bpe_simple_vocab_16e6"] + (["clipfast/libclipfast.so"] if record["library"] else [])
+    assert [part["name"] for part in bill["components"]] == first + names
+    assert all(part["licenses"] and part["description"] for part in bill["components"])
+    references = {"clipfast", *(part["bom-ref"] for part in bill["components"])}
+    assert {r for d in bill["dependencies"] for r in (d["ref"], *d["dependsOn"])} == references
+    toolkits = [part["version"] for part in bill["components"] if part["name"] == "cudart_static"]
+    assert toolkits == (["13.0"] if record.get("cuda") else [])
 
 
 @pytest.mark.slow
@@ -267,3 +315,32 @@ def test_without_nvcc_there_is_no_wheel(tmp_path: Path, monkeypatch: pytest.Monk
     assert done.returncode == 1
     assert "error: the op library was built without CUDA: no nvcc was found" in done.stderr
     assert not (tmp_path / "made").exists()
+
+
+def test_the_script_that_tests_a_wheel_wants_one() -> None:
+    done = subprocess.run(["bash", SCRIPTS / "test_wheel.sh", "no.whl"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "WHEEL: got 'no.whl', expected a file" in done.stderr
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_wheel_that_changes_pytorch_is_refused(changed: bool, tmp_path: Path) -> None:
+    # an environment whose Python tells of another PyTorch after the first install
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text(f"""#!/bin/sh
+case "$*" in
+    *importlib.metadata*) echo "2.12.0 1 $(cat {tmp_path}/installs)" ;;
+    *"pip install"*) echo {"$*" if changed else "same"} > {tmp_path}/installs ;;
+    *) echo ran "$*" ;;
+esac
+""")
+    python.chmod(0o755)
+    (tmp_path / "installs").write_text("same\n")
+    (tmp_path / "some.whl").touch()
+    command = ["bash", SCRIPTS / "test_wheel.sh", tmp_path / "some.whl"]
+    environment = os.environ | {"CLIPFAST_ENV": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (1 if changed else 0), done.stderr
+    assert ("changed PyTorch: 2.12.0 1 same, then" in done.stderr) is changed
+    assert ("-m pytest --ignore=tests/test_wheel.py" in done.stdout) is not changed

@@ -33,6 +33,12 @@ _OPS = (
 )
 
 
+def torch_is_older() -> bool:
+    """Return whether PyTorch is older than 2.10, the first with all of the stable ABI that the library uses."""
+    match = re.match(r"(\d+)\.(\d+)", torch.__version__)
+    return match is not None and (int(match[1]), int(match[2])) < (2, 10)
+
+
 def path() -> Path:
     """Return where the op library lies, or would."""
     return _PACKAGE / "libclipfast.so"
@@ -90,6 +96,11 @@ def _damage(library: Path, sha256: str | None) -> str | None:
 
 def _load(library: Path) -> str | None:
     """Load the file; return why its ops cannot be used, or None."""
+    if torch_is_older():
+        return (
+            f"PyTorch {torch.__version__} is older than 2.10, whose stable ABI it needs: upgrade PyTorch, "
+            "to the same kind of build"
+        )
     loaded = torch.ops.loaded_libraries
     if hasattr(torch.ops.clipfast, "build_info") and str(library.resolve()) not in loaded:
         # a second registration of the same ops would end the process
@@ -101,7 +112,8 @@ def _load(library: Path) -> str | None:
         cause = str(error.__cause__ or error)
         if "undefined symbol" in cause:
             cause += (
-                f"; it does not fit PyTorch {torch.__version__}: install clipfast again, with PyTorch 2.10 or later"
+                f"; it does not fit PyTorch {torch.__version__}: build clipfast again beside this PyTorch, or take a "
+                "clipfast or a PyTorch (2.10 or later) of the other's time"
             )
         elif re.search(r"version .(GLIBC|CXXABI)", cause):
             cause += "; it was built on a newer system: build it here, or take the wheel for this system"

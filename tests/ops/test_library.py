@@ -46,6 +46,22 @@ def test_a_corrupt_library_is_a_reason_and_no_crash(package: Path) -> None:
     assert "\n" not in library.unavailable()
 
 
+def test_a_pytorch_that_is_too_old_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    library.unavailable.cache_clear()
+    monkeypatch.setattr(library, "_damage", lambda *arguments: None)
+    monkeypatch.setattr(library.Path, "exists", lambda path: True)
+    try:
+        for version, older in (("2.9.1+cu128", True), ("2.10.0", False), ("2.10.0a0+git1", False), ("3.0", False)):
+            monkeypatch.setattr(library.torch, "__version__", version)
+            assert library.torch_is_older() is older
+        monkeypatch.setattr(library.torch, "__version__", "2.9.1+cu128")
+        reason = library.unavailable()
+        assert "PyTorch 2.9.1+cu128 is older than 2.10" in reason
+        assert "upgrade PyTorch" in reason
+    finally:
+        library.unavailable.cache_clear()
+
+
 def test_a_card_without_code_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "build_info", lambda: {"cuda": "13.0:90a"})
     monkeypatch.setattr(library, "driver_version", lambda: (13, 0))
