@@ -132,15 +132,22 @@ def compile_cuda(torch: Path, temporary: Path) -> tuple[list[str], list[str], st
     version = subprocess.run([nvcc[0], "--version"], capture_output=True, text=True).stdout
     release = re.search(r"release (\d+\.\d+)", version)
     flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "--threads", str(JOBS), *architectures]
-    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
+    flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f"-I{torch / 'include'}", "-Icsrc"]
     flags += ["-Xcompiler", no_paths(torch)]
     objects = [str(temporary / f"{Path(source).stem}.cu.o") for source in sources(".cu")]
     for source, target in zip(sources(".cu"), objects, strict=True):
-        run([*nvcc, *flags, "-c", source, "-o", target])
+        run([*nvcc, *flags, *same_names(source, temporary), "-c", source, "-o", target])
     linker = [*nvcc, "-cudart", "static"]
     # a toolkit without its runtime library shows here, where the C++ half can still be built alone
     run([*linker, "-shared", *objects, "-o", str(temporary / "cuda_alone.so")])
     return linker, objects, f"{release[1] if release else 'unknown'}:{','.join(names)}"
+
+
+def same_names(source: str, temporary: Path) -> list[str]:
+    """Return the options without which names in an object hold random numbers, and the number of the process."""
+    kept = temporary / "nvcc" / Path(source).stem
+    kept.mkdir(parents=True, exist_ok=True)
+    return [f"-frandom-seed={Path(source).stem}", "--keep", "--keep-dir", str(kept)]
 
 
 def build_library(target: Path, temporary: Path) -> dict[str, str | None]:
@@ -162,7 +169,7 @@ def build_library(target: Path, temporary: Path) -> dict[str, str | None]:
         print(f"\nclipfast: THE OP LIBRARY IS BUILT WITHOUT CUDA: {why}\n", flush=True)
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     flags += [no_paths(torch), *VECTORISED, f"-DCLIPFAST_CUDA={cuda or 'none'}"]
-    includes = [f"-I{torch / 'include'}", f"-I{ROOT / 'csrc'}"]
+    includes = [f"-I{torch / 'include'}", "-Icsrc"]
     objects = [str(temporary / f"{Path(source).stem}.o") for source in sources(".cpp")]
     steps = zip(sources(".cpp"), objects, strict=True)
     compile_all([[*compiler, *flags, *includes, "-c", source, "-o", o] for source, o in steps])

@@ -13,6 +13,7 @@ scripts/manylinux.py finds to be true of the library in it. Without nvcc there i
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gzip
 import hashlib
 import io
@@ -28,6 +29,8 @@ import tarfile
 import tempfile
 import time
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import manylinux
@@ -51,6 +54,21 @@ LICENCES = ("LICENSE", "THIRD_PARTY_LICENSES", "clipfast/data/VOCABULARY_LICENSE
 
 class Failed(Exception):
     """Why there is no wheel."""
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """Give an empty folder, always the same: nvcc writes the place of its source into names, and so into the bits."""
+    folder = ROOT / "build" / "wheel"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / "wheel.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            shutil.rmtree(folder)
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def copy_sources(folder: Path) -> None:
@@ -181,8 +199,8 @@ def main() -> int:
     output = options.output or ROOT / "dist" / ("cpu" if options.cpu else re.sub(r"[;, ]+", "_", options.archs))
     began = time.monotonic()
     try:
-        with tempfile.TemporaryDirectory() as temporary:
-            source, made = Path(temporary) / "source", Path(temporary) / "made"
+        with workshop() as temporary:
+            source, made = temporary / "source", temporary / "made"
             source.mkdir()
             copy_sources(source)
             if options.sdist:
