@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,12 +34,13 @@ SHORTENED = {
     "clipfast doctor": ["{root}/.venv/bin/clipfast", "doctor"],
 }
 FEATURE_COMMANDS = ("clipfast eval", "clipfast embed", "clipfast search", "clipfast show")
+TRAINING_COMMANDS = ("clipfast shards", "torchrun")
 
 
 def test_blocks_are_of_two_kinds() -> None:
     assert {kind for kind, _ in BLOCKS} == {"python", "console"}
     commands = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
-    commands = [line for line in commands if not line.startswith(FEATURE_COMMANDS)]
+    commands = [line for line in commands if not line.startswith(FEATURE_COMMANDS + TRAINING_COMMANDS)]
     assert sorted(commands) == sorted(SHORTENED)
 
 
@@ -68,13 +70,35 @@ def test_commands(command: str, tmp_path: Path) -> None:
     assert command not in expected or (tmp_path / expected[command]).is_file()
 
 
+def block_with(words: str) -> str:
+    """Return the block of commands that holds some words."""
+    (text,) = (text for kind, text in BLOCKS if kind == "console" and words in text)
+    return text
+
+
+@pytest.mark.slow
+def test_training_commands(tmp_path: Path) -> None:
+    """As they stand there, one after another, but for the number of steps."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    programs = Path(sys.executable).parent
+    for line in block_with("torchrun").splitlines():
+        program, *arguments = shlex.split(line)
+        if program == "torchrun":
+            arguments += ["--steps", "2", "--batch-size", "32", "--val-pairs", "32"]
+        command = [sys.executable, "-m", "clipfast"] if program == "clipfast" else [str(programs / program)]
+        done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, (line, done.stdout[-3000:], done.stderr[-3000:])
+    assert "juggling" in done.stdout
+    assert (tmp_path / "runs" / "emoji" / "model.safetensors").is_file()
+
+
 @pytest.mark.slow
 def test_feature_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # as they stand there, one after another, with a model that was drawn in the place of one that was trained
     monkeypatch.chdir(tmp_path)
     small.run(tmp_path / "runs" / "demo")
     small.write_pictures(tmp_path / "pictures", 6)
-    lines = [line for _, text in BLOCKS for line in text.splitlines() if line.startswith(FEATURE_COMMANDS)]
+    lines = [line for line in block_with("clipfast show").splitlines() if line.startswith(FEATURE_COMMANDS)]
     assert {line.split()[1] for line in lines} == {command.split()[1] for command in FEATURE_COMMANDS}
     for line in lines:
         result = CliRunner().invoke(app, shlex.split(line)[1:])

@@ -22,5 +22,10 @@ def test_the_settings_are_settings():
     assert config.training(12_000_000).steps == 11719
 
 
+def test_the_emoji_are_trained_with_the_small_model():
+    config = make_run_config(read_settings(EXAMPLES / "emoji.toml"))
+    assert (config.model, config.steps, config.learning_rate) == ("examples/small.json", 200, 1e-3)
+
+
 def test_the_script_is_a_script():
     subprocess.run(["bash", "-n", str(EXAMPLES / "slurm.sh")], check=True)
