@@ -69,5 +69,5 @@ assert clipfast.__file__.startswith(sys.argv[1]), f"not the installed clipfast: 
 print(f"Python {sys.version.split()[0]}, PyTorch {torch.__version__}, {clipfast.__file__}", flush=True)
 EOF
 sources=(test_wheel.py test_install.py test_sdist.py test_plan_training.py train/test_examples.py)
-sources+=(ops/test_cuda_build.py ops/test_contrastive_loss_kernels.py)
+sources+=(kernels/test_compile.py ops/test_cuda_build.py ops/test_contrastive_loss_kernels.py)
 "$python" -m pytest "${sources[@]/#/--ignore=tests/}" "$@"

@@ -123,7 +123,8 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.model.zero_grad()
-        self.optimizer.zero_grad()
+        for weight in self._copies.values():
+            weight.grad = None
         self._hand_weights_back()
         self.model.clamp_logit_scale()
         self._update_ema()
