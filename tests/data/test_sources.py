@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 
 import numpy as np
@@ -116,6 +117,10 @@ def test_a_shard_that_goes_away_is_an_error_of_its_pairs(tmp_path):
     assert source.read(1).caption.startswith("caption 1")
     with pytest.raises(PairError, match=r"00001.tar: changed or gone"):
         source.read(2)
+    # one that is cut while a run reads it
+    os.truncate(tmp_path / "00000.tar", 1700)
+    with pytest.raises(PairError, match=r"000000000.png: got 164 bytes, expected"):
+        source.read(0)
 
 
 @pytest.mark.parametrize(("suffix", "comma"), [("csv", ","), ("tsv", "\t")])

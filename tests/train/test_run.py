@@ -210,7 +210,20 @@ def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="step 4 was not saved, training goes on: .*No space left"):
         result, _ = train(place, tmp_path / "a", steps=7)
     assert result.step == 7
-    full |= {5, 6, 7}
+    # the last save, at a step where one was due anyway, is tried once more
+    tried = []
+
+    def save_the_second_time(self, state, facts, **options):
+        tried.append(facts["step"])
+        if tried.count(6) == 1 and facts["step"] == 6:
+            raise OSError(28, "No space left on device")
+        return original(self, state, facts, **options)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="step 6 was not saved"):
+        patch.setattr(Checkpoints, "save", save_the_second_time)
+        train(place, tmp_path / "c", steps=6)
+    assert tried == [2, 4, 6, 6]
+    full |= {4, 5, 6, 7}
     with pytest.warns(UserWarning, match="was not saved"), pytest.raises(OSError, match="No space left"):
         train(place, tmp_path / "b", steps=7)
     assert Checkpoints(tmp_path / "b" / "checkpoints", Workplace(torch.device("cpu"))).list()[0].name.endswith("2")
