@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -73,6 +74,10 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     place = join_workplace(config.device, timeout=config.timeout)
     try:
         return _Run(config, place, console or Console(quiet=not place.leads)).go()
+    except BaseException as error:
+        if place.group is not None:  # the frames hold DDP, which holds the group that `leave` lets go of
+            traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         place.leave()
 

@@ -362,6 +362,36 @@ def test_two_ranks_train_as_one(place, tmp_path, strategy):
     assert logs[1][-1]["val_loss"] == pytest.approx(logs[0][-1]["val_loss"], rel=1e-3)
 
 
+LEAVING = """
+import os
+from pathlib import Path
+from clipfast.train import run
+from clipfast.train.config import make_run_config
+
+def fails(*arguments):
+    group = arguments[2].group  # in a frame that the error keeps
+    arguments[2].gather(1)
+    raise ValueError("as planned")
+
+run._Run.__init__ = fails
+before = len(os.listdir("/proc/self/task"))
+try:
+    run.run_training(make_run_config({"data": "none", "steps": 1}))
+except ValueError as error:
+    kept = error
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_an_error_leaves_no_thread_of_the_group(tmp_path):
+    """One that still runs while the interpreter ends may abort the process."""
+    places = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    run = [sys.executable, "-c", LEAVING]
+    done = subprocess.run(run, env=os.environ | places, capture_output=True, text=True, cwd=tmp_path, timeout=100)
+    assert done.stdout.split() == ["0"], done.stderr
+
+
 @pytest.mark.slow
 def test_ranks_that_do_not_fit_say_so_and_do_not_wait(place, tmp_path):
     values = settings(place, tmp_path)
