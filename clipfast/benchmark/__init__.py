@@ -1,0 +1,1 @@
+"""The performance report: what ``pytest benchmarks/`` measures with, and ``clipfast-bench`` reads, compares and draws."""
