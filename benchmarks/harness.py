@@ -1,175 +1,212 @@
-"""How the benchmarks time: the parts that all of them share.
+"""What all benchmarks share: sizes by scale, random inputs, and a row from its sides to the results' file.
 
-Variants run interleaved, so that a clock that changes meets all of them. On a GPU a round is timed by CUDA events
-around enough calls to hide the launches, with inputs that rotate through more memory than the L2 cache holds; the
-share of bandwidth is that of a copy timed in the same run. On a CPU it is wall time, and the sizes are small: those
-runs show that the benchmarks work, and no more.
+A row is one pytest-benchmark test: its time there is clipfast's, on the device; every other side is timed in the same
+rounds. ``clipfast.benchmark`` holds the clocks, the check against float64 and the file.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import statistics
-import time
-from collections.abc import Callable
+import datetime
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+import clipfast
+from clipfast.benchmark.limits import best_of, limit_seconds, measure_limits
+from clipfast.benchmark.machine import commit_name, details, folder_name, machine_name
+from clipfast.benchmark.measure import Call, Measurement, Oracle
+from clipfast.benchmark.results import Limits, Row, Run, write_run
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
-ROUNDS = 15 if ON_GPU else 3
-MEMORY = 512 * 2**20 if ON_GPU else 2**20  # what rotating inputs take at least: many times an L2 cache
-ROUND_MS = 2.0 if ON_GPU else 1.0  # the least a round lasts
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32  # what the ops are measured in
+CACHE = 512 * 2**20 if ON_GPU else 96 * 2**20  # what rotating inputs take at least: several times the last cache
 
-if not ON_GPU:
-    torch.set_num_threads(1)  # threads that wait for each other on a busy machine time nothing
+# seconds of rounds that a row may take, and the fewest and most rounds
+ROUNDS = {"smoke": (0.2, 2, 3), "short": (3.0, 5, 15), "full": (15.0, 9, 31)}
+T = TypeVar("T")
+
+
+@dataclass
+class Session:
+    """The run of the benchmarks that is going on; ``conftest.py`` fills it in."""
+
+    scale: str = "short"
+    results: Path | None = None
+    write: Callable[[str], None] = print
+    limits: Limits | None = None
+    rows: list[Row] = field(default_factory=list)
+    clock: float = 0.0
+
+    def read_clock(self) -> float:
+        """The clock that pytest-benchmark reads: it goes on by what the device took for clipfast's call."""
+        return self.clock
+
+    def finish(self, complete: bool) -> Path | None:
+        """Write what was measured; return the file."""
+        if not self.rows:
+            return None
+        limits = best_of(self.limits, measure_limits(DEVICE))
+        machine, commit = machine_name(DEVICE), commit_name(Path(__file__).parent)
+        run = Run(
+            machine=machine,
+            device=DEVICE,
+            details=details(DEVICE),
+            commit=commit,
+            date=datetime.date.today().isoformat(),
+            scale=self.scale,
+            complete=complete,
+            limits=limits,
+            rows=[replace(row, limit_s=limit_seconds(row, limits)) for row in self.rows],
+        )
+        path = self.results or Path(__file__).parent / "results"
+        if path.suffix != ".json":
+            name = commit if complete and self.scale != "smoke" else f"{commit}-part"
+            path = path / folder_name(machine) / f"{name}.json"
+        write_run(path, run)
+        return path
+
+
+SESSION = Session()
+
+
+def by_scale(*, smoke: T, short: T, full: T, gpu: T | None = None) -> T:
+    """Return what this run's scale asks for; a GPU has sizes of its own, where the CPU's would not fill it."""
+    if gpu is not None and ON_GPU and SESSION.scale != "smoke":
+        return gpu
+    return {"smoke": smoke, "short": short, "full": full}[SESSION.scale]
+
+
+def measure(
+    benchmark: Any,
+    row: Row,
+    sides: dict[str, Call | str],
+    inputs: Sequence[tuple] = ((),),
+    *,
+    oracle: Oracle | None = None,
+    saves: bool = False,
+    facts: Callable[[Row], dict[str, Any]] | None = None,
+) -> Row:
+    """Check, measure, print and record a row.
+
+    Args:
+        benchmark: pytest-benchmark's fixture, or None where it is not installed.
+        row: As for :class:`clipfast.benchmark.measure.Measurement`, as the next four are.
+        sides: Calls by name, or why one is absent.
+        inputs: Sets of arguments.
+        oracle: What the sides must return.
+        saves: Whether sides build an autograd graph.
+        facts: What the row tells beside its sides, once it is measured.
+    """
+    if SESSION.limits is None:
+        SESSION.limits = measure_limits(DEVICE)
+    measurement = Measurement(row, sides, inputs, oracle=oracle, device=DEVICE, saves=saves)
+    if benchmark is not None and benchmark.disabled:
+        measurement.round()
+        return measurement.row()
+
+    def round_() -> None:
+        SESSION.clock += measurement.round()
+
+    rounds = measurement.rounds(*ROUNDS[SESSION.scale])
+    if benchmark is None:
+        for _ in range(rounds):
+            round_()
+    else:
+        benchmark.pedantic(round_, rounds=rounds, warmup_rounds=0)
+    row = measurement.row()
+    row = replace(row, limit_s=limit_seconds(row, SESSION.limits), facts=row.facts | (facts(row) if facts else {}))
+    if benchmark is not None:
+        benchmark.extra_info.update({name: side.seconds for name, side in row.sides.items()})
+    SESSION.rows.append(row)
+    for line in lines_of(row):
+        SESSION.write(line)
+    return row
+
+
+def lines_of(row: Row) -> list[str]:
+    """Return a row as text: a line a side."""
+    lines = ["", row.name]
+    first = next(iter(row.sides))
+    for name, side in row.sides.items():
+        line = f"  {name:<30} {side.seconds * 1e3:10.4f} ms {row.items / side.seconds:12,.0f} {row.unit}/s"
+        line += f" {row.ratio(name, first):6.2f} × {first}'s time"
+        if row.limit_s:
+            line += f", {row.limit_s / side.seconds:4.0%} of the limit"
+        if side.peak_bytes is not None:
+            line += f", {side.peak_bytes / 1e6:,.1f} MB"
+        if side.error is not None:
+            line += f", error {side.error:.1e}"
+        lines.append(line)
+    return lines + [f"  {name:<30} {reason}" for name, reason in row.missing.items()]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as results have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def rotating(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     """Return sets of random inputs, more of them than a cache holds."""
     first = make()
     size = max(1, sum(t.numel() * t.element_size() for t in first))
-    return [first, *(make() for _ in range(min(63, MEMORY // size)))]
-
-
-def milliseconds(variants: dict[str, Callable[..., object]], inputs: list[tuple[Tensor, ...]]) -> dict[str, float]:
-    """Return the median time of one call of each variant."""
-    calls = {}
-    for name, function in variants.items():
-        for arguments in inputs[:2]:
-            function(*arguments)  # builds kernels
-        calls[name] = max(1, int(ROUND_MS / max(_round(function, inputs, 3), 1e-3)))
-    times = {name: [] for name in variants}
-    for _ in range(ROUNDS):
-        for name, function in variants.items():
-            times[name].append(_round(function, inputs, calls[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def _round(function: Callable[..., object], inputs: list[tuple[Tensor, ...]], calls: int) -> float:
-    if ON_GPU:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(2_000_000)  # the device waits while the host queues the first calls
-        start.record()
-    else:
-        began = time.perf_counter()
-    for i in range(calls):
-        function(*inputs[i % len(inputs)])
-    if not ON_GPU:
-        return (time.perf_counter() - began) * 1e3 / calls
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / calls
-
-
-def paired(sides: dict[str, Callable[[], object] | None], rounds: int) -> dict[str, list[float]]:
-    """Return the wall times in seconds of every side that is there, taken in turn, a round at a time."""
-    present = {name: call for name, call in sides.items() if call is not None}
-    times: dict[str, list[float]] = {name: [] for name in present}
-    for round_ in range(rounds + 1):
-        for name, call in present.items():
-            began = time.perf_counter()
-            call()
-            if ON_GPU:
-                torch.cuda.synchronize()
-            if round_:  # the first one warms up
-                times[name].append(time.perf_counter() - began)
-    return times
-
-
-def report_paired(
-    capsys: object,
-    title: str,
-    times: dict[str, list[float]],
-    sides: dict[str, object],
-    items: int,
-    op: str | None = None,
-    **facts: dict[str, float],
-) -> None:
-    """Report :func:`paired` times: items a second, and each side's time over the first one's in the same round.
-
-    Args:
-        capsys: pytest's.
-        title: What was timed.
-        times: As :func:`paired` gives them.
-        sides: All sides; those without times are named as not installed.
-        items: How many items one call computes.
-        op: The op that was timed, for the results' file.
-        **facts: More numbers a side.
-    """
-    first = next(iter(times.values()))
-    ratios = {
-        name: statistics.median(t / mine for t, mine in zip(each, first, strict=True)) for name, each in times.items()
-    }
-    medians = {name: 1e3 * statistics.median(each) for name, each in times.items()}
-    missing = [name for name in sides if name not in times]
-    tuned = {k: v for k, v in os.environ.items() if k.startswith("MALLOC_") or k == "LD_PRELOAD"}
-    title = f"{title}, {torch.get_num_threads()} threads"
-    report(capsys, title, medians, op=op, ratios=ratios, missing=missing, rounds=len(first), allocator=tuned, **facts)
-    with capsys.disabled():
-        print(f"  allocator: {tuned or 'defaults'}; {len(first)} rounds")
-        for name, ratio in ratios.items():
-            line = f"  {name:<28} {items / medians[name] * 1e3:9.2f} /s {ratio:6.2f} × {next(iter(times))}'s time"
-            for fact, values in facts.items():
-                line += f", {fact} {values[name]:.6g}" if name in values else ""
-            print(line)
-        for name in missing:
-            print(f"  {name:<28} not installed")
-
-
-def copy_bandwidth() -> float:
-    """Return the bytes a second that a copy of a large tensor reads and writes, in GB/s."""
-    inputs = rotating(lambda: tuple(torch.randn(2, MEMORY // 16, device=DEVICE)))
-    return 2 * 4 * (MEMORY // 16) / milliseconds({"copy": lambda a, b: a.copy_(b)}, inputs)["copy"] / 1e6
+    most = 2 if SESSION.scale == "smoke" else 63
+    return [first, *(make() for _ in range(min(most, CACHE // size)))]
 
 
 def with_backward(function: Callable[..., object], grads: tuple[Tensor, ...]) -> Callable[..., object]:
-    """Return a function that runs ``function`` and its backward pass for every input."""
+    """Return a function that gives what ``function`` gives, and the gradients of all of its inputs."""
 
-    def both(*inputs: Tensor) -> object:
+    def both(*inputs: Tensor) -> list[Tensor]:
         leaves = [t.detach().requires_grad_() for t in inputs]
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return torch.autograd.grad(outputs, leaves, grads)
+        return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, grads))
 
     return both
 
 
-def assert_close(variants: dict[str, Callable[..., object]], inputs: tuple[Tensor, ...]) -> None:
-    """Check that every variant computes what the first computes, before anything is timed."""
-    expected = None
-    for name, function in variants.items():
-        found = function(*inputs)
-        found = found if isinstance(found, tuple) else (found,)
-        expected = expected or found
-        for a, b in zip(found, expected, strict=True):
-            scale = b.float().abs().max()
-            error = float((a.float() - b.float()).abs().max() / scale)
-            assert error < 32 * torch.finfo(b.dtype).eps, f"{name}: {error:.1e} from {next(iter(variants))}"
+def exactly(
+    function: Callable[..., object], inputs: tuple[Tensor, ...], grads: tuple[Tensor, ...] | None = None
+) -> list[Tensor]:
+    """Return the float64 results of a function that is written in PyTorch's operators or clipfast's ops."""
+    inputs = tuple(t.double() if t.is_floating_point() else t for t in inputs)
+    with clipfast.backend("reference"), clipfast.exact_shortcuts(False):
+        if grads is not None:
+            return with_backward(function, tuple(g.double() for g in grads))(*inputs)
+        with torch.no_grad():
+            results = function(*inputs)
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
-def report(capsys: object, title: str, times: dict[str, float], moved: int | None = None, **facts: object) -> None:
-    """Print a line a variant, and add the times to the file that ``CLIPFAST_RESULTS`` names.
+def on_backend(backend: str, function: Callable[..., object]) -> Callable[..., object]:
+    """Return the function with its ops forced to one backend."""
 
-    ``moved`` is the bytes that the op must read and write at least; with it, GB/s and the share of a copy's are given.
-    """
-    entry = {"title": title, "ms": times, "bytes": moved, **facts}
-    copied = copy_bandwidth() if moved is not None and ON_GPU else None
-    lines = [f"\n{title}"]
-    for name, ms in sorted(times.items(), key=lambda item: item[1]):
-        line = f"  {name:<28} {ms:9.4f} ms"
-        if moved is not None:
-            line += f" {moved / ms / 1e6:8.1f} GB/s"
-        if copied is not None:
-            line += f" {moved / ms / 1e6 / copied:5.0%} of a copy"
-        lines.append(line)
-    entry["copy_gb_per_s"] = copied
-    with capsys.disabled():
-        print("\n".join(lines))
-    if os.environ.get("CLIPFAST_RESULTS"):
-        with Path(os.environ["CLIPFAST_RESULTS"]).open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+    def run(*arguments: object) -> object:
+        with clipfast.backend(backend):
+            return function(*arguments)
+
+    return run
+
+
+def dense(function: Callable[..., object]) -> Callable[..., object]:
+    """Return the function with every token computed."""
+
+    def run(*arguments: object) -> object:
+        with clipfast.exact_shortcuts(False):
+            return function(*arguments)
+
+    return run
+
+
+def absent(*modules: str, gpu: bool = False) -> str | None:
+    """Return why a rival that needs these modules cannot be measured here, or None."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            return "not installed"
+    return "needs a GPU" if gpu and not ON_GPU else None

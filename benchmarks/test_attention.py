@@ -1,4 +1,4 @@
-"""Attention at CLIP's lengths: every backend of PyTorch's scaled_dot_product_attention, and ours where there is one.
+"""Attention at CLIP's lengths, beside every backend of PyTorch's scaled_dot_product_attention.
 
 pytest benchmarks/test_attention.py
 """
@@ -7,24 +7,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, ON_GPU, assert_close, milliseconds, report, rotating, with_backward
+from harness import DEVICE, DTYPE, ON_GPU, by_scale, dtype_name, exactly, measure, on_backend, rotating, with_backward
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import clipfast
 from clipfast import ops
+from clipfast.benchmark.measure import Oracle
+from clipfast.benchmark.results import Row
 from clipfast.ops import dispatch
 
-# batch, tokens, heads, head_dim, causal: B-32, the text tower, B-16, L-14, L-14-336
-CASES = [
-    (512, 50, 12, 64, False),
-    (512, 77, 8, 64, True),
-    (256, 197, 12, 64, False),
-    (128, 257, 16, 64, False),
-    (64, 577, 16, 64, False),
-]
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-if not ON_GPU:
-    CASES = [(2, 50, 2, 32, False), (2, 77, 2, 32, True)]
+HEADS, HEAD_DIM = 12, 64
+# the series that differs by tokens alone: B-32, B-16, L-14, L-14-336; and the causal text tower beside it
+TOKENS = [50, 197, 257, 577]
+CASES = [(tokens, False) for tokens in TOKENS] + [(77, True)]
+BATCH = by_scale(smoke=1, short=4, full=16, gpu=128)
 SDPA = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -33,44 +28,58 @@ SDPA = {
 }
 
 
+def sdpa(kind, causal):
+    """PyTorch's attention on one of its backends, by the same views of the packed projection."""
+
+    def run(qkv):
+        q, k, v = qkv.unflatten(-1, (3, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
+        with sdpa_kernel(kind):
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return out.transpose(1, 2).flatten(-2)
+
+    return run
+
+
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward and backward"])
-@pytest.mark.parametrize(("batch", "tokens", "heads", "head_dim", "causal"), CASES)
-def test_attention(batch, tokens, heads, head_dim, causal, backward, capsys):
-    width = heads * head_dim
-    inputs = rotating(lambda: (torch.randn(batch, tokens, 3 * width, device=DEVICE, dtype=DTYPE),))
+@pytest.mark.parametrize(("tokens", "causal"), CASES)
+def test_attention(tokens, causal, backward, benchmark):
+    width = HEADS * HEAD_DIM
 
-    def forced(backend):
-        def run(qkv):
-            with clipfast.backend(backend):
-                return ops.attention(qkv, heads, causal=causal)
+    def ours(qkv):
+        return ops.attention(qkv, HEADS, causal=causal)
 
-        return run
-
-    def sdpa(kind):
-        def run(qkv):
-            with sdpa_kernel(kind):
-                return forced("torch")(qkv)
-
-        return run
-
-    grads = (torch.randn(batch, tokens, width, device=DEVICE, dtype=DTYPE),)
-    variants = {"SDPA as PyTorch chooses": forced("torch")}
+    sides = {"clipfast": ours}
     if ON_GPU:
-        variants |= {name: sdpa(kind) for name, kind in SDPA.items()}
-        if any(i.backend == "triton" for i in dispatch._ops["attention"].implementations):
-            variants["triton"] = forced("triton")
+        sides["clipfast, triton"] = on_backend("triton", ours)
+    sides["PyTorch"] = on_backend("reference", ours)
+    sides |= {name: sdpa(kind, causal) for name, kind in SDPA.items()}
+    if not ON_GPU:
+        sides |= dict.fromkeys(("SDPA cuDNN", "SDPA memory-efficient"), "needs a GPU")
+    grads = (torch.randn(BATCH, tokens, width, device=DEVICE, dtype=DTYPE),)
+    inputs = rotating(lambda: (torch.randn(BATCH, tokens, 3 * width, device=DEVICE, dtype=DTYPE),))
+    exact = exactly(ours, inputs[0], grads if backward else None)
     if backward:
-        variants = {name: with_backward(function, grads) for name, function in variants.items()}
-    for name in list(variants):
-        try:
-            variants[name](*inputs[0])
-        except RuntimeError:  # PyTorch has no such kernel for this call
-            del variants[name]
-    assert_close(variants, inputs[0])
-    times = milliseconds(variants, inputs)
-    title = f"attention, {'forward and backward' if backward else 'forward'}, [{batch}, {tokens}, {heads}, {head_dim}]"
-    # forward: qkv, out; backward: qkv, out, its gradient, that of qkv
-    moved = batch * tokens * width * DTYPE.itemsize * (4 + backward * 8)
-    shape = dispatch.shape_class("attention", *inputs[0], heads, causal=causal)
-    causally = ", causal" if causal else ""
-    report(capsys, f"{title}{causally}, {DTYPE}", times, moved, op="attention", shape_class=shape, backward=backward)
+        sides = {n: f if isinstance(f, str) else with_backward(f, grads) for n, f in sides.items()}
+    pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
+    direction = "forward and backward" if backward else "forward"
+    shape = f"[{BATCH}, {tokens}, {HEADS}, {HEAD_DIM}]{', causal' * causal}"
+    row = Row(
+        op="attention",
+        name=f"attention, {direction}, {shape}, {dtype_name(DTYPE)}",
+        label=f"{tokens} tokens{', causal' * causal}",
+        direction=direction,
+        dtype=dtype_name(DTYPE),
+        unit="sequences",
+        items=BATCH,
+        # two products forward; five backward, where the scores are computed again
+        flops=(14 if backward else 4) * BATCH * HEADS * pairs * HEAD_DIM,
+        # forward: qkv, out; backward: qkv, out, its gradient, that of qkv
+        bytes=BATCH * tokens * width * DTYPE.itemsize * (4 + backward * 8),
+        series=None if causal else f"attention, {direction}",
+        axis=None if causal else "tokens",
+        at=None if causal else tokens,
+        law={} if causal else {"time": 2, "memory": 1},
+        facts={"shape_class": dispatch.shape_class("attention", *inputs[0], HEADS, causal=causal)}
+        | {"backward": backward},
+    )
+    measure(benchmark, row, sides, inputs, oracle=Oracle(exact, "PyTorch"), saves=backward)

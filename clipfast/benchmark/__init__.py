@@ -1,1 +1,1 @@
-"""The performance report: what ``pytest benchmarks/`` measures with, and ``clipfast-bench`` reads, compares and draws."""
+"""The performance report: what ``pytest benchmarks/`` measures with, and what ``clipfast-bench`` reads and draws."""
