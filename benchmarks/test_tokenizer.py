@@ -3,8 +3,8 @@
     pytest benchmarks/test_tokenizer.py
 
 open_clip's tokenizer and ours each run on one core. The Rust library does less here: it cleans nothing, pads
-nothing, and its ids are left as lists. Rounds are interleaved, ids are compared before anything is timed, and
-every tokenizer has seen the texts once.
+nothing, and its ids are left as lists. Ids are compared before anything is timed, and every tokenizer has seen the
+texts once.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import random
-import statistics
-import time
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
+from harness import by_scale, measure
 
 import clipfast
+from clipfast.benchmark.results import Row
 from clipfast.data import tokenizer as module
 
-TEXTS, ROUNDS = 20_000, 5
+TEXTS = by_scale(smoke=500, short=5_000, full=20_000)
 FOREIGN = ["café", "naïve", "“quoted”", "– 50 %", "犬が走る", "一只猫", "кошка", "😀", "👩‍🚀", "T&amp;J"]
 
 
@@ -46,7 +46,7 @@ def open_clips_tokenizer():
     """From its file alone: importing open_clip would want torchvision."""
     package = importlib.util.find_spec("open_clip")
     if package is None:
-        pytest.skip("open_clip is not installed")
+        return "not installed"
     path = Path(package.origin).with_name("tokenizer.py")
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
     rival = importlib.util.module_from_spec(spec)
@@ -63,29 +63,29 @@ def rust_librarys_tokenizer():
     return lambda texts: [row.ids for row in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def rate(tokenize, texts) -> float:
-    start = time.perf_counter()
-    tokenize(texts)
-    return len(texts) / (time.perf_counter() - start)
-
-
 @pytest.mark.parametrize("foreign_share", [0.0, 0.1, 1.0], ids=["ASCII", "one in ten not ASCII", "none ASCII"])
-def test_rate(foreign_share, capsys):
+def test_tokenizer(foreign_share, benchmark):
     texts = captions(foreign_share)
     clean = [" ".join(module.clean_words(text)) for text in texts]
     theirs, rust, ours = open_clips_tokenizer(), rust_librarys_tokenizer(), clipfast.Tokenizer()
-    expected = theirs(texts)
-    assert torch.equal(ours(texts), expected)
+    ids = ours(texts)
+    if not isinstance(theirs, str):
+        assert torch.equal(ids, theirs(texts))
     assert rust(clean) == [ours.encode(text) for text in texts]
-
-    rounds = [(rate(theirs, texts), rate(rust, clean), rate(ours, texts)) for _ in range(ROUNDS)]
-    ratios = [mine / other for other, _, mine in rounds]
-    theirs_rate, rust_rate, ours_rate = (statistics.median(column) for column in zip(*rounds, strict=True))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with capsys.disabled():
-        print(
-            f"\n{TEXTS} texts, {expected.count_nonzero() / TEXTS:.1f} tokens each, texts/s: "
-            f"open_clip {theirs_rate:,.0f}, Rust library on {cores} core(s) {rust_rate:,.0f}, "
-            f"clipfast {ours_rate:,.0f}; clipfast / open_clip {statistics.median(ratios):.1f} "
-            f"({min(ratios):.1f} to {max(ratios):.1f})"
-        )
+    sides = {
+        "clipfast": lambda: ours(texts),
+        "open_clip": theirs if isinstance(theirs, str) else lambda: theirs(texts),
+        f"the Rust library alone, {cores} cores": lambda: rust(clean),
+    }
+    share = {0.0: "ASCII", 0.1: "one in ten not ASCII", 1.0: "none ASCII"}[foreign_share]
+    row = Row(
+        op="tokenizer",
+        name=f"tokenizer, {TEXTS} texts of {ids.count_nonzero() / TEXTS:.1f} tokens, {share}",
+        label=share,
+        direction="forward",
+        dtype="int64",
+        unit="texts",
+        items=TEXTS,
+    )
+    measure(benchmark, row, sides)

@@ -1,245 +1,375 @@
 """Whole towers: images, zero-shot prompts and a training step, dense and with exact shortcuts, beside the rivals.
 
-CLIPFAST_BENCH_THREADS=2 pytest benchmarks/test_towers.py            every side under the allocator's defaults
-MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 CLIPFAST_BENCH_THREADS=2 \
-    pytest benchmarks/test_towers.py                                 every side keeps its pages
+pytest benchmarks/test_towers.py
+MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 pytest benchmarks/test_towers.py
 
-CLIPFAST_BENCH_MODELS (by default ViT-B-32), CLIPFAST_BENCH_IMAGES and CLIPFAST_BENCH_PROMPTS set the sizes; several
-models are separated by commas. Weights are random and shared, so that every side computes the same numbers.
+The second keeps the pages of every side, which the allocator's defaults give back to the system after every call.
+Weights are random and shared, so that every side computes the same numbers.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
 import sys
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from harness import DEVICE, paired, report_paired
-from torch import Tensor
+from harness import DEVICE, ON_GPU, absent, by_scale, dense, dtype_name, measure
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
+from clipfast.benchmark.measure import Oracle
+from clipfast.benchmark.results import Row
+from clipfast.evaluate.templates import load_templates
+from clipfast.models.key_layouts import from_openai, image_tower_of
 
-open_clip = pytest.importorskip("open_clip", reason="the towers' weights and rivals are open_clip's")
+SMALL = {
+    "embed_dim": 64,
+    "vision_cfg": {"image_size": 224, "patch_size": 32, "width": 128, "layers": 2, "head_width": 64},
+    "text_cfg": {"context_length": 77, "width": 128, "heads": 2, "layers": 2},
+}
+MODELS = by_scale(
+    smoke=["small"],
+    short=["ViT-B-32"],
+    full=["ViT-B-32", "ViT-B-16", "ViT-L-14"],
+    gpu=["ViT-B-32", "ViT-B-16", "ViT-L-14"],
+)
+IMAGES = by_scale(smoke=[1, 2], short=[1, 4, 16], full=[1, 4, 16, 64], gpu=[1, 16, 256])
+PROMPTS = by_scale(smoke=4, short=64, full=256, gpu=2048)
+PAIRS = by_scale(smoke=2, short=8, full=32, gpu=256)
+DTYPES = [torch.bfloat16, torch.float32]
+# a whole tower adds up the roundings of every layer in another order: four times DESIGN's bound for one op
+DEPTH = 4.0
 
-MODELS = os.environ.get("CLIPFAST_BENCH_MODELS", "ViT-B-32").split(",")
-IMAGES = int(os.environ.get("CLIPFAST_BENCH_IMAGES", 4))
-PROMPTS = int(os.environ.get("CLIPFAST_BENCH_PROMPTS", 16))
-ROUNDS = int(os.environ.get("CLIPFAST_BENCH_ROUNDS", 3))
-THREADS = int(os.environ.get("CLIPFAST_BENCH_THREADS", torch.get_num_threads()))
+CLASSES = [
+    "tench",
+    "goldfish",
+    "great white shark",
+    "hammerhead shark",
+    "rooster",
+    "hen",
+    "ostrich",
+    "house finch",
+    "bald eagle",
+    "tree frog",
+    "box turtle",
+    "green iguana",
+    "scorpion",
+    "tarantula",
+    "peacock",
+    "toucan",
+    "koala",
+    "jellyfish",
+    "flamingo",
+    "king penguin",
+    "golden retriever",
+    "Siberian husky",
+    "tiger cat",
+    "lion",
+    "polar bear",
+    "ladybug",
+    "monarch butterfly",
+    "zebra",
+    "hippopotamus",
+    "African bush elephant",
+    "acoustic guitar",
+    "airliner",
+    "ambulance",
+    "backpack",
+    "barber chair",
+    "broom",
+    "cello",
+    "coffee mug",
+    "computer keyboard",
+    "desk",
+    "electric fan",
+    "fire truck",
+    "football helmet",
+    "grand piano",
+    "hair dryer",
+    "iron",
+    "lighthouse",
+    "mailbox",
+    "mountain bike",
+    "parking meter",
+    "pirate ship",
+    "refrigerator",
+    "school bus",
+    "space heater",
+    "steam locomotive",
+    "teapot",
+    "tennis ball",
+    "umbrella",
+    "washing machine",
+    "yurt",
+]
 
-Sides = dict[str, Callable[[], object] | None]
+
+def create(name: str, dtype: torch.dtype) -> clipfast.CLIP:
+    model = clipfast.create_model(SMALL if name == "small" else name).eval()
+    return model.to(DEVICE, dtype)
 
 
-@pytest.fixture(autouse=True)
-def threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
-    yield
-    torch.set_num_threads(before)
+def open_clips(name: str, mine: clipfast.CLIP) -> nn.Module | str:
+    """Return open_clip's model with the same weights, or why not."""
+    if reason := absent("open_clip", "torchvision"):
+        return reason
+    import open_clip
+
+    if name == "small":
+        config = SMALL | {"vision_cfg": SMALL["vision_cfg"] | {"head_width": 64}}
+        theirs = open_clip.CLIP(**config)
+    else:
+        theirs = open_clip.create_model(name)
+    theirs.load_state_dict(mine.state_dict())
+    return theirs.eval().to(DEVICE, next(mine.parameters()).dtype)
 
 
-def models(name: str, dtype: torch.dtype):
-    """Return open_clip's model and clipfast's, with the same weights."""
-    torch.manual_seed(0)
-    theirs = open_clip.create_model(name).eval()
-    mine = clipfast.create_model(name, weights=theirs.state_dict()).eval()
-    return theirs.to(DEVICE, dtype), mine.to(DEVICE, dtype)
-
-
-def dense(function: Callable[[], object]) -> Callable[[], object]:
-    def call():
-        with clipfast.exact_shortcuts(False):
-            return function()
-
-    return call
-
-
-def compiled(module: Callable[..., Tensor], *inputs: Tensor) -> Callable[[], object]:
-    """Return a call of a module that torch.compile froze the weights of."""
-    import torch._inductor.config as config
-
-    config.freezing = True
-    function = torch.compile(module)
-    function(*inputs)
-    return partial(function, *inputs)
-
-
-def openvino(module: torch.nn.Module, images: Tensor, precision: str) -> Callable[[], object] | None:
-    if DEVICE != "cpu" or not importlib.util.find_spec("openvino"):
-        return None
-    sys.modules["openvino_telemetry"] = None  # it reports every conversion to its makers; this makes it do without
-    import openvino as ov
-
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        traced = torch.jit.trace(module.float(), images.float(), check_trace=False)
-        converted = ov.convert_model(traced, example_input=images.float(), input=list(images.shape))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(True)
-    options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "INFERENCE_NUM_THREADS": THREADS,
-        "PERFORMANCE_HINT": "LATENCY",
-    }
-    request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
-    pixels = images.float().numpy()
-    return lambda: torch.from_numpy(request.infer([pixels])[0])
-
-
-def transformers_tower(state: dict[str, Tensor], config: dict) -> Callable[[Tensor], Tensor] | None:
-    if not importlib.util.find_spec("transformers"):
-        return None
+def transformers_tower(mine: clipfast.CLIP) -> Callable[[Tensor], Tensor] | str:
+    if reason := absent("transformers"):
+        return reason
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from clipfast.models.key_layouts import from_openai, image_tower_of
-
-    vision = config["vision_cfg"]
+    vision = mine.config.vision_cfg
     tower = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
-            hidden_size=vision["width"],
-            intermediate_size=4 * vision["width"],
-            num_hidden_layers=vision["layers"],
-            num_attention_heads=vision["width"] // 64,
-            image_size=vision["image_size"],
-            patch_size=vision["patch_size"],
-            projection_dim=config["embed_dim"],
+            hidden_size=vision.width,
+            intermediate_size=4 * vision.width,
+            num_hidden_layers=vision.layers,
+            num_attention_heads=vision.width // vision.head_width,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            projection_dim=mine.config.embed_dim,
             hidden_act="gelu",
         )
     ).eval()
+    state = {key: value.float().cpu() for key, value in mine.state_dict().items()}
     tower.load_state_dict(from_openai(image_tower_of(state), "transformers"), strict=False)
+    tower = tower.to(DEVICE, next(mine.parameters()).dtype)
     return lambda images: tower(images).image_embeds
 
 
-def timm_tower(state: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor] | None:
-    if not importlib.util.find_spec("timm"):
-        return None
+def timm_tower(name: str, mine: clipfast.CLIP) -> Callable[[Tensor], Tensor] | str:
+    if reason := absent("timm", "torchvision"):
+        return reason
     import timm
 
-    from clipfast.models.key_layouts import from_openai, image_tower_of
-
-    made = {"ViT-B-32": "vit_base_patch32_clip_224", "ViT-B-16": "vit_base_patch16_clip_224"}.get(name)
+    made = {
+        "ViT-B-32": "vit_base_patch32_clip_224",
+        "ViT-B-16": "vit_base_patch16_clip_224",
+        "ViT-L-14": "vit_large_patch14_clip_224",
+    }.get(name)
     if made is None:
-        return None
-    tower = timm.create_model(made, num_classes=512).eval()
+        return "has no such model"
+    tower = timm.create_model(made, num_classes=mine.config.embed_dim).eval()
+    state = {key: value.float().cpu() for key, value in mine.state_dict().items()}
     tower.load_state_dict(from_openai(image_tower_of(state), "timm"), strict=False)
-    return tower
+    return tower.to(DEVICE, next(mine.parameters()).dtype)
 
 
-def check(sides: Sides, exact: Tensor, least: float) -> dict[str, float]:
-    """Return each side's smallest cosine to the exact features; one that is too far off is not timed."""
-    cosines = {}
-    for name, call in sides.items():
-        if call is not None:
-            features = call()
-            cosines[name] = float(F.cosine_similarity(features.double().cpu(), exact.double().cpu()).min())
-            assert cosines[name] >= least, f"{name}: cosine {cosines[name]:.6f} to float64"
-    return cosines
+def compiled(module: Callable[..., Tensor] | str) -> Callable[..., Tensor] | str:
+    """Return a module that torch.compile froze the weights of."""
+    if isinstance(module, str):
+        return module
+    import torch._inductor.config as config
+
+    config.freezing = True
+    return torch.compile(module)
 
 
-LEAST = {torch.float32: 1 - 1e-9, torch.bfloat16: 0.999}
+def openvino(module: nn.Module | str, images: Tensor) -> Callable[[Tensor], Tensor] | str:
+    if reason := absent("openvino"):
+        return reason
+    if isinstance(module, str) or ON_GPU:
+        return "converts open_clip's model, which is absent" if isinstance(module, str) else "has no CUDA"
+    sys.modules["openvino_telemetry"] = None  # it reports every conversion to its makers; this makes it do without
+    import openvino as ov
+
+    module, pixels = copy.deepcopy(module).float(), images.float()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        traced = torch.jit.trace(module, pixels, check_trace=False)
+        converted = ov.convert_model(traced, example_input=pixels, input=list(pixels.shape))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    options = {
+        "INFERENCE_PRECISION_HINT": "bf16" if images.dtype == torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
+    return lambda images: torch.from_numpy(request.infer([images.float().numpy()])[0].copy())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def operations(call: Callable[[], object]) -> float:
+    """Return the operations of the products of a dense pass."""
+    with torch.no_grad(), clipfast.backend("reference"), clipfast.exact_shortcuts(False):
+        counter = FlopCounterMode(display=False)
+        with counter:
+            call()
+    return float(counter.get_total_flops())
+
+
+def in_inference_mode(sides: dict) -> dict:
+    return {name: side if isinstance(side, str) else torch.inference_mode()(side) for name, side in sides.items()}
+
+
+def exact_features(encode: Callable[[clipfast.CLIP], Tensor], mine: clipfast.CLIP) -> Tensor:
+    with torch.no_grad(), clipfast.backend("reference"), clipfast.exact_shortcuts(False):
+        return encode(copy.deepcopy(mine).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("count", IMAGES)
 @pytest.mark.parametrize("name", MODELS)
-def test_images(name: str, dtype: torch.dtype, capsys: object) -> None:
-    theirs, mine = models(name, dtype)
-    images = torch.randn(IMAGES, 3, 224, 224).to(DEVICE, dtype)
-    state = {k: v.float() for k, v in mine.state_dict().items()}
-    with torch.no_grad(), clipfast.backend("reference"):
-        exact = copy.deepcopy(mine).double().encode_image(images.double())
-    with torch.inference_mode():
-        sides: Sides = {
-            "clipfast": partial(mine.encode_image, images),
-            "clipfast, dense": dense(partial(mine.encode_image, images)),
-            "open_clip": partial(theirs.visual, images),
+def test_images(name: str, count: int, dtype: torch.dtype, benchmark: object) -> None:
+    mine = create(name, dtype)
+    theirs = open_clips(name, mine)
+    images = torch.randn(count, 3, 224, 224).to(DEVICE, dtype)
+    tower = theirs if isinstance(theirs, str) else theirs.visual
+    with torch.no_grad():
+        sides = {
+            "clipfast": mine.encode_image,
+            "clipfast, dense": dense(mine.encode_image),
+            "PyTorch": reference(mine.encode_image),
+            "open_clip": tower,
+            "transformers": transformers_tower(mine),
+            "timm": timm_tower(name, mine),
         }
-        precision = "bf16" if dtype == torch.bfloat16 else "f32"
-        sides["OpenVINO"] = openvino(copy.deepcopy(theirs.visual), images, precision)
-        if dtype == torch.float32:
-            for rival, tower in (
-                (
-                    "transformers",
-                    transformers_tower(state, open_clip.get_model_config(name) | {"embed_dim": mine.config.embed_dim}),
-                ),
-                ("timm", timm_tower(state, name)),
-            ):
-                sides[rival] = None if tower is None else partial(tower, images)
-        with torch.no_grad():
-            sides["open_clip, compiled, frozen"] = compiled(theirs.visual, images)
-        cosines = check(sides, exact, LEAST[dtype])
-        times = paired(sides, ROUNDS)
-    report_paired(capsys, f"{name}, {IMAGES} images, {dtype}", times, sides, items=IMAGES, cosines=cosines)
+        if count == IMAGES[-1]:  # what takes long to build is built once
+            sides |= {"OpenVINO": openvino(tower, images), "open_clip, compiled, frozen": compiled(tower)}
+    row = Row(
+        op="towers",
+        name=f"{name}, {count} images, {dtype_name(dtype)}",
+        label=f"{name}, {count} images, {dtype_name(dtype)}",
+        direction="forward",
+        dtype=dtype_name(dtype),
+        unit="images",
+        items=count,
+        flops=operations(lambda: mine.encode_image(images)),
+        bytes=dtype.itemsize * (images.numel() + sum(p.numel() for p in mine.visual.parameters())),
+        series=f"{name}, images, {dtype_name(dtype)}",
+        axis="batch",
+        at=count,
+        law={"time": 1},
+    )
+    exact = exact_features(lambda model: model.encode_image(images.double()), mine)
+    oracle = Oracle([exact], "PyTorch", factor=DEPTH)
+    measure(benchmark, row, in_inference_mode(sides), [(images,)], oracle=oracle)
+
+
+def reference(function: Callable[..., object]) -> Callable[..., object]:
+    """Return clipfast's specification: every token, in plain PyTorch operators."""
+
+    def run(*arguments: object) -> object:
+        with clipfast.backend("reference"), clipfast.exact_shortcuts(False):
+            return function(*arguments)
+
+    return run
 
 
 def zero_shot_prompts(count: int) -> list[str]:
-    """Return a sample of the 80,000 prompts of ImageNet's classes in OpenAI's templates."""
-    prompts = [t(c) for c in open_clip.IMAGENET_CLASSNAMES for t in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    """Return a sample of the classes in OpenAI's seven best templates."""
+    prompts = [template.format(name) for name in CLASSES for template in load_templates("simple")]
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0))
     return [prompts[i] for i in order[:count]]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", MODELS)
-def test_zero_shot_prompts(name: str, dtype: torch.dtype, capsys: object) -> None:
-    theirs, mine = models(name, dtype)
+def test_zero_shot_prompts(name: str, dtype: torch.dtype, benchmark: object) -> None:
+    mine = create(name, dtype)
+    theirs = open_clips(name, mine)
     tokens = clipfast.tokenize(zero_shot_prompts(PROMPTS)).to(DEVICE)
-    with torch.no_grad(), clipfast.backend("reference"), clipfast.exact_shortcuts(False):
-        exact = copy.deepcopy(mine).double().encode_text(tokens)
-    with torch.inference_mode():
-        sides: Sides = {
-            "clipfast": partial(mine.encode_text, tokens),
-            "clipfast, dense": dense(partial(mine.encode_text, tokens)),
-            "open_clip": partial(theirs.encode_text, tokens),
+    encode = theirs if isinstance(theirs, str) else theirs.encode_text
+    with torch.no_grad():
+        sides = {
+            "clipfast": mine.encode_text,
+            "clipfast, dense": dense(mine.encode_text),
+            "PyTorch": reference(mine.encode_text),
+            "open_clip": encode,
+            "open_clip, compiled, frozen": compiled(encode),
         }
-        with torch.no_grad():
-            sides["open_clip, compiled, frozen"] = compiled(theirs.encode_text, tokens)
-        cosines = check(sides, exact, LEAST[dtype])
-        times = paired(sides, ROUNDS)
     average = float((tokens.argmax(dim=-1) + 1).float().mean())
-    title = f"{name}, {PROMPTS} ImageNet prompts of {average:.1f} tokens on average, {dtype}"
-    report_paired(capsys, title, times, sides, items=PROMPTS, cosines=cosines)
+    row = Row(
+        op="towers",
+        name=f"{name}, {PROMPTS} zero-shot prompts of {average:.1f} tokens on average, {dtype_name(dtype)}",
+        label=f"{name}, {PROMPTS} prompts, {dtype_name(dtype)}",
+        direction="forward",
+        dtype=dtype_name(dtype),
+        unit="prompts",
+        items=PROMPTS,
+        flops=operations(lambda: mine.encode_text(tokens)),
+        bytes=dtype.itemsize * sum(p.numel() for n, p in mine.named_parameters() if not n.startswith("visual.")),
+        facts={"average_tokens": average},
+    )
+    exact = exact_features(lambda model: model.encode_text(tokens), mine)
+    oracle = Oracle([exact], "PyTorch", factor=DEPTH)
+    measure(benchmark, row, in_inference_mode(sides), [(tokens,)], oracle=oracle)
 
 
-def training_step(model: torch.nn.Module, loss: Callable[..., Tensor], images: Tensor, tokens: Tensor):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+def training_step(model: nn.Module, loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], list[Tensor]]:
+    """Return an optimizer step; it gives the loss and the gradients' norm."""
+    # so small a rate that every round computes the same
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
 
-    def step() -> Tensor:
+    def step(images: Tensor, tokens: Tensor) -> list[Tensor]:
         optimizer.zero_grad()
         value = loss(*model(images, tokens))
         value.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        return value.detach()
+        return [value.detach(), norm]
 
     return step
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_training_step(name: str, capsys: object) -> None:
-    """Float32, captions of 20 tokens; the optimizer's time is in it."""
-    theirs, mine = (m.train() for m in models(name, torch.float32))
-    torch.manual_seed(1)
-    images = torch.randn(IMAGES, 3, 224, 224, device=DEVICE)
-    tokens = torch.randint(1, 49000, (IMAGES, 77))
-    ends = torch.randint(10, 31, (IMAGES,))
-    ends[: IMAGES // 2] = 38 - ends[IMAGES - IMAGES // 2 :]  # 20 tokens on average, the EOS counted
+def captions(count: int) -> Tensor:
+    """Return tokens of captions that are 20 tokens long on average."""
+    tokens = torch.randint(1, 49000, (count, 77))
+    ends = torch.randint(10, 31, (count,))
+    ends[: count // 2] = 38 - ends[count - count // 2 :]
     tokens[torch.arange(77) > ends[:, None]] = 0
-    tokens[:, 0], tokens[torch.arange(IMAGES), ends] = 49406, 49407
-    tokens = tokens.to(DEVICE)
-    steps: Sides = {
-        "clipfast": training_step(mine, clipfast.ContrastiveLoss(), images, tokens),
-        "clipfast, dense": dense(training_step(copy.deepcopy(mine), clipfast.ContrastiveLoss(), images, tokens)),
-        "open_clip": training_step(theirs, open_clip.ClipLoss(), images, tokens),
+    tokens[:, 0], tokens[torch.arange(count), ends] = 49406, 49407
+    return tokens
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_step(name: str, benchmark: object) -> None:
+    """Float32; the optimizer's time and the clipping's are in it."""
+    mine = create(name, torch.float32).train()
+    theirs = open_clips(name, mine)
+    images, tokens = torch.randn(PAIRS, 3, 224, 224, device=DEVICE), captions(PAIRS).to(DEVICE)
+    loss = clipfast.ContrastiveLoss()
+    exact = copy.deepcopy(mine).double()
+    with clipfast.backend("reference"), clipfast.exact_shortcuts(False):
+        oracle = [t.clone() for t in training_step(exact, loss)(images.double(), tokens)]
+    del exact
+    forward = operations(lambda: mine(images, tokens))
+    sides = {
+        "clipfast": training_step(mine, loss),
+        "clipfast, dense": dense(training_step(copy.deepcopy(mine), loss)),
+        "PyTorch": reference(training_step(copy.deepcopy(mine), loss)),
     }
-    first = {side: float(step()) for side, step in steps.items()}
-    for side, value in first.items():
-        assert abs(value - first["open_clip"]) < 1e-4, f"{side}: loss {value}, open_clip's {first['open_clip']}"
-    times = paired(steps, ROUNDS)
-    average = float((ends + 1).float().mean())
-    title = f"{name}, a training step, {IMAGES} pairs, captions of {average:.1f} tokens on average, float32"
-    report_paired(capsys, title, times, steps, items=IMAGES)
+    if isinstance(theirs, str):
+        sides["open_clip"] = theirs
+    else:
+        from open_clip.loss import ClipLoss
+
+        sides["open_clip"] = training_step(theirs.train(), lambda image, text, scale: ClipLoss()(image, text, scale))
+    average = float((tokens.argmax(dim=-1) + 1).float().mean())
+    row = Row(
+        op="towers",
+        name=f"{name}, a training step of {PAIRS} pairs, captions of {average:.1f} tokens on average, float32",
+        label=f"{name}, training, {PAIRS} pairs",
+        direction="step",
+        dtype="float32",
+        unit="pairs",
+        items=PAIRS,
+        flops=3 * forward,
+        # weights and two moments read and written, gradients written, read twice, and written clipped
+        bytes=4 * 10 * sum(p.numel() for p in mine.parameters()),
+    )
+    measure(benchmark, row, sides, [(images, tokens)], oracle=Oracle(oracle, "PyTorch", factor=DEPTH), saves=True)

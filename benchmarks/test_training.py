@@ -1,19 +1,19 @@
 """What the training engine takes over a bare loop that computes the same, and what gradients by parts take.
 
-CLIPFAST_BENCH_THREADS sets the threads (2 by default), CLIPFAST_BENCH_ROUNDS the rounds (10).
+pytest benchmarks/test_training.py
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import time
 
 import torch
-from harness import DEVICE, ON_GPU, report_paired
+from harness import DEVICE, by_scale, measure
 
 import clipfast
+from clipfast.benchmark.measure import Oracle
+from clipfast.benchmark.results import Row
 from clipfast.train.config import TrainConfig
 from clipfast.train.demo import SMALL
 from clipfast.train.engine import StepRecord, train_on
@@ -21,9 +21,9 @@ from clipfast.train.optimizer import make_optimizer
 from clipfast.train.records import step_values
 from clipfast.train.trainer import Trainer
 
-BATCH = 1024 if ON_GPU else 64
-ROUNDS = int(os.environ.get("CLIPFAST_BENCH_ROUNDS", "10"))
+BATCH = by_scale(smoke=8, short=64, full=64, gpu=1024)
 STEPS = 3
+RATE = 1e-9  # so small that every round computes the same
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,10 +37,10 @@ class Bare:
     """The shortest loop that trains the same: no log, no records, no schedule."""
 
     def __init__(self, model: clipfast.CLIP) -> None:
-        self.model, self.optimizer = model.train(), make_optimizer(model, 1e-4, 0.1)
+        self.model, self.optimizer = model.train(), make_optimizer(model, RATE, 0.1)
         self.loss = clipfast.ContrastiveLoss()
 
-    def run(self, images: torch.Tensor, tokens: torch.Tensor) -> float:
+    def run(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         for _ in range(STEPS):
             image, text, scale = self.model(images, tokens)
             loss = self.loss(image, text, scale)
@@ -50,60 +50,66 @@ class Bare:
             self.optimizer.zero_grad()
             self.model.clamp_logit_scale()
             value = loss.item()
-        return value
+        return torch.tensor(value)
 
 
 class Engine:
     """``clipfast train``'s loop with its log."""
 
     def __init__(self, model: clipfast.CLIP, log: object, **options: object) -> None:
-        options = {"schedule": "constant", "warmup_steps": 0, "learning_rate": 1e-4} | options
+        options = {"schedule": "constant", "warmup_steps": 0, "learning_rate": RATE} | options
         self.options, self.log = options, log
         self.trainer = Trainer(model, TrainConfig(10**9, **options))
 
-    def run(self, images: torch.Tensor, tokens: torch.Tensor) -> float:
+    def run(self, images: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         def write(record: StepRecord) -> None:
             self.log.write(json.dumps(step_values(record)) + "\n")
 
         steps = self.trainer.step + STEPS
         self.trainer.config = TrainConfig(steps, **self.options)
-        return train_on(self.trainer, [(images, tokens, ())] * STEPS, [write]).history[-1].loss
+        return torch.tensor(train_on(self.trainer, [(images, tokens, ())] * STEPS, [write]).history[-1].loss)
 
 
-def in_turn(sides: dict[str, Bare | Engine], images: torch.Tensor, tokens: torch.Tensor) -> dict[str, list[float]]:
-    """Return wall times of a round each, every side going first as often as the others."""
-    first = {name: side.run(images, tokens) for name, side in sides.items()}
-    assert max(first.values()) - min(first.values()) < 1e-3, first
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    names = list(sides)
-    for turn in range(ROUNDS):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            began = time.perf_counter()
-            sides[name].run(images, tokens)
-            times[name].append(time.perf_counter() - began)
-    return times
+def oracle(model: clipfast.CLIP, images: torch.Tensor, tokens: torch.Tensor) -> Oracle:
+    """The first step's loss, which so small a learning rate leaves the last one's."""
+    with torch.no_grad(), clipfast.backend("reference"), clipfast.exact_shortcuts(False):
+        exact = clipfast.ContrastiveLoss()(*copy.deepcopy(model).double()(images.double(), tokens))
+    return Oracle([exact], "bare loop")
 
 
-def test_engine_over_a_bare_loop(capsys, tmp_path):
+def row(name: str) -> Row:
+    return Row(
+        op="training",
+        name=f"training, the demo's model, {BATCH} pairs, {STEPS} steps, {name}",
+        label=name,
+        direction="step",
+        dtype="float32",
+        unit="pairs",
+        items=BATCH * STEPS,
+    )
+
+
+def test_engine_over_a_bare_loop(benchmark, tmp_path):
     """The bare loop is there twice: what its two times differ by is noise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(int(os.environ.get("CLIPFAST_BENCH_THREADS", "2")))
-    torch.manual_seed(0)
     model = clipfast.create_model(SMALL, device=DEVICE)
-    images, tokens = batch()
+    inputs = batch()
     with (tmp_path / "log.jsonl").open("w", buffering=1) as log:
-        for sides in (
-            {
-                "bare loop": Bare(copy.deepcopy(model)),
-                "bare loop again": Bare(copy.deepcopy(model)),
-                "engine": Engine(copy.deepcopy(model), log),
-            },
-            {
-                "engine, whole batch": Engine(copy.deepcopy(model), log),
-                "engine, four parts": Engine(copy.deepcopy(model), log, micro_batch_size=BATCH // 4),
-            },
-        ):
-            times = in_turn(sides, images, tokens)
-            title = f"training, the demo's model, {BATCH} pairs, {STEPS} steps"
-            report_paired(capsys, title, times, sides, BATCH * STEPS, op="training_engine")
-    torch.set_num_threads(threads)
+        sides = {
+            "clipfast": Engine(copy.deepcopy(model), log).run,
+            "bare loop": Bare(copy.deepcopy(model)).run,
+            "bare loop again": Bare(copy.deepcopy(model)).run,
+        }
+        measure(benchmark, row("the engine and a bare loop"), sides, [inputs], oracle=oracle(model, *inputs))
+
+
+def test_gradients_by_parts(benchmark, tmp_path):
+    """Four parts compute every forward pass twice, and hold a fourth of the activations."""
+    model = clipfast.create_model(SMALL, device=DEVICE)
+    inputs = batch()
+    with (tmp_path / "log.jsonl").open("w", buffering=1) as log:
+        sides = {
+            "clipfast": Engine(copy.deepcopy(model), log).run,
+            "clipfast, four parts": Engine(copy.deepcopy(model), log, micro_batch_size=BATCH // 4).run,
+            "bare loop": Bare(copy.deepcopy(model)).run,
+        }
+        measure(benchmark, row("gradients by parts"), sides, [inputs], oracle=oracle(model, *inputs))
