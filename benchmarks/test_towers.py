@@ -43,7 +43,7 @@ DTYPES = [torch.bfloat16, torch.float32]
 # a whole tower adds up the roundings of every layer in another order: four times DESIGN's bound for one op
 DEPTH = 4.0
 
-CLASSES = (
+CLASSES = (  # noqa: SIM905
     "tench, goldfish, great white shark, hammerhead shark, rooster, hen, ostrich, house finch, bald eagle, tree "
     "frog, box turtle, green iguana, scorpion, tarantula, peacock, toucan, koala, jellyfish, flamingo, king "
     "penguin, golden retriever, Siberian husky, tiger cat, lion, polar bear, ladybug, monarch butterfly, zebra, "
@@ -51,7 +51,7 @@ CLASSES = (
     "cello, coffee mug, computer keyboard, desk, electric fan, fire truck, football helmet, grand piano, hair "
     "dryer, iron, lighthouse, mailbox, mountain bike, parking meter, pirate ship, refrigerator, school bus, space "
     "heater, steam locomotive, teapot, tennis ball, umbrella, washing machine, yurt"
-).split(", ")  # noqa: SIM905
+).split(", ")
 
 
 def create(name: str, dtype: torch.dtype) -> clipfast.CLIP:
