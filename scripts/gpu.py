@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -32,8 +34,12 @@ def run(part: str, command: list[str], **environment: str) -> tuple[int, str]:
             print(shown.read(), end="", flush=True)
             late = time.monotonic() - start > LIMITS[part]
         if late:
-            process.kill()
-            process.wait()
+            process.send_signal(signal.SIGINT)  # pytest then ends as if all was done, and writes what it measured
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         print(shown.read(), end="", flush=True)
     status = f"stopped after {LIMITS[part]} s" if late else f"{time.monotonic() - start:.0f} s"
     print(f"== {part}: {status}", flush=True)
@@ -69,16 +75,17 @@ def card() -> dict[str, str | None]:
     }
 
 
-def table(entries: list[dict]) -> str:
+def table(path: Path) -> str:
     """Return a line a benchmark: ours, the best of the others, and their ratio."""
     lines = [f"{'benchmark':<78} {'ours, ms':>9} {'best other':>10} {'ratio':>6}  which"]
-    for entry in entries:
-        ours = {name: ms for name, ms in entry["ms"].items() if name in ("triton", "clipfast, triton", "clipfast")}
-        others = {name: ms for name, ms in entry["ms"].items() if not name.startswith(("triton", "clipfast"))}
+    for row in json.loads(path.read_text())["rows"]:
+        times = {name: 1e3 * statistics.median(side["device_s"]) for name, side in row["sides"].items()}
+        ours = {name: ms for name, ms in times.items() if name.startswith("clipfast")}
+        others = {name: ms for name, ms in times.items() if name not in ours}
         if ours and others:
             best, mine = min(others, key=others.get), min(ours.values())
             ratio = others[best] / mine
-            lines.append(f"{entry['title']:<78} {mine:>9.4f} {others[best]:>10.4f} {ratio:>6.2f}  {best}")
+            lines.append(f"{row['name']:<78} {mine:>9.4f} {others[best]:>10.4f} {ratio:>6.2f}  {best}")
     return "\n".join(lines)
 
 
@@ -103,32 +110,24 @@ def main() -> int:
             for tool in ("memcheck", "racecheck"):
                 command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest, *few]
                 statuses[tool] = run(tool, command, **environment)
-    times = BUILD / "times.jsonl"
-    times.unlink(missing_ok=True)
-    if part in ("all", "bench"):
-        environment["CLIPFAST_RESULTS"] = str(times)
-        files = [str(p) for p in sorted((ROOT / "benchmarks").glob("test_*.py")) if p.stem != "test_tokenizer"]
-        statuses["bench"] = run("bench", [*pytest, *files], **environment)
-
-    entries = [json.loads(line) for line in times.read_text().splitlines()] if times.exists() else []
     name = re.sub(r"[^A-Za-z0-9]+", "-", found["gpu"] or "cpu")
-    summary = found | {
-        "commit": commit(),
-        "status": {key: {"exit": code, "last line": last} for key, (code, last) in statuses.items()},
-        "benchmarks": entries,
-    }
-    if found["gpu"] is None:
-        print("no NVIDIA GPU: no file is written")
-    else:
-        file = ROOT / "benchmarks" / "results" / name / f"{commit()}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and part != "all":  # the other part's results stay
-            before = json.loads(file.read_text())
-            summary["status"] = before["status"] | summary["status"]
-            summary["benchmarks"] = entries or before["benchmarks"]
-        file.write_text(json.dumps(summary, indent=1) + "\n")
-        print(f"wrote {file.relative_to(ROOT)}")
-    print(table(entries))
+    folder = (ROOT / "benchmarks" / "results" / name) if found["gpu"] else BUILD
+    times = folder / f"{commit()}.json"
+    if part in ("all", "bench"):
+        environment["CLIPFAST_COMMIT"] = commit()
+        LIMITS["bench"] = LIMITS["bench"] if part == "all" else 430
+        benchmarks = [str(ROOT / "benchmarks"), "--ignore", str(ROOT / "benchmarks" / "test_tokenizer.py")]
+        statuses["bench"] = run("bench", [*pytest, *benchmarks, "--results", str(times)], **environment)
+
+    status = {key: {"exit": code, "last line": last} for key, (code, last) in statuses.items()}
+    file = folder / f"{commit()}-status.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.exists() and part != "all":  # the other part's results stay
+        status = json.loads(file.read_text())["status"] | status
+    file.write_text(json.dumps(found | {"commit": commit(), "status": status}, indent=1) + "\n")
+    print(f"wrote {file.relative_to(ROOT)}" + ("" if found["gpu"] else ": no NVIDIA GPU, nothing to keep"))
+    if times.exists():
+        print(f"{times.relative_to(ROOT)}:\n{table(times)}")
     for key, (code, last) in statuses.items():
         print(f"{key}: {'passed' if code == 0 else f'FAILED ({code})'}: {last}")
     return max(code != 0 for code, _ in statuses.values())
