@@ -84,6 +84,9 @@ def test_what_cannot_be_compared_is_refused():
         compare(before, replace(before, machine="H100"))
     with pytest.raises(ValueError, match="threads: got '2' and '4', expected the same in both runs"):
         compare(before, replace(before, details=before.details | {"threads": "4"}))
+    with pytest.raises(ValueError, match="torch: got '2.13.0' and '2.14.0'"):
+        compare(before, replace(before, details=before.details | {"torch": "2.14.0"}))
+    compare(before, replace(before, details=before.details | {"clipfast": "0.2.0"}))
     with pytest.raises(ValueError, match="the runs have no row in common"):
         compare(before, replace(before, rows=[]))
     with pytest.raises(ValueError, match="threshold: got 1.5"):
