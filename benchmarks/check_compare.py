@@ -22,7 +22,7 @@ FOLDER = Path(__file__).parent
 FILES = ("test_attention.py", "test_contrastive_loss.py", "test_bias_gelu.py", "test_layer_norm.py")
 # rows from 40 µs to 200 ms
 CHOSEN = (
-    "(attention and not 577) or (contrastive and (512 or 1024 or 2048) and not dtype4) or (gelu and none) or layer_norm"
+    "(attention and not 577) or (contrastive and (512 or 1024 or 2048) and not siglip) or (gelu and none) or layer_norm"
 )
 
 

@@ -21,6 +21,7 @@ from clipfast.benchmark.limits import best_of, limit_seconds, measure_limits
 from clipfast.benchmark.machine import commit_name, details, folder_name, machine_name
 from clipfast.benchmark.measure import Call, Measurement, Oracle
 from clipfast.benchmark.results import Limits, Row, Run, write_run
+from clipfast.benchmark.summary import share_of_limit
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
@@ -136,8 +137,8 @@ def lines_of(row: Row) -> list[str]:
     for name, side in row.sides.items():
         line = f"  {name:<30} {side.seconds * 1e3:10.4f} ms {row.items / side.seconds:12,.0f} {row.unit}/s"
         line += f" {row.ratio(name, first):6.2f} × {first}'s time"
-        if row.limit_s:
-            line += f", {row.limit_s / side.seconds:4.0%} of the limit"
+        if (share := share_of_limit(row, name)) is not None:
+            line += f", {share:4.0%} of the limit"
         if side.peak_bytes is not None:
             line += f", {side.peak_bytes / 1e6:,.1f} MB"
         if side.error is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, ON_GPU, absent, by_scale, dtype_name, measure, on_backend
+from harness import DEVICE, absent, by_scale, dtype_name, measure, on_backend
 
 from clipfast import ops
 from clipfast.benchmark.measure import Oracle
@@ -24,9 +24,8 @@ BATCHES = by_scale(
     full=[512, 1024, 2048, 4096, 8192, 16384],
     gpu=[2048, 4096, 8192, 16384, 32768],
 )
-CASES = [(b, t) for t in (torch.float32, torch.bfloat16) for b in (BATCHES if t == torch.float32 else BATCHES[-2:])]
-if ON_GPU:
-    CASES = [(b, t) for t in (torch.float32, torch.bfloat16) for b in BATCHES]
+BFLOAT16 = by_scale(smoke=BATCHES[-1:], short=BATCHES[-1:], full=BATCHES, gpu=BATCHES)
+CASES = [(batch, torch.float32) for batch in BATCHES] + [(batch, torch.bfloat16) for batch in BFLOAT16]
 
 
 def open_clips(name):
@@ -126,7 +125,7 @@ def run(benchmark, op, batch, dtype, sides, inputs):
     measure(benchmark, row, sides, [inputs], oracle=Oracle(exact, "PyTorch", scales), saves=True)
 
 
-@pytest.mark.parametrize(("batch", "dtype"), CASES)
+@pytest.mark.parametrize(("batch", "dtype"), CASES, ids=str)
 def test_contrastive_loss(batch, dtype, benchmark):
     sides = {
         "clipfast": step(ops.contrastive_loss),
@@ -139,7 +138,7 @@ def test_contrastive_loss(batch, dtype, benchmark):
     run(benchmark, "contrastive_loss", batch, dtype, sides, features(batch, dtype))
 
 
-@pytest.mark.parametrize("batch", BATCHES[-1:] if not ON_GPU else BATCHES)
+@pytest.mark.parametrize("batch", by_scale(smoke=BATCHES[-1:], short=[2048], full=BATCHES, gpu=BATCHES))
 def test_siglip_loss(batch, benchmark):
     def ours(image, text, scale):
         return ops.siglip_loss(image, text, scale, logit_bias=BIAS)

@@ -61,12 +61,12 @@ class Clock:
         torch.cuda.synchronize()
         return start.elapsed_time(end) / 1e3 / calls, host
 
-    def calls_a_round(self, call: Callable[..., object], inputs: Inputs) -> int:
-        """Return how many calls make a round long enough; the call has been warmed up."""
+    def calls_a_round(self, call: Callable[..., object], inputs: Inputs) -> tuple[int, float]:
+        """Return how many calls make a round long enough, and about what one takes; the call has been warmed up."""
         seconds, _ = self.round(call, inputs, 1)
         if seconds * 3 < ROUND_S[self.device]:
             seconds, _ = self.round(call, inputs, 3)
-        return min(_CALLS, max(1, round(ROUND_S[self.device] / max(seconds, 1e-9))))
+        return min(_CALLS, max(1, round(ROUND_S[self.device] / max(seconds, 1e-9)))), seconds
 
     def replayed(self, call: Callable[..., object], inputs: Inputs, calls: int) -> Callable[[], object] | None:
         """Return a function that replays a round as a CUDA graph, or None where the call cannot be captured.
@@ -101,13 +101,13 @@ class Interleaved:
         self.clock, self.sides, self.inputs = clock, sides, inputs
         self.device_s: dict[str, list[float]] = {name: [] for name in sides}
         self.host_s: dict[str, list[float]] = {name: [] for name in sides}
-        self.calls = {name: clock.calls_a_round(call, inputs) for name, call in sides.items()}
-        self.round_s = 0.0
+        tried = {name: clock.calls_a_round(call, inputs) for name, call in sides.items()}
+        self.calls = {name: calls for name, (calls, _) in tried.items()}
+        self.round_s = sum(calls * seconds for calls, seconds in tried.values())
         """About what a round of all sides takes."""
         self._graphs: dict[str, Callable[[], object]] = {}
-        for name, call in sides.items():
+        for name, call in sides.items() if clock.device == "cuda" else ():
             device, host = clock.round(call, inputs, self.calls[name])
-            self.round_s += max(device, host) * self.calls[name]
             if host > 0.5 * device and (graph := clock.replayed(call, inputs, self.calls[name])) is not None:
                 self._graphs[name] = graph
 

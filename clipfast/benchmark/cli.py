@@ -1,0 +1,86 @@
+"""The command line: ``clipfast-bench compare | report | readme``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+
+@app.callback()
+def main() -> None:
+    """What ``pytest benchmarks/`` measured: compared, and drawn."""
+
+
+@contextmanager
+def _errors_in_a_line() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: the report needs {error.name}: pip install 'clipfast[bench]'", err=True)
+        raise typer.Exit(2) from error
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="The file of a run.")],
+    after: Annotated[Path, typer.Argument(help="The file of a later run on the same machine.")],
+    threshold: Annotated[float, typer.Option(help="The smallest change of time that is called one, as a share.")] = 0.1,
+    everything: Annotated[bool, typer.Option("--all", help="Name what did not change, too.")] = False,
+) -> None:
+    """Say what became slower or faster, by clipfast's time over its rivals' in the same rounds.
+
+    Exits with 1 where something became slower, with 2 where the runs cannot be compared.
+    """
+    from clipfast.benchmark.compare import compare as compare_runs
+    from clipfast.benchmark.compare import lines_of
+    from clipfast.benchmark.results import read_run
+
+    with _errors_in_a_line():
+        changes = compare_runs(read_run(before), read_run(after), threshold)
+    for line in lines_of(changes, everything=everything):
+        typer.echo(line)
+    raise typer.Exit(int(any(change.verdict == "slower" for change in changes)))
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="The file of a run.")],
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("benchmark-report.html"),
+    markdown: Annotated[Path | None, typer.Option(help="A Markdown table beside it.")] = None,
+) -> None:
+    """Write the report of a run: one HTML file that needs nothing else."""
+    with _errors_in_a_line():
+        from clipfast.benchmark.markdown import markdown_table
+        from clipfast.benchmark.report import write_report
+        from clipfast.benchmark.results import read_run
+
+        run = read_run(results)
+        write_report(run, output)
+        if markdown is not None:
+            markdown.write_text(markdown_table(run), encoding="utf-8")
+    typer.echo(f"wrote {output}" + (f" and {markdown}" if markdown else ""))
+
+
+@app.command()
+def readme(
+    results: Annotated[Path, typer.Argument(help="The file of a run.")],
+    page: Annotated[Path, typer.Argument(metavar="README", help="The page with the two marks.")],
+) -> None:
+    """Put the table of a run into a README, between its marks."""
+    from clipfast.benchmark.markdown import update_section
+    from clipfast.benchmark.results import read_run
+    from clipfast.files import write_atomically
+
+    with _errors_in_a_line():
+        text = update_section(page.read_text(encoding="utf-8"), read_run(results))
+        write_atomically(page, lambda file: file.write(text.encode()))
+    typer.echo(f"wrote {page}")
