@@ -87,7 +87,8 @@ def test_the_page_stands_alone():
     words = " ".join(page.words)
     for expected in (
         "clipfast on A CPU, 2 threads", "2026-01-02", "abc1234567", "no GPU was there", "not installed",
-        "<b>timm & co</b>", "Contrastive loss", "Roofline", "Scaling", "Dense and with exact shortcuts", "torch 2.13.0", "30 GB/s",
+        "<b>timm & co</b>", "Contrastive loss", "Roofline", "Scaling", "Dense and with exact shortcuts",
+        "torch 2.13.0", "30 GB/s",
     ):  # fmt: skip
         assert expected in words, expected
 
