@@ -19,7 +19,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("torchvision"):
 
 from harness import DEVICE, ROUNDS, SESSION
 
-from clipfast.benchmark.machine import machine_name
+from clipfast.benchmark.machine import keep_pages, machine_name
 
 
 class WithoutPlugin:
@@ -36,6 +36,12 @@ def pytest_addoption(parser):
         "--scale", choices=list(ROUNDS), default="short", help="short: minutes; full: an hour; smoke: a try"
     )
     group.addoption("--threads", type=int, help="of PyTorch on the CPU; by default as many as PyTorch takes")
+    group.addoption(
+        "--allocator",
+        choices=["kept", "default"],
+        default="kept",
+        help="kept: every side keeps the pages that it freed; default: the C library may give them back",
+    )
     group.addoption("--results", type=Path, help="the results' folder, or file if it ends with .json")
 
 
@@ -45,6 +51,8 @@ def pytest_configure(config):
         config.pluginmanager.register(WithoutPlugin())
         config.addinivalue_line("markers", "benchmark: read by pytest-benchmark, which is not installed")
     SESSION.scale, SESSION.results = config.getoption("--scale"), config.getoption("--results")
+    if DEVICE == "cpu" and config.getoption("--allocator") == "kept" and keep_pages():
+        SESSION.allocator = "keeps its pages"
     if config.getoption("--threads"):
         torch.set_num_threads(config.getoption("--threads"))
 

@@ -41,6 +41,7 @@ class Session:
     results: Path | None = None
     write: Callable[[str], None] = print
     limits: Limits | None = None
+    allocator: str = "default"
     rows: list[Row] = field(default_factory=list)
     clock: float = 0.0
 
@@ -57,7 +58,7 @@ class Session:
         run = Run(
             machine=machine,
             device=DEVICE,
-            details=details(DEVICE),
+            details={"allocator": self.allocator} | details(DEVICE),
             commit=commit,
             date=datetime.date.today().isoformat(),
             scale=self.scale,

@@ -1,9 +1,7 @@
 """Whole towers: images, zero-shot prompts and a training step, dense and with exact shortcuts, beside the rivals.
 
 pytest benchmarks/test_towers.py
-MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592 pytest benchmarks/test_towers.py
 
-The second keeps the pages of every side, which the allocator's defaults give back to the system after every call.
 Weights are random and shared, so that every side computes the same numbers.
 """
 

@@ -36,6 +36,11 @@ _BARS = """<style>
 .bar .track i.dense { background: #2fa36b; }
 .bar .track u { position: absolute; top: -.15rem; bottom: -.15rem; border-left: 2px solid var(--ink); }
 .bar b { font-weight: 600; font-variant-numeric: tabular-nums; text-align: right; }
+details { margin: 1rem 0; }
+summary { cursor: pointer; color: var(--accent); }
+.scroll td:first-child { min-width: 14rem; overflow-wrap: normal; }
+.scroll td:nth-child(2), .scroll th:nth-child(2) { text-align: left; }
+.scroll table { font-size: .86rem; margin-top: .5rem; }
 .key { display: inline-block; width: .8rem; height: .8rem; background: #3d85d0; margin: 0 .3rem 0 .8rem; }
 .key.dense { background: #2fa36b; }
 </style>"""
@@ -65,7 +70,9 @@ def report_html(run: Run) -> str:
         rows = [row for row in run.rows if row.op == op]
         report.add_section(OPS.get(op, op))
         report.add_html(_bars(rows))
+        report.add_html("<details><summary>All figures</summary>")
         report.add_table(_HEADER, [cells for row in rows for cells in _cells(row)])
+        report.add_html("</details>")
     _add_shortcuts(report, run)
     roofline = plot_roofline(run)
     if roofline is not None:
