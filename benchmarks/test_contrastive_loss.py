@@ -116,7 +116,7 @@ def run(benchmark, op, batch, dtype, sides, inputs):
         items=batch,
         flops=8 * batch**2 * WIDTH,
         bytes=4 * batch * WIDTH * dtype.itemsize,
-        series=f"{op}, {name}",
+        series=op.replace("_", " ") + f", {name}",
         axis="batch",
         at=batch,
         law={"time": 2, "memory": 1},

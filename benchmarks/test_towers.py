@@ -38,7 +38,7 @@ IMAGES = by_scale(smoke=[1, 2], short=[1, 4, 16], full=[1, 4, 16, 64], gpu=[1, 1
 # float32 takes twice as long on a CPU
 IMAGES_FLOAT32 = by_scale(smoke=[1, 2], short=[1, 4], full=[1, 4, 16], gpu=[1, 16, 256])
 PROMPTS = by_scale(smoke=4, short=32, full=256, gpu=2048)
-PAIRS = by_scale(smoke=2, short=8, full=32, gpu=256)
+PAIRS = by_scale(smoke=2, short=4, full=32, gpu=256)
 DTYPES = [torch.bfloat16, torch.float32]
 # a whole tower adds up the roundings of every layer in another order: four times DESIGN's bound for one op
 DEPTH = 4.0

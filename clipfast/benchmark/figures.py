@@ -14,6 +14,8 @@ from clipfast.visualize.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, n
 
 _RIVALS = [ORANGE, PURPLE, GREY, "#c2a21b", "#c9506b", "#4aa3a8", "#8a6d4b", "#6f7fb0"]
 _MARKERS = "sD^vPX*<"
+# no box: its white stays white on a dark page
+_PLAIN = {"frameon": False, "labelcolor": INK}
 
 
 def plot_roofline(run: Run) -> Figure | None:
@@ -43,7 +45,7 @@ def plot_roofline(run: Run) -> Figure | None:
     ax.set_yscale("log")
     ax.set_xlabel("operations a byte")
     ax.set_ylabel("10¹² operations a second")
-    ax.legend(loc="lower right", fontsize=8)
+    ax.legend(loc="lower right", fontsize=8, **_PLAIN)
     return figure
 
 
@@ -75,6 +77,12 @@ def plot_lines(lines: Sequence[Line]) -> Figure:
     ax.set_ylabel("peak memory, MB" if memory else "time, ms")
     law = f" (theory: {lines[0].law:g})" if lines[0].law is not None else ""
     figure.legend(
-        loc="outside lower center", ncols=2, fontsize=8, title=f"exponent{law}", title_fontsize=8, handlelength=1.6
-    )
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+        title=f"exponent{law}",
+        title_fontproperties={"size": 8},
+        handlelength=1.6,
+        **_PLAIN,
+    ).get_title().set_color(INK)
     return figure

@@ -43,6 +43,7 @@ summary { cursor: pointer; color: var(--accent); }
 .scroll table { font-size: .86rem; margin-top: .5rem; }
 .key { display: inline-block; width: .8rem; height: .8rem; background: #3d85d0; margin: 0 .3rem 0 .8rem; }
 .key.dense { background: #2fa36b; }
+@media (max-width: 30rem) { .bar { grid-template-columns: 7.5rem 1fr 3.6rem; overflow-wrap: anywhere; } }
 </style>"""
 
 _HOW = (
@@ -101,13 +102,14 @@ def _tiles(run: Run) -> list[tuple[str, str]]:
             tiles.append((f"{statistics.median(ratios):.2f} ×", f"{label}: the fastest rival's time, median of rows"))
     tiles.append((f"{run.limits.copy_gb_per_s:,.0f} GB/s", "a copy, read and written"))
     for dtype, tera in run.limits.product_tflop_per_s.items():
-        tiles.append((f"{tera:.3g} TFLOP/s", f"a matrix product, {dtype}"))
+        speed = f"{tera:.3g} TFLOP/s" if tera >= 1 else f"{1000 * tera:.0f} GFLOP/s"
+        tiles.append((speed, f"a matrix product, {dtype}"))
     return tiles
 
 
 def _bars(rows: list[Row]) -> str:
     """How many times as long each rival takes, drawn; a line stands at 1."""
-    parts = ['<div class="bars"><p class="note">Each rival’s time over clipfast’s; the line is 1 ×.']
+    parts = ['<div class="bars"><p class="note">Each rival’s time over clipfast’s; the line is 1\u00a0×.']
     if any(DENSE in row.sides for row in rows):
         parts.append('<span class="key"></span>with exact shortcuts<span class="key dense"></span>every token computed')
     parts.append("</p>")
