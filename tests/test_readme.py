@@ -26,6 +26,11 @@ SHORTENED = {
         *("--target", "{tmp}/site", "."),
     ],
     "make wheel": ["make", "--dry-run", "wheel"],
+    "make bench": [
+        *("sh", "-ec"),
+        "make --dry-run bench; "
+        "{root}/.venv/bin/pytest benchmarks/test_layer_norm.py --scale smoke --results {tmp}/run.json",
+    ],
     "pip install dist/clipfast-*.whl": [
         *("sh", "-ec"),
         "{root}/.venv/bin/python scripts/build_wheel.py --cpu --output {tmp}/dist; "
@@ -64,6 +69,7 @@ def test_commands(command: str, tmp_path: Path) -> None:
     installed = "site/clipfast/kernels/__init__.py"
     expected = {
         "make demo": "demo/report.html",
+        "make bench": "run.json",
         "pip install .": installed,
         "pip install dist/clipfast-*.whl": installed,
     }
