@@ -75,6 +75,7 @@ def test_a_wrong_kernel_is_not_timed(copied):
 
 
 def test_benchmarks_that_are_disabled_write_nothing(copied):
+    pytest.importorskip("pytest_benchmark")
     chosen = ["benchmarks/test_attention.py", "-k", "50", "--benchmark-disable", "--results", "none.json"]
     code, output = run(copied.parent, *chosen)
     assert code == 0, output
