@@ -10,12 +10,10 @@ from matplotlib.figure import Figure
 
 from clipfast.benchmark.results import DENSE, OURS, Run
 from clipfast.benchmark.summary import Line, best_rival
-from clipfast.visualize.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, new_figure
+from clipfast.visualize.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, add_legend, new_figure
 
 _RIVALS = [ORANGE, PURPLE, GREY, "#c2a21b", "#c9506b", "#4aa3a8", "#8a6d4b", "#6f7fb0"]
 _MARKERS = "sD^vPX*<"
-# no box: its white stays white on a dark page
-_PLAIN = {"frameon": False, "labelcolor": INK}
 
 
 def plot_roofline(run: Run) -> Figure | None:
@@ -45,7 +43,7 @@ def plot_roofline(run: Run) -> Figure | None:
     ax.set_yscale("log")
     ax.set_xlabel("operations a byte")
     ax.set_ylabel("10¹² operations a second")
-    ax.legend(loc="lower right", fontsize=8, **_PLAIN)
+    add_legend(ax, loc="lower right", fontsize=8)
     return figure
 
 
@@ -76,13 +74,13 @@ def plot_lines(lines: Sequence[Line]) -> Figure:
     ax.set_xlabel({"batch": "batch", "tokens": "tokens"}.get(lines[0].axis, lines[0].axis))
     ax.set_ylabel("peak memory, MB" if memory else "time, ms")
     law = f" (theory: {lines[0].law:g})" if lines[0].law is not None else ""
-    figure.legend(
+    add_legend(
+        figure,
         loc="outside lower center",
         ncols=2,
         fontsize=8,
         title=f"exponent{law}",
-        title_fontproperties={"size": 8},
+        title_fontsize=8,
         handlelength=1.6,
-        **_PLAIN,
-    ).get_title().set_color(INK)
+    )
     return figure

@@ -61,6 +61,17 @@ def new_figure(
         return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def add_legend(owner: Axes | Figure, **options: object) -> None:
+    """Add a legend in the house's style: matplotlib reads a legend's style when it is made, not from its figure.
+
+    Args:
+        owner: the axes or the figure that it explains.
+        options: for its ``legend``.
+    """
+    with matplotlib.rc_context(_STYLE):
+        owner.legend(**options)
+
+
 def hide_frame(axes: Axes) -> None:
     """Leave only what is drawn: no ticks, no grid, no border."""
     axes.set_xticks([])
