@@ -1,9 +1,9 @@
 """Attention of sequences whose keys and values fit on chip: one program owns one head of one sequence.
 
-Keys and values are read once, as up to three tiles whose sizes add up to little more than the sequence: Triton's tiles
-are powers of two, and 197 tokens are 128 + 64 + 16 (1.06 × 197) where one tile would be 256 (1.30 × 197). A sequence of
-257 tokens is a class token beside 256 others: its key is where the softmax of every row starts, its query is a
-product of one row, and the tiles are exact.
+Keys and values are read once, as one tile or two whose sizes add up to little more than the sequence: Triton's tiles
+are powers of two, and 77 tokens are 64 + 16 (1.04 × 77) where one tile would be 128 (1.66 × 77). A sequence of 257
+tokens is a class token beside 256 others: its key is where the softmax of every row starts, its query is a product of
+one row, and the tiles are exact.
 
 The backward pass is one kernel. The program sees every query of its keys and every key of its queries, so dQ, dK and
 dV are final when it ends: no atomics, no second pass, the same sums in the same order every time.

@@ -3,8 +3,8 @@
 #
 #   scripts/test_wheel.sh WHEEL [pytest's arguments]     without any: -m "not slow and not exhaustive and not gpu"
 #
-# The tests are copied to where no other clipfast is; those of building, which read the sources, are left out. That
-# PyTorch is the same before and after is one of the checks.
+# Tests and benchmarks are copied to where no other clipfast is; the tests of building, which read the sources, are left
+# out. That PyTorch is the same before and after is one of the checks.
 # Environment: PYTHON (default python3), CLIPFAST_TORCH (default "torch==2.13.0", the release of the rivals of the parity
 # tests; with another one those are skipped), CLIPFAST_ENV (an environment that has a PyTorch, in place of a fresh one).
 set -euo pipefail
@@ -57,7 +57,7 @@ case $before in
         ;;
 esac
 
-cp -r "$tree/tests" "$tree/pyproject.toml" "$tree/README.md" "$work"
+cp -r "$tree/tests" "$tree/benchmarks" "$tree/pyproject.toml" "$tree/README.md" "$work"
 cd "$work"
 "$python" - "$environment" <<'EOF'
 import sys

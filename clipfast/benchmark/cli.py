@@ -31,21 +31,24 @@ def _errors_in_a_line() -> Iterator[None]:
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(help="The file of a run.")],
-    after: Annotated[Path, typer.Argument(help="The file of a later run on the same machine.")],
+    before: Annotated[Path, typer.Argument(help="The file of a run, or a folder of several, before a change.")],
+    after: Annotated[Path, typer.Argument(help="The same after it, on the same machine.")],
     threshold: Annotated[float, typer.Option(help="The smallest change of time that is called one, as a share.")] = 0.1,
     everything: Annotated[bool, typer.Option("--all", help="Name what did not change, too.")] = False,
 ) -> None:
     """Say what became slower or faster, by clipfast's time over its rivals' in the same rounds.
 
+    Two processes of the same code differ by more than the rounds of one: measure before and after in turn, four times,
+    into a folder each.
+
     Exits with 1 where something became slower, with 2 where the runs cannot be compared.
     """
     from clipfast.benchmark.compare import compare as compare_runs
     from clipfast.benchmark.compare import lines_of
-    from clipfast.benchmark.results import read_run
+    from clipfast.benchmark.results import read_runs
 
     with _errors_in_a_line():
-        changes = compare_runs(read_run(before), read_run(after), threshold)
+        changes = compare_runs(read_runs(before), read_runs(after), threshold)
     for line in lines_of(changes, everything=everything):
         typer.echo(line)
     raise typer.Exit(int(any(change.verdict == "slower" for change in changes)))

@@ -172,6 +172,21 @@ def read_run(path: Path) -> Run:
         raise ValueError(f"{path}: expected a file of a benchmark run, got one that is not: {error}") from error
 
 
+def read_runs(path: Path) -> list[Run]:
+    """Read a run, or all runs of a folder, by the order of their files' names.
+
+    Raises:
+        ValueError: A file is not one of a run, or a folder has none.
+        OSError: One cannot be read.
+    """
+    if not path.is_dir():
+        return [read_run(path)]
+    files = sorted(path.glob("*.json"))
+    if not files:
+        raise ValueError(f"{path}: expected a folder with files of benchmark runs, got one without any .json")
+    return [read_run(file) for file in files]
+
+
 def _as_json(value: Any) -> Any:
     if isinstance(value, (Run, Row, Side, Limits)):
         return {f.name: _as_json(getattr(value, f.name)) for f in fields(value)}

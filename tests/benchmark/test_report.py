@@ -241,6 +241,13 @@ def test_commands(tmp_path):
     assert result.exit_code == 1
     assert "slower" in result.output.splitlines()[0]
     assert run.invoke(app, ["compare", str(tmp_path / "slow.json"), str(path)]).exit_code == 0
+    for i in range(4):
+        write_run(tmp_path / "before" / f"{i}.json", make_run())
+        write_run(tmp_path / "after" / f"{i}.json", slow)
+    result = run.invoke(app, ["compare", str(tmp_path / "before"), str(tmp_path / "after")])
+    assert result.exit_code == 1
+    assert "slower" in result.output.splitlines()[0]
+    assert "One run" not in result.output
     for arguments in (
         ["report", str(tmp_path / "none.json")],
         ["report", str(readme)],

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from clipfast.benchmark.limits import best_of, limit_seconds
 from clipfast.benchmark.machine import commit_name, details, folder_name, machine_name
-from clipfast.benchmark.results import Limits, Row, Run, Side, read_run, write_run
+from clipfast.benchmark.results import Limits, Row, Run, Side, read_run, read_runs, write_run
 
 
 def make_run() -> Run:
@@ -86,3 +87,16 @@ def test_names(tmp_path, monkeypatch):
     assert commit_name(tmp_path).startswith("v")  # no repository: the version
     monkeypatch.setenv("CLIPFAST_COMMIT", "0123456789")
     assert commit_name(tmp_path) == "0123456789"
+
+
+def test_a_folder_of_runs(tmp_path):
+    for name, commit in (("b.json", "second"), ("a.json", "first")):
+        write_run(tmp_path / name, replace(make_run(), commit=commit))
+    (tmp_path / "notes.txt").write_text("not a run")
+    assert [run.commit for run in read_runs(tmp_path)] == ["first", "second"]
+    assert [run.commit for run in read_runs(tmp_path / "b.json")] == ["second"]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="expected a folder with files of benchmark runs"):
+        read_runs(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="absent.json"):
+        read_runs(tmp_path / "absent.json")

@@ -87,6 +87,20 @@ def test_head_dims(tokens: int, causal: bool, head_dim: int, tensor_core_plans: 
     check(drawn(1, tokens, heads=2, head_dim=head_dim), causal=causal)
 
 
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", policy.HEAD_DIMS)
+@pytest.mark.parametrize("tokens", LENGTHS)
+@pytest.mark.parametrize("tiles", ["float32", "float32 in the tiles of half precision", "float16"])
+def test_every_combination(
+    tiles: str, tokens: int, head_dim: int, causal: bool, request: pytest.FixtureRequest
+) -> None:
+    if "half" in tiles:
+        request.getfixturevalue("tensor_core_plans")
+    dtype = torch.float16 if tiles == "float16" else torch.float32
+    check(drawn(1, tokens, heads=1, head_dim=head_dim, dtype=dtype), causal=causal)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="a card has one architecture")
 @pytest.mark.parametrize("architecture", [80, 100])
 @pytest.mark.parametrize(
