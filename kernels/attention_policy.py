@@ -206,7 +206,7 @@ _WHOLE_BACKWARD = {
         Whole((128, 0), 16, 8, 1),
         Whole((256, 0), 16, 8, 1),
     ),
-    (100, 128): (Whole((64, 0), 32, 4, 1), Whole((128, 0), 32, 8, 1)),
+    (100, 128): (Whole((64, 0), 16, 4, 1), Whole((128, 0), 32, 8, 1)),
 }
 
 # sequences of one length, packed sequences
@@ -238,7 +238,7 @@ _STREAMING_BACKWARD = {
 # fp32 products run on the CUDA cores, from registers: small tiles, and no room for a class token beside them.
 # By padded head_dim: forward, for queries, for keys
 _FP32 = {
-    32: (Streaming(32, 32, 4, 1), Streaming(32, 32, 8, 1), Streaming(32, 32, 8, 1)),
+    32: (Streaming(32, 32, 4, 1), Streaming(32, 32, 4, 1), Streaming(32, 32, 8, 1)),
     64: (Streaming(32, 32, 4, 1), Streaming(32, 32, 8, 1), Streaming(32, 32, 8, 1)),
     128: (Streaming(32, 32, 4, 1), Streaming(16, 16, 8, 1), Streaming(32, 32, 8, 1)),
 }

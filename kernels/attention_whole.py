@@ -117,32 +117,14 @@ def whole_backward(
     lse += head * all_tokens + batch * tokens
 
     START: tl.constexpr = 1 if CLASS_TOKEN else 0
-    first_key, first_value = keys + START * token_stride, values + START * token_stride
-    key_0 = load_tile(first_key, token_stride, tokens, D, KEYS_0, BLOCK_D, CLASS_TOKEN)
-    value_0 = load_tile(first_value, token_stride, tokens, D, KEYS_0, BLOCK_D, CLASS_TOKEN)
-    d_key_0 = tl.zeros((KEYS_0, BLOCK_D), tl.float32)
-    d_value_0 = tl.zeros((KEYS_0, BLOCK_D), tl.float32)
-    if KEYS_1:
-        offset_1 = KEYS_0 * token_stride
-        key_1 = load_tile(first_key + offset_1, token_stride, tokens - KEYS_0, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
-        value_1 = load_tile(first_value + offset_1, token_stride, tokens - KEYS_0, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
-        d_key_1 = tl.zeros((KEYS_1, BLOCK_D), tl.float32)
-        d_value_1 = tl.zeros((KEYS_1, BLOCK_D), tl.float32)
     if CLASS_TOKEN:
-        # its query against every key: where dK and dV start
+        # every query against its key, all at once: sums kept through the loop below would not fit the registers, and
+        # neither would these tiles beside those that stay
         class_key, class_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
         class_query, class_grad = load_row(queries, D, BLOCK_D), load_row(d_out, D, BLOCK_D)
         class_top, class_delta = tl.load(lse), tl.sum(load_row(out, D, BLOCK_D) * class_grad, 0)
         weight = tl.exp2(tl.sum(class_query * class_key, 0) * log2_scale - class_top)
         d_score = weight * (tl.sum(class_grad * class_value, 0) - class_delta)
-        by_key, d_by_key = row_gradients(
-            class_query[None, :], class_grad[None, :], class_top, class_delta, key_0, value_0, log2_scale
-        )
-        d_class_query = d_score * class_key + tl.sum(d_by_key[:, None] * key_0.to(tl.float32), 0)
-        store_row(d_queries, d_class_query * scale, D, BLOCK_D)
-        d_key_0 += d_by_key[:, None] * class_query[None, :]
-        d_value_0 += by_key[:, None] * class_grad[None, :]
-        # every query against its key, all at once: sums kept through the loop below would not fit the registers
         others = 1 + tl.arange(0, KEYS_0)
         all_queries = load_tile(queries + token_stride, token_stride, tokens, D, KEYS_0, BLOCK_D, True)
         all_grads = load_tile(d_out + width, width, tokens, D, KEYS_0, BLOCK_D, True)
@@ -161,6 +143,27 @@ def whole_backward(
         d_class_value = weight * class_grad + tl.sum(by_query[:, None] * all_grads.to(tl.float32), 0)
         store_row(d_keys, d_class_key * scale, D, BLOCK_D)
         store_row(d_values, d_class_value, D, BLOCK_D)
+
+    first_key, first_value = keys + START * token_stride, values + START * token_stride
+    key_0 = load_tile(first_key, token_stride, tokens, D, KEYS_0, BLOCK_D, CLASS_TOKEN)
+    value_0 = load_tile(first_value, token_stride, tokens, D, KEYS_0, BLOCK_D, CLASS_TOKEN)
+    d_key_0 = tl.zeros((KEYS_0, BLOCK_D), tl.float32)
+    d_value_0 = tl.zeros((KEYS_0, BLOCK_D), tl.float32)
+    if KEYS_1:
+        offset_1 = KEYS_0 * token_stride
+        key_1 = load_tile(first_key + offset_1, token_stride, tokens - KEYS_0, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
+        value_1 = load_tile(first_value + offset_1, token_stride, tokens - KEYS_0, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
+        d_key_1 = tl.zeros((KEYS_1, BLOCK_D), tl.float32)
+        d_value_1 = tl.zeros((KEYS_1, BLOCK_D), tl.float32)
+    if CLASS_TOKEN:
+        # its query against every key: where dK and dV start
+        by_key, d_by_key = row_gradients(
+            class_query[None, :], class_grad[None, :], class_top, class_delta, key_0, value_0, log2_scale
+        )
+        d_class_query = d_score * class_key + tl.sum(d_by_key[:, None] * key_0.to(tl.float32), 0)
+        store_row(d_queries, d_class_query * scale, D, BLOCK_D)
+        d_key_0 += d_by_key[:, None] * class_query[None, :]
+        d_value_0 += by_key[:, None] * class_grad[None, :]
 
     for tile in range(0, tl.cdiv(tokens - START, QUERIES)):
         first = START + tile * QUERIES
