@@ -91,13 +91,8 @@ def test_head_dims(tokens: int, causal: bool, head_dim: int, tensor_core_plans: 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("head_dim", policy.HEAD_DIMS)
 @pytest.mark.parametrize("tokens", LENGTHS)
-@pytest.mark.parametrize("tiles", ["float32", "float32 in the tiles of half precision", "float16"])
-def test_every_combination(
-    tiles: str, tokens: int, head_dim: int, causal: bool, request: pytest.FixtureRequest
-) -> None:
-    if "half" in tiles:
-        request.getfixturevalue("tensor_core_plans")
-    dtype = torch.float16 if tiles == "float16" else torch.float32
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_every_combination(dtype: torch.dtype, tokens: int, head_dim: int, causal: bool) -> None:
     check(drawn(1, tokens, heads=1, head_dim=head_dim, dtype=dtype), causal=causal)
 
 
