@@ -11,7 +11,7 @@ help:
 	@echo "make demo      train a small CLIP on real pairs and write runs/demo/report.html"
 	@echo "make test      prove it equal to open_clip, transformers and timm (without the slow tests)"
 	@echo "make test-all  the slow tests too"
-	@echo "make exhaustive  every configuration and every combination of the Triton kernels, which takes half an hour or more"
+	@echo "make exhaustive  compile every configuration of every Triton kernel, interpret attention at every size: half an hour or more"
 	@echo "make bench     time clipfast beside its rivals"
 	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
 	@echo "make wheel     one wheel for every Python and card into dist/; no GPU is needed; CPU=1, or ARCHS=\"9.0a\""

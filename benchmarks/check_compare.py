@@ -42,7 +42,8 @@ def main() -> int:
 
     Returns 1 where a rerun had a row flagged, or a slowed run no more than half of them.
     """
-    times, runs = (int(text) for text in (sys.argv[1:] + ["5", "4"][len(sys.argv) - 1 :]))
+    times = int(sys.argv[1]) if len(sys.argv) > 1 else 5
+    runs = int(sys.argv[2]) if len(sys.argv) > 2 else 4
     failed = False
     for i in range(times):
         with tempfile.TemporaryDirectory() as name:
@@ -58,11 +59,11 @@ def main() -> int:
                 ratios = sorted(change.ratio for change in changes)
                 spread = f"ratios {ratios[0]:.3f} to {ratios[-1]:.3f}"
                 print(f"{i + 1}. {state}: {dict(verdicts)}, {spread}", flush=True)
-                expected = "slower" if state == "slow" else "same"
                 if state == "slow":
-                    failed = failed or verdicts["slower"] <= len(changes) / 2
+                    expected, wrong = "slower", verdicts["slower"] <= len(changes) / 2
                 else:
-                    failed = failed or verdicts["slower"] + verdicts["faster"] > 0
+                    expected, wrong = "same", verdicts["slower"] + verdicts["faster"] > 0
+                failed = failed or wrong
                 for line in lines_of([c for c in changes if c.verdict != expected], everything=True)[:-1]:
                     print(f"   {line}", flush=True)
     return int(failed)

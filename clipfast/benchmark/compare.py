@@ -98,7 +98,7 @@ def _check_same_place(one: Run, other: Run) -> None:
 
 
 def _change(before: list[Row], after: list[Row], side: str, common: list[str], threshold: float) -> Change:
-    rivals = [name for name in common if not name.startswith(OURS)]
+    rivals = [name for name in after[0].rivals if name in common]
     choices = [(name,) for name in rivals] + ([tuple(rivals)] if len(rivals) != 1 else [])
     found = []
     for anchors in choices:

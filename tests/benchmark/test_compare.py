@@ -150,7 +150,7 @@ def test_the_text():
     lines = lines_of(compare([run(0)], [run(1, {3: 1.3})]))
     assert len(lines) == 3
     assert lines[0].startswith("slower")
-    assert "clipfast: row 3 (against " in lines[0]
+    assert "clipfast: row 3 (against PyTorch, open_clip)" in lines[0]
     assert lines[1] == "1 slower, 0 faster, 0 too noisy to tell, 39 same"
     assert len(lines_of(compare([run(0)], [run(1)]), everything=True)) == ROWS + 2
     assert lines[2].startswith("One run before and one after")
