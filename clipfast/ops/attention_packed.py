@@ -90,7 +90,8 @@ def remember(cu_seqlens: Tensor, counts: list[tuple[int, int]], on_device: Tenso
 
 
 def _known(cu_seqlens: Tensor) -> _Known | None:
-    return getattr(cu_seqlens, "_clipfast_known", None)
+    # what is traced would be compiled anew for every batch
+    return None if torch.compiler.is_compiling() else getattr(cu_seqlens, "_clipfast_known", None)
 
 
 def check(cu_seqlens: Tensor, total: int, op: str = "attention", may_be_empty: bool = True) -> None:
