@@ -6,6 +6,7 @@ Shown without a GPU on a card of Python's own (``tests/support/pretend_card.py``
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch.utils.backend_registration
 
 SUPPORT = Path(__file__).parent / "support"
+TESTS = ("host_path_cases.py", "host_path_planted.py")
 
 
 @pytest.mark.slow
@@ -21,12 +23,12 @@ SUPPORT = Path(__file__).parent / "support"
     not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="PyTorch has no backends written in Python before 2.10",
 )
-@pytest.mark.parametrize("tests", ["host_path_cases.py", "host_path_planted.py"])
-def test_host_path(tests: str) -> None:
+def test_host_path() -> None:
     # a GPU would be the accelerator in its place
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in environment.items() if not k.startswith(("PYTEST_", "CLIPFAST_BACKEND"))}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", str(SUPPORT / tests)]
+    command = [sys.executable, "-m", "pytest", "-q", *(str(SUPPORT / tests) for tests in TESTS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    # neither file was left out
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90, done.stdout

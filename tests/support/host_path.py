@@ -15,6 +15,7 @@ from typing import Any
 import interpreter
 import pretend_card
 import torch
+import torch.nn.functional as F
 from pretend_card import Record, is_on_card, watching
 from torch import Tensor, nn
 
@@ -72,6 +73,22 @@ class Trained(nn.Module):
         self.clip.set_grad_checkpointing()
 
 
+class Features(nn.Module):
+    """CLIP's loss between features alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.scale = nn.Parameter(torch.randn(5, 32)), nn.Parameter(torch.tensor(2.0))
+        self.loss = clipfast.ContrastiveLoss()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        image, text = (F.normalize(x, dim=-1) for x in (pixels.flatten(1)[:, :32], self.text))
+        return self.loss(image, text, self.scale.exp())
+
+    def set_grad_checkpointing(self) -> None:
+        """Have nothing to compute again."""
+
+
 def vit(**changes: object) -> nn.Module:
     return clipfast.ViT(32, 8, 64, layers=2, heads=2, output_dim=32, **changes)
 
@@ -95,6 +112,7 @@ SUBJECTS = {
     "patch dropout": Subject(lambda: vit(patch_dropout=0.5), images, draws=True),
     "ModifiedResNet": Subject(lambda: clipfast.ModifiedResNet((1, 1, 1, 1), 32, 8, 32, 8), images),
     "text": Subject(text, tokens, packs=True),
+    "loss": Subject(Features, images),
     "CLIP": Subject(lambda: Trained(clipfast.ContrastiveLoss()), lambda: (images(), tokens()), packs=True),
     "SigLIP": Subject(
         lambda: Trained(clipfast.SigLipLoss(), patch_dropout=0.5), lambda: (images(), tokens()), packs=True, draws=True

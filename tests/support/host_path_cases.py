@@ -95,7 +95,7 @@ def test_autocast(subject: str) -> None:
         assert error <= 2 * of_cpu + 0.01 * max(float(value.norm()), 1e-3 * largest), name
 
 
-@pytest.mark.parametrize("subject", ["ModifiedResNet", "CLIP", "SigLIP"])
+@pytest.mark.parametrize("subject", ["ModifiedResNet", "loss", "SigLIP"])
 def test_compiled(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # blocks are alike, and tracing is slow
     for tower in ("vision_cfg", "text_cfg"):
