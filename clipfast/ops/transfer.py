@@ -66,9 +66,15 @@ def _send(host: Tensor, device: torch.device) -> Tensor:
     return pinned.to(device, non_blocking=True)
 
 
+def _operator(host: Tensor, device: torch.device) -> Tensor:
+    # an operator's result is memory of its own
+    there = _send(host.contiguous(), device)
+    return there.clone() if there.device == host.device else there
+
+
 def _fake(host: Tensor, device: torch.device) -> Tensor:
     return host.new_empty(host.shape, device=device)
 
 
-_library.impl("to_device", _send, "CPU")
+_library.impl("to_device", _operator, "CPU")
 torch.library.register_fake("clipfast::to_device", _fake, lib=_library)
