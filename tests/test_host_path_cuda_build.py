@@ -149,9 +149,10 @@ def captions_are_packed(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
     with unset_fake_temporarily():
         packed = packing.pack(torch.tensor(LENGTHS) - 1, 16)
-        counts = attention_packed._known(packed.cu_seqlens).groups.counts
+        known = attention_packed._known(packed.cu_seqlens)
+        assert known.groups.counts  # computed where there are values
     there = {name: getattr(packed, name).to("cuda") for name in ("rows", "positions", "ends", "order")}
-    attention_packed.remember(packed.cu_seqlens, counts, packed.cu_seqlens.to("cuda", torch.int32))
+    known.on_device = packed.cu_seqlens.to("cuda", torch.int32)
     monkeypatch.setattr(text_module, "pack", lambda *args: packing.Packing(cu_seqlens=packed.cu_seqlens, **there))
 
 

@@ -49,16 +49,16 @@ def pack(read: Tensor, context_length: int) -> Packing:
     lengths, by_length = (read.cpu().long() + 1).sort(stable=True)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     # in host memory, whatever PyTorch's default device is
-    positions = torch.arange(int(cu_seqlens[-1]), device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
+    total = int(cu_seqlens[-1])
+    positions = torch.arange(total, device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
     rows = positions + (by_length * context_length).repeat_interleave(lengths)
     order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length), device="cpu"))
-    counts = zip(*(t.tolist() for t in torch.unique_consecutive(lengths, return_counts=True)), strict=True)
     if read.device.type == "cpu":
-        attention_packed.remember(cu_seqlens, list(counts))
+        attention_packed.remember(cu_seqlens, lengths, total)
         return Packing(rows, positions, cu_seqlens, cu_seqlens[1:] - 1, order)
     parts = [cu_seqlens.int(), rows, positions, cu_seqlens[1:] - 1, order]
     offsets, rows, positions, ends, order = transfer.together(parts, read.device)
-    attention_packed.remember(cu_seqlens, list(counts), offsets)
+    attention_packed.remember(cu_seqlens, lengths, total, offsets)
     return Packing(rows, positions, cu_seqlens, ends, order)
 
 

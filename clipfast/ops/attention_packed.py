@@ -9,6 +9,7 @@ operator to it. Its backward pass computes the forward pass again, which eager m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -68,25 +69,28 @@ class Groups:
     sequences: tuple[Tensor, Tensor] | None
 
 
-@dataclass(frozen=True)
 class _Known:
-    """What was found out about offsets when they were made, so that no layer has to find it out again."""
+    """What is known of offsets since they were made, so that no layer has to find it out again."""
 
-    total: int
-    groups: Groups
-    on_device: Tensor | None
+    def __init__(self, lengths: Tensor, total: int, on_device: Tensor | None) -> None:
+        self.lengths, self.total, self.on_device = lengths, total, on_device
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        counts = torch.unique_consecutive(self.lengths, return_counts=True)
+        return Groups(list(zip(*(t.tolist() for t in counts), strict=True)), None, None)
 
 
-def remember(cu_seqlens: Tensor, counts: list[tuple[int, int]], on_device: Tensor | None = None) -> None:
+def remember(cu_seqlens: Tensor, lengths: Tensor, total: int, on_device: Tensor | None = None) -> None:
     """Let every op that gets ``cu_seqlens`` find what is known of it: nothing is computed or sent to a device again.
 
     Args:
         cu_seqlens: Right offsets ``[S + 1]`` in host memory, which nobody writes to from now on.
-        counts: As in :class:`Groups`; the sequences of one length lie behind each other, and none is empty.
+        lengths: The sequences' lengths ``[S]``, ascending and none of them 0, in host memory.
+        total: Their sum.
         on_device: The same offsets in int32 on a device.
     """
-    total = sum(n * count for n, count in counts)
-    cu_seqlens._clipfast_known = _Known(total, Groups(counts, None, None), on_device)
+    cu_seqlens._clipfast_known = _Known(lengths, total, on_device)
 
 
 def _known(cu_seqlens: Tensor) -> _Known | None:

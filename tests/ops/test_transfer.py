@@ -57,7 +57,7 @@ def test_operators(operator: object, result: Tensor) -> None:
 
 def test_what_is_known_of_offsets() -> None:
     offsets = OFFSETS.clone()
-    attention_packed.remember(offsets, [(2, 1), (3, 1)])
+    attention_packed.remember(offsets, offsets.diff(), 5)
     x = torch.zeros(5, 4)
     assert attention_packed.groups_of(offsets, x) == attention_packed.groups_of(OFFSETS, x)
     assert torch.equal(attention_packed.on_device(offsets, CPU), OFFSETS.int())
