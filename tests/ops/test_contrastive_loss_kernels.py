@@ -275,6 +275,19 @@ def test_bitwise_the_same_twice(dtype: str) -> None:
     assert all(results[0][name].tobytes() == results[1][name].tobytes() for name in results[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neither_the_order_of_warps_nor_when_copies_arrive_matters(dtype: str) -> None:
+    results = []
+    for hasty in (False, True):
+        kernels().hasty(hasty)
+        try:
+            case = Case(dtype, 150, 270, 130)
+            results.append(case.statistics(kernels()) | case.gradients(kernels()))
+        finally:
+            kernels().hasty(False)
+    assert all(results[0][name].tobytes() == results[1][name].tobytes() for name in results[0])
+
+
 def assert_unit(module: ModuleType, factors: bool = False) -> None:
     """The largest weight, wherever it is, must be what the unit is made of."""
     for dtype in ("float32", "bfloat16"):

@@ -122,4 +122,5 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("accumulate", &accumulate);
     m.def("finish_gradient", &finish_gradient);
     m.def("tile_rows", &tile_rows);
+    m.def("hasty", [](bool whether) { shim::hasty = whether; });
 }
