@@ -21,6 +21,7 @@ _MACHINES = {3: "i386", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183
 # what the package calls; a library of an older clipfast may lack one
 _OPS = (
     "build_info",
+    "missing_cuda_entry_points",
     "contrastive_statistics",
     "contrastive_gradients",
     "siglip_statistics",
@@ -142,11 +143,25 @@ def build_info() -> dict[str, str]:
     return _fields()
 
 
+@functools.cache
+def _missing_cuda_entry_points() -> str | None:
+    return torch.ops.clipfast.missing_cuda_entry_points() or None
+
+
+@constant_when_compiled
+def missing_cuda_entry_points() -> str | None:
+    """Return why the op library's CUDA code cannot reach PyTorch's streams in this process, or None.
+
+    No GPU is asked for: it is a question of how PyTorch and the library were built.
+    """
+    return unavailable() or _missing_cuda_entry_points()
+
+
 def card_support(cuda: str, capability: tuple[int, int], driver: tuple[int, int] | None) -> tuple[bool, str]:
     """Say whether a build runs on a card.
 
     Args:
-        cuda: The field of :func:`build_info`, such as ``13.0:80,90a,100a,100+PTX``, or ``none``.
+        cuda: The field of :func:`build_info`, such as ``13.0:80,90a,100,100+PTX``, or ``none``.
         capability: The card's compute capability.
         driver: The newest CUDA that the driver serves, or None where it is not known.
 
