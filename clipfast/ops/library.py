@@ -122,11 +122,14 @@ def _load(library: Path) -> str | None:
     missing = [name for name in _OPS if not hasattr(torch.ops.clipfast, name)]
     if missing:
         return f"{library} has no op {', '.join(missing)}: it is of another clipfast; install clipfast again"
+    # both are asked here, once: later, a caller's dispatch mode would see the operators
+    _missing_cuda_entry_points()
     if "cuda" not in _fields():
         return f"{library} does not tell what it was built with; install clipfast again"
     return None
 
 
+@functools.cache
 def _fields() -> dict[str, str]:
     return dict(field.split("=", 1) for field in torch.ops.clipfast.build_info().split(";"))
 
@@ -140,7 +143,7 @@ def build_info() -> dict[str, str]:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
-    return _fields()
+    return dict(_fields())
 
 
 @functools.cache
