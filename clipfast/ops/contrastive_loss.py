@@ -287,7 +287,9 @@ def _native_refusal(image_features: Tensor, *_: object) -> str | None:
         return contrastive_kernels.native_unavailable
     if image_features.device.type not in contrastive_kernels.native_devices:
         return f"the op library has no kernels for {image_features.device.type}"
-    return library.card_refusal(image_features.device.index) if image_features.is_cuda else None
+    if not image_features.is_cuda:
+        return None
+    return library.missing_cuda_entry_points() or library.card_refusal(image_features.device.index)
 
 
 def _native(*arguments: Any) -> Any:
