@@ -1,9 +1,9 @@
 // Runs CUDA kernels on the CPU, for tests: every thread of a block is a fibre, and barriers, shuffles and the
-// instructions of a warp are where fibres take turns. A warp runs on as far as it can before the next one starts, so what
-// a missing barrier would let it read too early is not there yet, and what it would write too early overwrites what
-// others still need. Hardware may copy (cp.async) at any time until it is waited for, and run warps in any order: a test
-// chooses between the latest with the first warp first, and at once with the last warp first. Shared memory starts as
-// NaN.
+// instructions of a warp are where fibres take turns. A warp runs on as far as it can before the next one starts, so
+// what a missing barrier would let it read too early is not there yet, and what it would write too early overwrites
+// what others still need. Hardware may copy (cp.async) at any time until it is waited for, and run warps in any order:
+// a test chooses between the latest with the first warp first, and at once with the last warp first. Shared memory
+// starts as NaN.
 //
 // What a card would leave undefined is an error here: a lane of a warp that is missing at an instruction of the whole
 // warp, or stands at another one; an address that is not aligned, or not in shared memory.
@@ -117,7 +117,8 @@ inline bool release(unsigned first, unsigned last, Waiting why) {
     }
     if (!one) return false;
     if (why == Waiting::for_warp && (!all || last - first < 32))
-        throw std::runtime_error(std::string("lanes are missing at ") + one->what + " in line " + std::to_string(one->line));
+        throw std::runtime_error(
+            std::string("lanes are missing at ") + one->what + " in line " + std::to_string(one->line));
     for (unsigned i = first; i < last; ++i) fibres[i].waiting = Waiting::no;
     return true;
 }
@@ -231,7 +232,9 @@ inline int group_id(int lane) { return lane >> 2; }        // groupID
 inline int thread_in_group(int lane) { return lane % 4; }  // threadID_in_group
 
 // A [16, 16], a0 … a7
-inline int a_row(int lane, int i) { return (0 <= i && i < 2) || (4 <= i && i < 6) ? group_id(lane) : group_id(lane) + 8; }
+inline int a_row(int lane, int i) {
+    return (0 <= i && i < 2) || (4 <= i && i < 6) ? group_id(lane) : group_id(lane) + 8;
+}
 inline int a_column(int lane, int i) {
     return i < 4 ? thread_in_group(lane) * 2 + (i & 1) : thread_in_group(lane) * 2 + (i & 1) + 8;
 }

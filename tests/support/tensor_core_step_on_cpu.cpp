@@ -100,7 +100,8 @@ EXPORT ldmatrix(const char* memory, int64_t bytes, const int32_t* offsets, uint3
 
 // Four copies, a group each, from 0, 16, 32 and 48 on, all of `bytes`; `seen` is shared memory [5, 64] after waits for
 // at most 4, 3, 2, 1 and 0 groups. `source_shift` and `target_shift` move the addresses.
-EXPORT copies(const char* source, char* seen, int64_t bytes, int64_t source_shift, int64_t target_shift, int64_t hasty) {
+EXPORT copies(
+    const char* source, char* seen, int64_t bytes, int64_t source_shift, int64_t target_shift, int64_t hasty) {
     return guarded([&] {
         shim::hasty = hasty;
         shim::launch(dim3(1), 1, 64, [=] {
@@ -119,9 +120,9 @@ EXPORT copies(const char* source, char* seen, int64_t bytes, int64_t source_shif
     });
 }
 
-// What lanes may not do. 0: nothing wrong; 1: one lane has left before ldmatrix; 2: one skips it and meets the others at
-// a barrier; 3: half are at an ldmatrix, half at another; 4: half at ldmatrix, half at mma; 5: one leaves before mma;
-// 6: a warp of 31 lanes; 7: a lane behind others by one turn of a loop
+// What lanes may not do. 0: nothing wrong; 1: one lane has left before ldmatrix; 2: one skips it and meets the others
+// at a barrier; 3: half are at an ldmatrix, half at another; 4: half at ldmatrix, half at mma; 5: one leaves before
+// mma; 6: a warp of 31 lanes; 7: a lane leaves a loop of ldmatrix one turn earlier
 EXPORT diverge(int64_t how) {
     return guarded([&] {
         shim::launch(dim3(1), how == 6 ? kLanes - 1 : kLanes, 32 * 16, [=] {
