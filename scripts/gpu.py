@@ -33,7 +33,7 @@ CHOICES = {
     "cpu": ("build", "cpu"),
 }
 # seconds; benchmarks take what is left
-LIMITS = {"build": 110, "gpu": 120, "kernels": 80, "self-test": 25, "memcheck": 35, "racecheck": 35}
+LIMITS = {"build": 140, "gpu": 120, "kernels": 80, "self-test": 25, "memcheck": 35, "racecheck": 35}
 TOTAL = 525  # of all parts together
 GRACE = 10  # from the polite end of a part to the other one
 TRACEBACK, TRACEBACKS, TAIL = 4000, 30, 4000  # characters, failures a part, characters of a log
