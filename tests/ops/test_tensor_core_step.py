@@ -233,9 +233,10 @@ def check_step(step: Run, dtype: str = "bfloat16", sizes: tuple[tuple[int, ...],
             stored.append(matrix)
         expected = np.zeros((whole_rows, whole_columns), np.float32)  # also where there are no rows or columns
         expected[:rows, :columns] = values[0] @ values[1].T
-        for hasty in (0, 1):
+        # places of the ring, as many as a card has room for; and the two extremes of timing
+        for stages, hasty in itertools.product((3, 2), (0, 1)):
             out = np.full(expected.shape, np.nan, np.float32)
-            step(f"product_{dtype}", *stored, out, rows, columns, width, stride, whole_columns, shares, hasty)
+            step(f"product_{dtype}", *stored, out, rows, columns, width, stride, whole_columns, shares, stages, hasty)
             np.testing.assert_array_equal(out, expected)
 
 
@@ -275,6 +276,7 @@ MISTAKES: dict[str, tuple[str, str, str]] = {
         WALK, r"cp_async_commit\(\);", "if (load_column < share.last_column) cp_async_commit();"),
     "no barrier": (WALK, r"__syncthreads\(\);", ""),
     "a wait for one group too few": (WALK, r"kStages - 2>\(\)", "kStages - 1>()"),
+    "the same in a ring of two": (WALK, r"kFewStages - 2>\(\)", "kFewStages - 1>()"),
     "a stage filled while it is read": (
         WALK, r"(__syncthreads\(\);\s*)(load_next\([^;]*;)", r"\2 \1"),
     "sums not cleared": (WALK, r"(visit\([^;]*;\s*)product\.clear\(\);", r"\1"),

@@ -313,6 +313,6 @@ void mma_m16n8k16(float* upper, float* lower, const uint32_t* a, const uint32_t*
 }
 
 template <typename Kernel>
-void allow_shared(Kernel, int) {}
+void allow_shared(Kernel, const char*, int) {}
 
 }  // namespace clipfast

@@ -14,10 +14,10 @@ constexpr int kLanes = 32;
 
 // [rows, columns] = image · textᵀ, in whole tiles
 template <typename T>
-__global__ void product_kernel(Features<T> f, float* out, int64_t pitch) {
-    CLIPFAST_DYNAMIC_SHARED(stages);
+__global__ void product_kernel(Features<T> f, float* out, int64_t pitch, int stages) {
+    CLIPFAST_DYNAMIC_SHARED(slabs);
     const int first_row = blockIdx.y * kTileRows<T>;
-    for_each_tile<T>(stages, f, first_row, Share(f.columns), [&](int first_column, Product<T>& product) {
+    for_each_tile<T>(Ring{slabs, stages}, f, first_row, Share(f.columns), [&](int first_column, Product<T>& product) {
         const Place<T> place;
         for (int r = 0; r < kThreadRows<T>; ++r)
             for (int c = 0; c < kThreadColumns; ++c)
@@ -39,7 +39,7 @@ const char* guarded(Run run) {
 
 template <typename T>
 const char* product(const void* image, const void* text, float* out, int64_t rows, int64_t columns, int64_t width,
-                    int64_t stride, int64_t pitch, int64_t shares, int64_t hasty) {
+                    int64_t stride, int64_t pitch, int64_t shares, int64_t stages, int64_t hasty) {
     return guarded([&] {
         Features<T> f{};
         f.image = static_cast<const T*>(image), f.text = static_cast<const T*>(text);
@@ -47,7 +47,7 @@ const char* product(const void* image, const void* text, float* out, int64_t row
         f.image_stride = f.text_stride = stride, f.vectors = true;
         shim::hasty = hasty;
         const dim3 grid(shares, (rows + kTileRows<T> - 1) / kTileRows<T>);
-        CLIPFAST_LAUNCH(product_kernel<T>, grid, kThreads, kStages * kStageBytes<T>, 0, f, out, pitch);
+        CLIPFAST_LAUNCH(product_kernel<T>, grid, kThreads, stages * kStageBytes<T>, 0, f, out, pitch, stages);
     });
 }
 
@@ -66,13 +66,13 @@ const char* mma(const uint32_t* a, const uint32_t* b, float* c) {
 #define EXPORT extern "C" __attribute__((visibility("default"))) const char*
 
 EXPORT product_bfloat16(const void* image, const void* text, float* out, int64_t rows, int64_t columns, int64_t width,
-                        int64_t stride, int64_t pitch, int64_t shares, int64_t hasty) {
-    return product<__nv_bfloat16>(image, text, out, rows, columns, width, stride, pitch, shares, hasty);
+                        int64_t stride, int64_t pitch, int64_t shares, int64_t stages, int64_t hasty) {
+    return product<__nv_bfloat16>(image, text, out, rows, columns, width, stride, pitch, shares, stages, hasty);
 }
 
 EXPORT product_float16(const void* image, const void* text, float* out, int64_t rows, int64_t columns, int64_t width,
-                       int64_t stride, int64_t pitch, int64_t shares, int64_t hasty) {
-    return product<__half>(image, text, out, rows, columns, width, stride, pitch, shares, hasty);
+                       int64_t stride, int64_t pitch, int64_t shares, int64_t stages, int64_t hasty) {
+    return product<__half>(image, text, out, rows, columns, width, stride, pitch, shares, stages, hasty);
 }
 
 EXPORT tile(int32_t* rows_and_columns) {
