@@ -16,7 +16,7 @@ help:
 	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
 	@echo "make wheel     one wheel for every Python and card into dist/; no GPU is needed; CPU=1, or ARCHS=\"9.0a\""
 	@echo "make sdist     the sources that pip builds a wheel from, into dist/"
-	@echo "make gpu       on a machine with an NVIDIA GPU: all tests and benchmarks; PART=tests or PART=bench for one"
+	@echo "make gpu       on a machine with an NVIDIA GPU: what needs one, in 9 minutes; PART=tests, bench or cpu for some of it"
 	@echo "make lint      ruff"
 
 demo:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,8 +14,15 @@ import torch
 from clipfast.ops import library
 
 ROOT = Path(__file__).parent.parent.parent
-ARCHITECTURES = ("80", "90a", "100a")
+ARCHITECTURES = ("80", "90a", "100")
 KERNELS = ("softmax_statistics_kernel", "sigmoid_statistics_kernel", "logit_gradient_kernel")
+
+
+def cuobjdump() -> str | Path | None:
+    """Return the toolkit's program that shows SASS, or the one that Triton ships."""
+    triton = importlib.util.find_spec("triton")
+    shipped = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else Path("nowhere")
+    return shutil.which("cuobjdump") or (shipped if shipped.exists() else None)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +63,9 @@ def test_no_kernel_spills(compiled: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_sixteen_bit_kernels_use_tensor_cores(compiled: tuple[Path, str]) -> None:
-    cuobjdump = shutil.which("cuobjdump")
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump")
-    sass = subprocess.run([cuobjdump, "-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump, in the toolkit or in Triton")
+    sass = subprocess.run([cuobjdump(), "-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
     functions = re.split(r"Function : ", sass)[1:]
     for kernel in KERNELS:
         of_kernel = [f for f in functions if kernel in f.split("\n", 1)[0]]
@@ -94,5 +101,6 @@ def test_it_needs_the_stable_abi_alone() -> None:
         from_torch = name.startswith(("aoti_torch_", "torch_"))
         weak_marker = kind == "w" and name.startswith(("_ITM_", "__gmon_start__", "__cxa_"))
         assert system or from_torch or weak_marker, f"{symbol} is no part of the stable ABI"
-        if "cuda" in name and not name.startswith("aoti_torch_device_type"):
-            assert kind == "w", f"{symbol} lies in libtorch_cuda and has to be weak"
+        # a weak one would stay null beside a PyTorch with CUDA: csrc/cuda/entry_points.cpp asks for those by name
+        lies_in_cuda = "cuda" in name and not name.startswith("aoti_torch_device_type")
+        assert not lies_in_cuda, f"{symbol} lies in libtorch_cuda, which the library does not name"
