@@ -91,6 +91,9 @@ def remember(cu_seqlens: Tensor, lengths: Tensor, total: int, on_device: Tensor 
         on_device: The same offsets in int32 on a device.
     """
     cu_seqlens._clipfast_known = _Known(lengths, total, on_device)
+    if on_device is not None:
+        # for what computes in a kernel's place
+        on_device._clipfast_known = _Known(lengths, total, None)
 
 
 def _known(cu_seqlens: Tensor) -> _Known | None:

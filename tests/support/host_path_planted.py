@@ -211,7 +211,12 @@ def test_planted(subject: str, plant: Callable[[Patch], None], monkeypatch: Patc
 def test_offsets_sent_by_every_layer(monkeypatch: Patch) -> None:
     pytest.importorskip("triton")
     launch_kernels()
-    monkeypatch.setattr(attention_triton.kernel_ops, "refusal", lambda x, *rest: None if x.dim() == 4 else "not now")
+
+    def attention_alone(*arguments: Any) -> str | None:
+        first = next(x for x in arguments if isinstance(x, Tensor))
+        return None if first.dim() == 4 else "not now"
+
+    monkeypatch.setattr(attention_triton.kernel_ops, "refusal", attention_alone)
     on_device = attention_packed.on_device
     model = made("text", torch.float32)
     with clipfast.backend("triton"):
