@@ -26,8 +26,9 @@ TESTS = ("host_path_cases.py", "host_path_planted.py")
 def test_host_path() -> None:
     # a GPU would be the accelerator in its place
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {k: v for k, v in environment.items() if not k.startswith(("PYTEST_", "CLIPFAST_BACKEND"))}
-    command = [sys.executable, "-m", "pytest", "-q", *(str(SUPPORT / tests) for tests in TESTS)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "host_path", *(str(SUPPORT / tests) for tests in TESTS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # neither file was left out

@@ -1,13 +1,14 @@
 """Towers and losses on a pretend card: what is run there, and what its host may wait for.
 
-Importing this makes the card, which wants a process of its own: see :mod:`pretend_card`.
+Importing this makes the card, which wants a process of its own (see :mod:`pretend_card`), and wants to come before
+clipfast's operators: as a plugin of pytest's, ``PYTHONPATH=tests/support python -m pytest -p host_path``.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import importlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,16 +20,12 @@ import torch.nn.functional as F
 from pretend_card import Record, is_on_card, watching
 from torch import Tensor, nn
 
-import clipfast
-from clipfast.ops import attention_packed
-
+assert "clipfast.ops" not in sys.modules, "clipfast's operators are there already: run pytest with -p host_path"
+interpreter.enable()
 pretend_card.install()
 CARD = torch.device(pretend_card.NAME, 0)
 
-# operators that clipfast writes for CUDA, in Python: the card runs the same code
-_clipfast = torch.library.Library("clipfast", "IMPL")
-_clipfast.impl("attention_by_length", attention_packed._forward, "PrivateUse1")
-_clipfast.impl("attention_by_length_backward", attention_packed._backward, "PrivateUse1")
+import clipfast  # noqa: E402
 
 LENGTHS = [4, 16, 9, 4, 2]
 CONFIG = {
@@ -208,18 +205,6 @@ def graph_waits(graph: torch.fx.GraphModule) -> list[str]:
     return found
 
 
-KERNELS = {
-    "attention": ("attention", "forward"),
-    "attention_backward": ("attention", "backward"),
-    "layer_norm_forward": ("layer_norm", "forward"),
-    "layer_norm_backward": ("layer_norm", "backward"),
-    "add_layer_norm_forward": ("layer_norm", "add_forward"),
-    "add_layer_norm_backward": ("layer_norm", "add_backward"),
-    "bias_gelu_forward": ("bias_gelu", "forward"),
-    "bias_gelu_backward": ("bias_gelu", "backward"),
-}
-
-
 @functools.cache
 def launch_kernels() -> None:
     """Let the card launch Triton kernels, which the interpreter runs on its memory."""
@@ -238,6 +223,3 @@ def launch_kernels() -> None:
         launch(self, *args, **kwargs)
 
     GridExecutor.__call__ = launched
-    for name, (family, function) in KERNELS.items():
-        run = getattr(importlib.import_module(f"clipfast.kernels.{family}"), function)
-        _clipfast.impl(name, run, "PrivateUse1")

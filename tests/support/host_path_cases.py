@@ -33,7 +33,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 import clipfast
 from clipfast.modules import packing
-from clipfast.ops import attention_packed, contrastive_kernels, kernel_ops
+from clipfast.ops import attention_packed, contrastive_kernels, fallback, kernel_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::clipfast.ops.FallbackWarning")
 
@@ -187,6 +187,7 @@ def test_kernels(subject: str, checkpointing: bool) -> None:
     with clipfast.backend("triton"):
         record, actual = on_card(subject, model)
     check_record(subject, record)
+    assert not fallback.failures()
     launched = {operator for operator in record.operators if "." not in operator}
     assert len(launched) >= 6, launched
     for name, value in oracle.items():

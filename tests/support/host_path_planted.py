@@ -79,7 +79,7 @@ def grouping_by_what_lies_on_the_card(patch: Patch) -> None:
         attention_packed,
         "groups_of",
         lambda cu_seqlens, x, *rest, **named: groups_of(
-            attention_packed.on_device(cu_seqlens, CARD), x, *rest, **named
+            attention_packed.on_device(cu_seqlens, CARD).clone(), x, *rest, **named
         ),
     )
 

@@ -261,7 +261,7 @@ def _overload(name: str) -> Any:
 
 
 def install() -> None:
-    """Make ``pretend:0`` a device of this process."""
+    """Make ``pretend:0`` a device of this process; what Python registers for CUDA from now on serves it too."""
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     everything, library = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     _libraries.extend((everything, library))
@@ -278,5 +278,13 @@ def install() -> None:
     for names, to_float in ((_HALF, False), (_FLOAT, True)):
         for name in names:
             library.impl(name, functools.partial(_autocast, _overload(name), to_float), "AutocastPrivateUse1")
+    impl = torch.library.Library.impl
+
+    def for_both(self: torch.library.Library, name: Any, function: Any, key: str = "", **options: Any) -> None:
+        impl(self, name, function, key, **options)
+        if key == "CUDA":
+            impl(self, name, function, "PrivateUse1", **options)
+
+    torch.library.Library.impl = for_both
     library.impl("_pin_memory", _pin, "CPU")
     library.impl("is_pinned", lambda x, device=None: x.untyped_storage().data_ptr() in _pinned, "CPU")
