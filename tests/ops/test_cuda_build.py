@@ -104,3 +104,60 @@ def test_it_needs_the_stable_abi_alone() -> None:
         # a weak one would stay null beside a PyTorch with CUDA: csrc/cuda/entry_points.cpp asks for those by name
         lies_in_cuda = "cuda" in name and not name.startswith("aoti_torch_device_type")
         assert not lies_in_cuda, f"{symbol} lies in libtorch_cuda, which the library does not name"
+
+
+ERRORS = r"""
+#include "cuda/launch_errors.cuh"
+
+#include <cstdio>
+
+__global__ void kernel() {}
+
+template <typename Run>
+void say(Run run) {
+    try {
+        run();
+        std::puts("nothing");
+    } catch (const std::runtime_error& error) {
+        std::puts(error.what());
+    }
+}
+
+int main() {
+    const cudaError_t before = cudaPeekAtLastError();
+    say([] { clipfast::check_launch("op", cudaSuccess); });
+    for (const cudaError_t error : {CODES}) say([&] { clipfast::check_launch("op", error); });
+    say([] { clipfast::allow_shared(kernel, "kernel", 1 << 30); });
+    // without a driver, every call says so
+    std::puts(cudaPeekAtLastError() == before ? "forgotten" : "remembered");
+}
+"""
+NEVER_BEGAN = ("NoKernelImageForDevice", "InvalidValue", "UnsupportedPtxVersion", "InsufficientDriver")
+NEVER_BEGAN += ("LaunchOutOfResources", "InvalidConfiguration", "InvalidPtx", "InvalidDeviceFunction")
+OTHERS = ("MemoryAllocation", "IllegalAddress", "LaunchFailure", "StreamCaptureInvalidated", "Assert")
+
+
+def test_errors_of_a_launch_are_told_from_others(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    codes = ", ".join(f"cudaError{name}" for name in (*NEVER_BEGAN, *OTHERS))
+    source = tmp_path / "errors.cu"
+    source.write_text(ERRORS.replace("CODES", codes))
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-cudart", "static", *includes, source, "-o", tmp_path / "errors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = subprocess.run([tmp_path / "errors"], capture_output=True, text=True, check=True).stdout.splitlines()
+    nothing, *lines, shared, after = said
+    assert nothing == "nothing"
+    for name, line in zip((*NEVER_BEGAN, *OTHERS), lines, strict=True):
+        if name in NEVER_BEGAN:
+            assert re.search(rf" op: a kernel could not be launched: cudaError{name}: \w", line), line
+        else:
+            assert re.search(rf" op: CUDA error: \w.*\(cudaError{name}\)", line), line
+    # no driver, or a card that has not so much
+    reason = r"cudaError(InsufficientDriver|InvalidValue): .+"
+    limit = r"\(it asks for 1073741824 of at most \d+ bytes of shared memory on device 0\)"
+    no_card = r"kernel: CUDA error: .+ \(cudaErrorNoDevice\) "
+    assert re.search(rf" (kernel: a kernel could not be launched: {reason} |{no_card}){limit}", shared), shared
+    assert after == "forgotten"
