@@ -44,7 +44,7 @@ TORCH_TARGET_VERSION = "0x020a000000000000ull"
 VECTORISED = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 
 
-# 10.0 and not 10.0a, whose code would run on 10.0 alone: 10.3 is served too, and no kernel has an instruction of one card
+# 10.0 and not 10.0a, whose code would run on 10.0 alone: 10.3 is served too, and no instruction is one card's own
 CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 JOBS = 2
 

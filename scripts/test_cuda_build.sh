@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 tree=$PWD
 unset PYTHONPATH PYTHONHOME
-tests=(tests/ops/test_cuda_entry_points.py tests/ops/test_cuda_build.py tests/ops/test_library.py)
+tests=(tests/ops/test_cuda_entry_points.py tests/test_host_path_cuda_build.py tests/ops/test_cuda_build.py tests/ops/test_library.py)
 [ -f clipfast/libclipfast.so ] || {
     echo "there is no clipfast/libclipfast.so: make test-cuda-build builds it, or pip install -e ." >&2
     exit 1

@@ -17,11 +17,13 @@ import torch
 from clipfast.ops.dispatch import constant_when_compiled
 
 _PACKAGE = Path(__file__).parent.parent
+# Orin and Thor, for which NVIDIA promises nothing of code that was made for another number (CUDA C++ Programming Guide,
+# "Binary Compatibility"); PTX serves them as it does others
+_EMBEDDED = ((8, 7), (11, 0))
 _MACHINES = {3: "i386", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 # what the package calls; a library of an older clipfast may lack one
 _OPS = (
     "build_info",
-    "missing_cuda_entry_points",
     "contrastive_statistics",
     "contrastive_gradients",
     "siglip_statistics",
@@ -31,6 +33,7 @@ _OPS = (
     "packed_linear",
     "encode",
     "release_workspace",
+    "missing_cuda_entry_points",
 )
 
 
@@ -190,7 +193,7 @@ def card_support(cuda: str, capability: tuple[int, int], driver: tuple[int, int]
                 compiled = compiled or (False, f"PTX of compute_{match[1]}{match[2]}, compiled by the driver")
         elif capability == arch:
             return True, f"code for sm_{name}"
-        elif capability[0] == arch[0] and capability > arch and suffix != "a":
+        elif capability[0] == arch[0] and capability > arch and suffix != "a" and capability not in _EMBEDDED:
             # code of a lower number of the same generation runs
             compiled = True, f"code for sm_{name}, which runs on {card}"
     if compiled is not None:

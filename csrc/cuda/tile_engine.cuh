@@ -211,7 +211,9 @@ __device__ inline void for_each_tile(Ring ring, const Features<T>& f, int first_
         // an empty group still counts, so that the wait below can count groups instead of slabs
         cp_async_commit();
     };
-    for (int stage = 0; stage < ring.stages - 1; ++stage) load_next(stage);
+    load_next(0);
+    // spelt out, because a loop up to ring.stages spills on sm_120
+    if (ring.stages > kFewStages) load_next(1);
     int stage = 0;
     for (int column = share.first_column; column < share.last_column; column += kTileColumns) {
         for (int k = 0; k < f.width; k += kSlab<T>) {
