@@ -95,6 +95,10 @@ class ViT(nn.Module):
         approximate: The GELU: ``"none"`` (erf), ``"tanh"`` or ``"quick"`` (OpenAI's weights).
         patch_dropout: The share of patches dropped in training.
 
+    Attributes:
+        weights_grid: The grid of patches of weights that this model is meant to take, ``(rows, columns)``, where that
+            is another than its own; set by :func:`clipfast.create_model`.
+
     Raises:
         ValueError: ``image_size`` is not a multiple of ``patch_size``, ``heads`` does not divide ``width``, or
             ``approximate`` or ``patch_dropout`` is not one of their values.
@@ -118,6 +122,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.output_dim = output_dim
+        self.weights_grid: tuple[int, int] | None = None
         self.image_size, self.grid_size = self._sizes(image_size)
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
