@@ -191,10 +191,11 @@ def _grids(
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
     shared = [k for k in own if k in state]
+    # BatchNorm's step counters came later than some checkpoints, frozen ones have none, and nothing reads them
+    counter = ("num_batches_tracked", "running_mean")
     faults = {
-        # BatchNorm's step counters came later than some checkpoints, and nothing reads them
-        "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
-        "unexpected": [k for k in state if k not in own],
+        "missing": [k for k in own if k not in state and not k.endswith(counter[0])],
+        "unexpected": [k for k in state if k not in own and k.replace(*counter) not in own],
         "misshapen": [
             f"{k} (got {tuple(state[k].shape)}, expected {tuple(own[k].shape)})"
             for k in shared
