@@ -23,6 +23,7 @@ _HOME_OF = {
     "accelerate": "clipfast.models.accelerate",
     "acceleration": "clipfast.models.accelerate",
     "restore": "clipfast.models.accelerate",
+    "warm_up": "clipfast.models.warm_up",
     "ViT": "clipfast.modules.vit",
     "ModifiedResNet": "clipfast.modules.resnet",
     "TextTransformer": "clipfast.modules.text",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from clipfast.models.clip import CLIP
     from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, list_models
     from clipfast.models.create import create_model
+    from clipfast.models.warm_up import warm_up
     from clipfast.models.weights import load_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
     from clipfast.modules.packing import trim_captions

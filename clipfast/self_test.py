@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import clipfast.ops  # noqa: F401  # registers them
-from clipfast.ops import dispatch
+from clipfast.ops import dispatch, numerics
 from clipfast.ops.encoder import BlockWeights, PackedEncoder
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -145,18 +145,11 @@ def check(case: Case, backend: str, device: torch.device, dtype: torch.dtype) ->
         oracle = _compute(case, tuple(x.double() for x in inputs), "reference")
         reference = _compute(case, inputs, "reference")
         found = _compute(case, inputs, backend)
-        worst, error, allowed = -1.0, 0.0, 0.0
-        for i, (f, r, o) in enumerate(zip(found, reference, oracle, strict=True)):
-            scale = float(o.abs().max()) if case.scales is None else case.scales[i]
-            bound = 2 * float((r.double() - o).abs().max()) + 2 * torch.finfo(f.dtype).eps * scale
-            off = float((f.double() - o).abs().max())
-            ratio = off / bound if off == off else float("inf")
-            if ratio > worst:
-                worst, error, allowed = ratio, off, bound
+        error, allowed = numerics.worst(found, reference, oracle, case.scales)
     except Exception as failure:
         message = " ".join(str(failure).split())[:300]
         return Result(*about, False, None, None, f"{type(failure).__name__}: {message}")
-    if worst <= 1:
+    if error <= allowed:
         return Result(*about, True, error, allowed, None)
     return Result(*about, False, error, allowed, f"the error is {error:.2e}, at most {allowed:.2e} is allowed")
 

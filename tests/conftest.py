@@ -34,6 +34,11 @@ torchvision_on_cpu.enable()
 interpreter.enable()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a kernel that fails fail its test: in use PyTorch would compute instead, and nobody would notice here."""
+    config.addinivalue_line("filterwarnings", "error::clipfast.ops.fallback.KernelFallbackWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if not torch.cuda.is_available():

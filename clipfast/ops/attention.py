@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import attention_packed, attention_triton, dispatch
+from clipfast.ops import attention_packed, attention_torch, attention_triton, dispatch
 
 
 def attention(
@@ -47,7 +46,7 @@ def attention(
 def attention_weights(qkv: Tensor, num_heads: int, *, causal: bool = False, scale: float | None = None) -> Tensor:
     """Return the softmax weights ``[B, H, N, N]`` (query, key) that :func:`attention` applies to the values."""
     qkv, causal, _, scale = _prepare(qkv, num_heads, causal=causal, cu_seqlens=None, scale=scale)
-    return _weights(*_heads_first(qkv)[:2], causal, scale)
+    return attention_torch.weights(qkv, causal, scale)
 
 
 def _prepare(
@@ -87,46 +86,6 @@ def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
         attention_packed.check_offsets(cu_seqlens.tolist(), total)
 
 
-def _heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return views ``[B, H, N, D]`` of the queries, keys and values."""
-    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _weights(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
-    scores = (query * scale) @ key.transpose(-2, -1)
-    if causal:
-        n = scores.shape[-1]
-        future = torch.ones(n, n, dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(future, -math.inf)
-    return scores.softmax(dim=-1)
-
-
-def _reference_dense(qkv: Tensor, causal: bool, scale: float) -> Tensor:
-    query, key, value = _heads_first(qkv)
-    return (_weights(query, key, causal, scale) @ value).transpose(1, 2).flatten(2)
-
-
-def _sdpa_dense(qkv: Tensor, causal: bool, scale: float) -> Tensor:
-    query, key, value = _heads_first(qkv)
-    out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-    return out.transpose(1, 2).flatten(2)
-
-
-def _reference(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Tensor:
-    """The specification: every weight is formed, one sequence at a time where they are packed."""
-    if cu_seqlens is None:
-        return _reference_dense(qkv, causal, scale)
-    sequences = qkv.tensor_split(cu_seqlens[1:-1].long().cpu())
-    parts = [_reference_dense(s[None], causal, scale)[0] for s in sequences if s.shape[0] > 0]
-    return torch.cat(parts) if parts else qkv[:, 0].flatten(1)
-
-
-def _sdpa(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Tensor:
-    if cu_seqlens is not None:
-        return attention_packed.attention(qkv, causal, cu_seqlens, scale)
-    return _sdpa_dense(qkv, causal, scale)
-
-
 dispatch.register(
     "attention",
     _prepare,
@@ -137,7 +96,7 @@ dispatch.register(
         attention_triton.refusal,
         measured=True,
     ),
-    dispatch.Implementation("torch", "scaled_dot_product_attention", _sdpa),
-    dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
+    dispatch.Implementation("torch", "scaled_dot_product_attention", attention_torch.attention),
+    dispatch.Implementation("reference", "explicit softmax in plain PyTorch", attention_torch.reference),
     shape_class=attention_triton.shape_class,
 )

@@ -1,12 +1,16 @@
-"""The Triton kernels of attention as PyTorch operators with gradients; what they serve and what they do not."""
+"""The Triton kernels of attention as PyTorch operators with gradients; what they serve, and how they are checked."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import kernel_ops
+from clipfast.ops import attention_torch, kernel_ops, trust
+from clipfast.ops.probes import probe_rows, random
 
 HEAD_DIMS = (32, 64, 80, 96, 104, 128)
 
@@ -24,18 +28,121 @@ def _fake_backward(
     return qkv.new_empty(qkv.shape)
 
 
+def _plain_forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out = attention_torch.attention(qkv, causal, cu_seqlens, scale).contiguous()
+    # Only the kernel's backward pass reads it, and that does not follow a forward pass in PyTorch
+    _, lse = _fake_forward(qkv, cu_seqlens, causal, scale)
+    return out, lse.fill_(torch.nan)
+
+
+def _plain_backward(
+    d_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float
+) -> Tensor:
+    leaf = qkv.detach().requires_grad_()
+    with torch.enable_grad():
+        again = attention_torch.attention(leaf, causal, cu_seqlens, scale)
+    return torch.autograd.grad(again, leaf, d_out)[0].contiguous()
+
+
+def _trials(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, backward: bool) -> list[trust.Trial]:
+    """Return how the kernels that a call gets are checked; a backward pass relies on the forward kernel too."""
+    from clipfast.kernels import attention_policy
+
+    tokens, head_dim = None if cu_seqlens is not None else qkv.shape[1], qkv.shape[-1]
+    shape = attention_policy.architecture(_capability(qkv.device)), tokens, head_dim, qkv.element_size(), causal
+    call = (qkv.device, qkv.dtype, head_dim, tokens, causal, qkv.stride(-2) % 8 == 0)
+    trials = [_trial(*call, attention_policy.forward_plan(*shape), backward=False)]
+    if backward:
+        trials.append(_trial(*call, attention_policy.backward_plan(*shape), backward=True))
+    return trials
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    # the interpreter on the CPU runs what a Hopper card would
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def _trial(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: int | None,
+    causal: bool,
+    aligned: bool,
+    plan: Hashable,
+    backward: bool,
+) -> trust.Trial:
+    # lengths that one plan serves share its check
+    key = (dtype, head_dim, tokens is None, tokens == 1, causal, aligned, plan)
+    length = "packed" if tokens is None else f"{tokens} tokens"
+    what = f"{'causal, ' if causal else ''}{str(dtype).removeprefix('torch.')}{'' if aligned else ', unaligned'}"
+    name = f"attention {'backward' if backward else 'forward'}, {length}, head_dim {head_dim}, {what}"
+    return trust.Trial(
+        name, key, lambda programs: _probe(device, programs, dtype, head_dim, tokens, causal, aligned, backward)
+    )
+
+
+def _probe(
+    device: torch.device,
+    programs: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    tokens: int | None,
+    causal: bool,
+    aligned: bool,
+    backward: bool,
+) -> trust.Probe:
+    heads, lengths = 2, [1, 9, 30, 77, 5, 17] if tokens is None else [tokens, tokens]
+    copies = max(2, programs // (heads * len(lengths)))
+    # memory for the copies' queries, keys and values: 64 MB at the most
+    copies = min(copies, max(2, (64 << 20) // (sum(lengths) * 3 * heads * head_dim * dtype.itemsize)))
+    packed = (sum(lengths),) if tokens is None else (len(lengths), tokens)
+    qkv = random(1, device, dtype, *packed, 3, heads, head_dim)
+    d_outputs = (random(2, device, dtype, *packed, heads * head_dim),) if backward else ()
+
+    def offsets(count: int) -> Tensor | None:
+        if tokens is not None:
+            return None
+        return torch.tensor([0, *lengths * count]).cumsum(0).to(device, torch.int32)
+
+    all_offsets, scale = offsets(copies), head_dim**-0.5
+
+    def launch(rows: tuple[Tensor, ...], shared: tuple[Tensor, ...], d_outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        (qkv,) = rows
+        if not aligned:
+            # heads that start on no 16 bytes
+            qkv = torch.cat([qkv, qkv[..., :1]], dim=-1)[..., :head_dim]
+        out, lse = kernel_ops.kernel("attention", "forward")(qkv, all_offsets, causal, scale)
+        if not d_outputs:
+            return [out]
+        arguments = (d_outputs[0], qkv, out, lse, all_offsets, causal, scale)
+        return [kernel_ops.kernel("attention", "backward")(*arguments)]
+
+    def reference(qkv: Tensor) -> Tensor:
+        return attention_torch.reference(qkv, causal, offsets(1), scale)
+
+    return probe_rows((qkv,), (), d_outputs, copies, launch, reference)
+
+
 kernel_ops.define(
     "attention(Tensor qkv, Tensor? cu_seqlens, bool causal, float scale) -> (Tensor, Tensor)",
     "attention",
+    "attention",
     "forward",
     _fake_forward,
+    _plain_forward,
+    lambda qkv, cu_seqlens, causal, scale: _trials(qkv, cu_seqlens, causal, backward=False),
 )
 kernel_ops.define(
     "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, bool causal, float scale)"
     " -> Tensor",
     "attention",
+    "attention",
     "backward",
     _fake_backward,
+    _plain_backward,
+    lambda d_out, qkv, out, lse, cu_seqlens, causal, scale: _trials(qkv, cu_seqlens, causal, backward=True),
 )
 
 
@@ -68,7 +175,9 @@ def refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) 
     """Return why the kernels cannot serve a call, or None."""
     if qkv.shape[-1] not in HEAD_DIMS:
         return f"head_dim {qkv.shape[-1]} is not served ({', '.join(map(str, HEAD_DIMS))} are)"
-    return kernel_ops.refusal(qkv)
+    return kernel_ops.refusal(
+        "attention", lambda: _trials(qkv, cu_seqlens, causal, backward=torch.is_grad_enabled()), qkv
+    )
 
 
 def shape_class(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str:

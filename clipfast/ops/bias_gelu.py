@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import dispatch, kernel_ops
+from clipfast.ops import dispatch, kernel_ops, trust
+from clipfast.ops.probes import probe_rows, random
 
 APPROXIMATIONS = ("none", "tanh", "quick")
 
@@ -87,14 +88,75 @@ def _fake_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str)
     return x.new_empty(x.shape), x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
+def _plain_forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    return _reference(x, bias, approximate).contiguous()
+
+
+def _plain_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
+    inputs = [t.detach().requires_grad_() for t in (x, bias) if t is not None]
+    with torch.enable_grad():
+        y = _reference(inputs[0], inputs[1] if bias is not None else None, approximate)
+    dx, *dbias = torch.autograd.grad(y, inputs, dy)
+    return dx.contiguous(), dbias[0] if dbias else x.new_empty(0)
+
+
+def _trial(x: Tensor, bias: Tensor | None, approximate: str, backward: bool) -> trust.Trial:
+    """Return how the kernel that a call gets is checked."""
+    key = (approximate, x.shape[-1], x.dtype, None if bias is None else bias.dtype)
+    device, direction = x.device, "backward" if backward else "forward"
+    added = "" if bias is None else f", bias {str(bias.dtype).removeprefix('torch.')}"
+    name = f"bias_gelu {direction}, {approximate}, width {x.shape[-1]}, {str(x.dtype).removeprefix('torch.')}{added}"
+    return trust.Trial(name, key, lambda programs: _probe(device, programs, *key, backward))
+
+
+def _probe(
+    device: torch.device,
+    programs: int,
+    approximate: str,
+    width: int,
+    x: torch.dtype,
+    bias: torch.dtype | None,
+    backward: bool,
+) -> trust.Probe:
+    # 21 rows leave tiles unfilled; a program has 8 rows of a share of the columns
+    copies = max(2, 8 * programs // 21)
+    shared = () if bias is None else (random(2, device, bias, width),)
+    # up to ±6, where the tails are
+    rows, d_outputs = (2 * random(1, device, x, 21, width),), (random(3, device, x, 21, width),) if backward else ()
+
+    def launch(rows: tuple[Tensor, ...], shared: tuple[Tensor, ...], d_outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        arguments = (*d_outputs, *rows, shared[0] if shared else None, approximate)
+        found = kernel_ops.kernel("bias_gelu", "backward" if backward else "forward")(*arguments)
+        return list(found)[: 1 + len(shared)] if backward else [found]
+
+    def reference(x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _reference(x, bias, approximate)
+
+    return probe_rows(rows, shared, d_outputs, copies, launch, reference)
+
+
+def _trials(x: Tensor, bias: Tensor | None, approximate: str) -> list[trust.Trial]:
+    directions = (False, True) if torch.is_grad_enabled() else (False,)
+    return [_trial(x, bias, approximate, backward) for backward in directions]
+
+
 kernel_ops.define(
-    "bias_gelu_forward(Tensor x, Tensor? bias, str approximate) -> Tensor", "bias_gelu", "forward", _fake_forward
+    "bias_gelu_forward(Tensor x, Tensor? bias, str approximate) -> Tensor",
+    "bias_gelu",
+    "bias_gelu",
+    "forward",
+    _fake_forward,
+    _plain_forward,
+    lambda x, bias, approximate: [_trial(x, bias, approximate, backward=False)],
 )
 kernel_ops.define(
     "bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, str approximate) -> (Tensor, Tensor)",
     "bias_gelu",
+    "bias_gelu",
     "backward",
     _fake_backward,
+    _plain_backward,
+    lambda dy, x, bias, approximate: [_trial(x, bias, approximate, backward=True)],
 )
 
 
@@ -117,7 +179,9 @@ def _triton(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
 
 
 def _triton_refusal(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
-    return "width 0 is not served" if x.shape[-1] == 0 else kernel_ops.refusal(x, bias)
+    if x.shape[-1] == 0:
+        return "width 0 is not served"
+    return kernel_ops.refusal("bias_gelu", lambda: _trials(x, bias, approximate), x, bias)
 
 
 def _shape_class(x: Tensor, bias: Tensor | None, approximate: str) -> str:

@@ -250,6 +250,9 @@ for _name, _schema, _kernel, _fake in zip(_NAMES, _SCHEMAS, _CHUNKED, _FAKES, st
 
 chunked = Kernels(*(getattr(torch.ops.clipfast, f"{name}_chunked") for name in _NAMES))
 
+#: By the kernels' fields: empty results of the right shapes and dtypes.
+fakes = dict(zip(Kernels._fields, _FAKES, strict=True))
+
 #: Why the op library's kernels cannot be used, or None.
 native_unavailable = library.unavailable()
 native: Kernels | None = None

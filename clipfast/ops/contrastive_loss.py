@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import contrastive_autograd, contrastive_kernels, dispatch, library
+from clipfast.ops import contrastive_autograd, contrastive_cuda, contrastive_kernels, dispatch, fallback
 from clipfast.ops.contrastive_arguments import Options, check_features, prepare
 from clipfast.ops.contrastive_autograd import Plan
 from clipfast.ops.contrastive_ranks import Ranks, TextExchange, meet
@@ -282,35 +283,40 @@ def _rows(features: Tensor) -> Tensor:
     return features if in_place else features.contiguous()
 
 
-def _native_refusal(image_features: Tensor, *_: object) -> str | None:
+def _native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
     if contrastive_kernels.native is None:
         return contrastive_kernels.native_unavailable
     if image_features.device.type not in contrastive_kernels.native_devices:
         return f"the op library has no kernels for {image_features.device.type}"
-    return library.card_refusal(image_features.device.index) if image_features.is_cuda else None
+    return contrastive_cuda.refusal(op, image_features) if image_features.is_cuda else None
+
+
+def _native_kernels(image_features: Tensor) -> contrastive_kernels.Kernels:
+    return contrastive_cuda.kernels if image_features.is_cuda else contrastive_kernels.native
 
 
 def _native(*arguments: Any) -> Any:
-    return _tiled(contrastive_kernels.native, *arguments)
+    return _tiled(_native_kernels(arguments[0]), *arguments)
 
 
 def _siglip_native(*arguments: Any) -> Any:
-    return _siglip_tiled(contrastive_kernels.native, *arguments)
+    return _siglip_tiled(_native_kernels(arguments[0]), *arguments)
 
 
 def _chunked(*arguments: Any) -> Any:
-    _announce(arguments[0])
+    _announce("contrastive_loss", arguments[0])
     return _tiled(contrastive_kernels.chunked, *arguments)
 
 
 def _siglip_chunked(*arguments: Any) -> Any:
-    _announce(arguments[0])
+    _announce("siglip_loss", arguments[0])
     return _siglip_tiled(contrastive_kernels.chunked, *arguments)
 
 
-def _announce(image_features: Tensor) -> None:
-    reason = _native_refusal(image_features)
-    if reason is not None:
+def _announce(op: str, image_features: Tensor) -> None:
+    reason = _native_refusal(op, image_features)
+    # a kernel that failed has been announced
+    if reason is not None and fallback.failure(op, image_features.device) is None:
         dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
 
 
@@ -321,7 +327,9 @@ for _op, _implementations in (
     dispatch.register(
         _op,
         prepare,
-        dispatch.Implementation("native", "tiles in the op library", _implementations[0], _native_refusal),
+        dispatch.Implementation(
+            "native", "tiles in the op library", _implementations[0], functools.partial(_native_refusal, _op)
+        ),
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         dispatch.Implementation("reference", "all logits at once, in PyTorch", _implementations[2]),
     )

@@ -60,6 +60,7 @@ class _Op:
 
 _ops: dict[str, _Op] = {}
 _announced: set[tuple[str, str, str]] = set()
+_told: set[tuple[str, str]] = set()
 
 
 def _checked(name: str, source: str) -> str:
@@ -210,9 +211,14 @@ def _measurement(op: str, key: str, device_type: str, index: int | None) -> tupl
     return fastest, f"{fastest} was faster on {card} for {key}"
 
 
+def mark_told(op: str, reason: str) -> None:
+    """Spare the user a second warning of why a backend that was asked for does not serve an op."""
+    _told.add((op, reason))
+
+
 def _announce(op: str, reason: str) -> None:
     key = (op, _wanted, reason)
-    if key not in _announced and not torch.compiler.is_compiling():
+    if key not in _announced and (op, reason) not in _told and not torch.compiler.is_compiling():
         _announced.add(key)
         warnings.warn(
             f"clipfast: {op} does not use the {_wanted} backend that was asked for: {reason}",

@@ -2,6 +2,9 @@
 
 Operators, and not plain functions, because ``torch.compile`` and fake tensors must not look inside them. ``define``
 and ``impl`` with a fake by hand cost a call 2 to 5 µs; ``torch.library.custom_op`` costs 11 to 13.
+
+Every operator has a plain PyTorch form too. It computes where the kernel fails (:mod:`clipfast.ops.fallback`), and on a
+card where the kernel did not pass its check (:mod:`clipfast.ops.trust`).
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from clipfast.ops import capturing, fallback, trust
 from clipfast.ops.dispatch import constant_when_compiled
 
 _library = torch.library.Library("clipfast", "FRAGMENT")
@@ -23,42 +27,88 @@ _library = torch.library.Library("clipfast", "FRAGMENT")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def define(schema: str, family: str, function: str, fake: Callable[..., Any]) -> None:
+def define(
+    schema: str,
+    op: str,
+    family: str,
+    function: str,
+    fake: Callable[..., Any],
+    plain: Callable[..., Any],
+    trials: Callable[..., Iterable[trust.Trial]],
+) -> None:
     """Define an operator that runs ``clipfast.kernels.<family>.<function>``.
 
     Args:
         schema: Its name and signature; the first argument is a tensor, on whose device it runs.
+        op: The op of :mod:`clipfast.ops` that it is a part of.
         family: The kernels' file.
         function: The function in it, with the operator's arguments.
         fake: Returns empty results of the right shape, strides and dtype.
+        plain: The operator in plain PyTorch.
+        trials: Gets the arguments and returns what has to be right on a card before the kernel serves them.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
 
-    @functools.cache
-    def kernel() -> Callable[..., Any]:
-        return getattr(importlib.import_module(f"clipfast.kernels.{family}"), function)
+    def launch(*arguments: Any) -> Any:
+        return kernel(family, function)(*arguments)
+
+    def in_pytorch(*arguments: Any) -> Any:
+        # the kernels compute in the dtypes that they are given, also where autocast is on
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return plain(*arguments)
 
     def run(first: Tensor, *rest: Any) -> Any:
-        # Triton launches on the current device
-        if first.is_cuda and first.device.index != torch.cuda.current_device():
-            with torch.cuda.device(first.device):
-                return kernel()(first, *rest)
-        return kernel()(first, *rest)
+        device = first.device
+        if trust.is_required(device) and trust.refusal(op, device, trials(first, *rest)) is not None:
+            return in_pytorch(first, *rest)
+        return fallback.serve(op, device, launch, in_pytorch, first, *rest)
 
     for device in ("CUDA", "CPU"):
         _library.impl(name, run, device)
     torch.library.register_fake(f"clipfast::{name}", fake, lib=_library)
 
 
-def refusal(x: Tensor, *others: Tensor | None) -> str | None:
-    """Return why no Triton kernel can serve these tensors, or None."""
+@functools.cache
+def kernel(family: str, function: str) -> Callable[..., Any]:
+    """Return a function of ``clipfast.kernels`` that launches on the device of its first argument."""
+    capturing.forbid_compilation()
+    launch = getattr(importlib.import_module(f"clipfast.kernels.{family}"), function)
+
+    def on_its_device(first: Tensor, *rest: Any) -> Any:
+        # Triton launches on the current device
+        if first.is_cuda and first.device.index != torch.cuda.current_device():
+            with torch.cuda.device(first.device):
+                return launch(first, *rest)
+        return launch(first, *rest)
+
+    return on_its_device
+
+
+def refusal(op: str, trials: Callable[[], Iterable[trust.Trial]], x: Tensor, *others: Tensor | None) -> str | None:
+    """Return why no Triton kernel can serve a call, or None.
+
+    Args:
+        op: The op.
+        trials: Returns what has to be right on a card before the kernels serve the call.
+        x: A tensor of the call, on whose device it runs.
+        *others: The other ones.
+    """
     for tensor in (x, *others):
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"{str(tensor.dtype).removeprefix('torch.')} is not served (float32, float16 and bfloat16 are)"
         if tensor is not None and tensor.device != x.device:
             return f"the tensors are on {x.device} and {tensor.device}"
-    return _unavailable(x.device.type, x.device.index)
+    reason = _unavailable(x.device.type, x.device.index)
+    if reason is not None or torch.compiler.is_compiling():
+        # what is traced now is checked by the operator before it first runs
+        return reason
+    if trust.is_required(x.device):
+        reason = trust.refusal(op, x.device, trials())
+    # a block that keeps tensors for its backward pass must keep the same ones when it is computed again
+    if reason is None and not torch.is_grad_enabled():
+        reason = fallback.failure(op, x.device)
+    return reason
 
 
 @constant_when_compiled

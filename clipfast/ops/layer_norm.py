@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import dispatch, kernel_ops
-
-# the widest row that a program of the kernels holds
-MAX_KERNEL_WIDTH = 4096
+from clipfast.ops import dispatch, kernel_ops, layer_norm_torch, layer_norm_triton
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -79,131 +73,6 @@ def _prepare_add(
     return x, residual, weight, bias, eps
 
 
-def _reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    # one dtype for all three: CUDA's kernel takes no other, and none of them may lose digits here
-    dtype = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), bias.dtype)
-    y = F.layer_norm(x.to(dtype), x.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
-    return y.to(x.dtype)
-
-
-def _reference_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    residual = residual + x
-    return _reference(residual, weight, bias, eps), residual
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    rows = x.shape[:-1].numel()
-    return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
-
-
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), *_statistics(x)
-
-
-def _fake_add_forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
-    dtype = torch.promote_types(x.dtype, residual.dtype)
-    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), *_statistics(x)
-
-
-def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-
-
-def _fake_add_backward(
-    dy: Tensor,
-    dstream: Tensor,
-    stream: Tensor,
-    weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype,
-    residual_dtype: torch.dtype,
-) -> tuple[Tensor, ...]:
-    other = stream.new_empty(0 if x_dtype == residual_dtype else stream.shape, dtype=residual_dtype)
-    parameters = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-    return stream.new_empty(stream.shape, dtype=x_dtype), other, *parameters
-
-
-kernel_ops.define(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
-    "layer_norm",
-    "forward",
-    _fake_forward,
-)
-kernel_ops.define(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
-    "layer_norm",
-    "backward",
-    _fake_backward,
-)
-kernel_ops.define(
-    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    "layer_norm",
-    "add_forward",
-    _fake_add_forward,
-)
-kernel_ops.define(
-    "add_layer_norm_backward(Tensor dy, Tensor dstream, Tensor stream, Tensor weight, Tensor mean, Tensor rstd,"
-    " ScalarType x_dtype, ScalarType residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    "layer_norm",
-    "add_backward",
-    _fake_add_backward,
-)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = torch.ops.clipfast.layer_norm_forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        return y
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.clipfast.layer_norm_backward(dy, *ctx.saved_tensors), None
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        y, stream, mean, rstd = torch.ops.clipfast.add_layer_norm_forward(x, residual, weight, bias, eps)
-        ctx.save_for_backward(stream, weight, mean, rstd)
-        ctx.dtypes = x.dtype, residual.dtype
-        return y, stream
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor, dstream: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dresidual, dweight, dbias = torch.ops.clipfast.add_layer_norm_backward(
-            dy, dstream, *ctx.saved_tensors, *ctx.dtypes
-        )
-        # the gradient of a sum is that of both terms
-        same = ctx.dtypes[0] == ctx.dtypes[1]
-        return dx, dx if same else dresidual, dweight, dbias, None
-
-
-def _triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _LayerNorm.apply(x, weight, bias, eps)
-
-
-def _triton_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps)
-
-
-def _triton_refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
-    if not 0 < x.shape[-1] <= MAX_KERNEL_WIDTH:
-        return f"width {x.shape[-1]} is not served (1 to {MAX_KERNEL_WIDTH} are)"
-    if weight.dtype != bias.dtype:
-        return "weight and bias differ in dtype"
-    return kernel_ops.refusal(x, weight, bias)
-
-
-def _triton_add_refusal(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
-    return kernel_ops.refusal(x, residual) or _triton_refusal(x, weight, bias, eps)
-
-
 def _shape_class(x: Tensor, *rest: object) -> str:
     return kernel_ops.rows_class(x)
 
@@ -211,14 +80,22 @@ def _shape_class(x: Tensor, *rest: object) -> str:
 dispatch.register(
     "layer_norm",
     _prepare,
-    dispatch.Implementation("triton", "one pass over the rows", _triton, _triton_refusal, measured=True),
-    dispatch.Implementation("reference", "F.layer_norm", _reference),
+    dispatch.Implementation(
+        "triton", "one pass over the rows", layer_norm_triton.layer_norm, layer_norm_triton.refusal, measured=True
+    ),
+    dispatch.Implementation("reference", "F.layer_norm", layer_norm_torch.reference),
     shape_class=_shape_class,
 )
 dispatch.register(
     "add_layer_norm",
     _prepare_add,
-    dispatch.Implementation("triton", "addition and norm in one pass", _triton_add, _triton_add_refusal, measured=True),
-    dispatch.Implementation("reference", "addition, then F.layer_norm", _reference_add),
+    dispatch.Implementation(
+        "triton",
+        "addition and norm in one pass",
+        layer_norm_triton.add_layer_norm,
+        layer_norm_triton.add_refusal,
+        measured=True,
+    ),
+    dispatch.Implementation("reference", "addition, then F.layer_norm", layer_norm_torch.reference_add),
     shape_class=_shape_class,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -82,11 +82,16 @@ class Towers(nn.Module):
         return Features(image, text, self.model.logit_scale.exp(), sent)
 
     def _normalized(self, encode: nn.Module, inputs: Tensor) -> Tensor:
-        dtype = _AUTOCAST.get(self.precision)
-        with torch.autocast(inputs.device.type, dtype) if dtype else nullcontext():
+        with autocast_of(self.precision, inputs.device):
             features = encode(inputs)
         # logits need more than sixteen bits
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def autocast_of(precision: Precision, device: torch.device) -> AbstractContextManager[object]:
+    """Return the autocast that the towers run under."""
+    dtype = _AUTOCAST.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
 
 
 def _seed(seed: int | None) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from clipfast.models.clip import CLIP
+from clipfast.models.warm_up import warm_up
 from clipfast.train.config import TrainConfig
 from clipfast.train.gradients import StepSeeds, compute_gradients
 from clipfast.train.optimizer import clip_gradients, learning_rate_share, make_optimizer
-from clipfast.train.towers import Towers, halve, share_towers
+from clipfast.train.towers import Towers, autocast_of, halve, share_towers
 from clipfast.train.workplace import Workplace
 
 
@@ -72,14 +73,18 @@ class Trainer:
         self.model = model.to(self.workplace.device).train()
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
-        if config.compile:
-            for tower in (model.visual, model):
-                for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
-                    block.compile()
         copies = config.precision == "pure_bf16" and not (self.workplace.group and config.strategy == "fsdp")
         masters = {n: p.detach().clone() for n, p in model.named_parameters() if copies and p.requires_grad and p.dim()}
         if copies:
             halve(model)
+        if self.workplace.device.type == "cuda":
+            # before anything is traced, shared or captured
+            with autocast_of(config.precision, self.workplace.device):
+                warm_up(model, training=True)
+        if config.compile:
+            for tower in (model.visual, model):
+                for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
+                    block.compile()
         self.shared = share_towers(Towers(model, config.precision, self.workplace), config.strategy)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {n: masters.get(n, p) for n, p in self._parameters.items()}

@@ -1,0 +1,227 @@
+"""The Triton kernels of LayerNorm as PyTorch operators with gradients; what they serve, and how they are checked."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from clipfast.ops import kernel_ops, layer_norm_torch, trust
+from clipfast.ops.probes import probe_rows, random
+
+# the widest row that a program of the kernels holds
+MAX_KERNEL_WIDTH = 4096
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    rows = x.shape[:-1].numel()
+    return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), *_statistics(x)
+
+
+def _fake_add_forward(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape, dtype=dtype), *_statistics(x)
+
+
+def _fake_backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+def _fake_add_backward(
+    dy: Tensor,
+    dstream: Tensor,
+    stream: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    x_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    other = stream.new_empty(0 if x_dtype == residual_dtype else stream.shape, dtype=residual_dtype)
+    parameters = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+    return stream.new_empty(stream.shape, dtype=x_dtype), other, *parameters
+
+
+def _trial(
+    device: torch.device,
+    width: int,
+    x: torch.dtype,
+    residual: torch.dtype,
+    weight: torch.dtype,
+    add: bool,
+    backward: bool,
+) -> trust.Trial:
+    """Return how the kernels that rows of a width and these dtypes get are checked."""
+    key = (width, x, residual, weight)
+    op, direction = "add_layer_norm" if add else "layer_norm", "backward" if backward else "forward"
+    dtypes = ", ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (x, residual, weight)))
+    name = f"{op} {direction}, width {width}, {dtypes}"
+    return trust.Trial(name, key, lambda programs: _probe(device, programs, *key, add, backward))
+
+
+def _probe(
+    device: torch.device,
+    programs: int,
+    width: int,
+    x: torch.dtype,
+    residual: torch.dtype,
+    weight: torch.dtype,
+    add: bool,
+    backward: bool,
+) -> trust.Probe:
+    stream = torch.promote_types(x, residual)
+    # 21 rows leave a tile of several rows unfilled; a program has 8 rows at the most
+    copies = max(2, 8 * programs // 21)
+    inputs = [random(1, device, x, 21, width) + 0.5, random(2, device, residual, 21, width)][: 1 + add]
+    shared = (1 + random(3, device, weight, width) / 8, random(4, device, weight, width) / 8)
+    d_outputs = tuple(random(5 + i, device, stream, 21, width) for i in range(1 + add)) if backward else ()
+    family = functools.partial(kernel_ops.kernel, "layer_norm")
+
+    def launch(rows: tuple[Tensor, ...], shared: tuple[Tensor, ...], d_outputs: tuple[Tensor, ...]) -> list[Tensor]:
+        forward = list(family("add_forward" if add else "forward")(*rows, *shared, 1e-5))
+        outputs, statistics = forward[:-2], forward[-2:]
+        if not d_outputs:
+            return outputs
+        if not add:
+            return list(family("backward")(*d_outputs, rows[0], shared[0], *statistics))
+        arguments = (*d_outputs, outputs[1], shared[0], *statistics, x, residual)
+        dx, dresidual, *sums = family("add_backward")(*arguments)
+        return [dx, dx if x == residual else dresidual, *sums]
+
+    def reference(*tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return layer_norm_torch.reference_add(*tensors, 1e-5) if add else layer_norm_torch.reference(*tensors, 1e-5)
+
+    return probe_rows(tuple(inputs), shared, d_outputs, copies, launch, reference)
+
+
+def _forward_trials(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[trust.Trial]:
+    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, add=False, backward=False)]
+
+
+def _backward_trials(dy: Tensor, x: Tensor, weight: Tensor, *_: object) -> list[trust.Trial]:
+    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, add=False, backward=True)]
+
+
+def _add_forward_trials(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[trust.Trial]:
+    return [_trial(x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype, add=True, backward=False)]
+
+
+def _add_backward_trials(
+    dy: Tensor, dstream: Tensor, stream: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, x: torch.dtype,
+    residual: torch.dtype,
+) -> list[trust.Trial]:  # fmt: skip
+    return [_trial(stream.device, stream.shape[-1], x, residual, weight.dtype, add=True, backward=True)]
+
+
+kernel_ops.define(
+    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor)",
+    "layer_norm",
+    "layer_norm",
+    "forward",
+    _fake_forward,
+    layer_norm_torch.forward,
+    _forward_trials,
+)
+kernel_ops.define(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor)",
+    "layer_norm",
+    "layer_norm",
+    "backward",
+    _fake_backward,
+    layer_norm_torch.backward,
+    _backward_trials,
+)
+kernel_ops.define(
+    "add_layer_norm_forward(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_layer_norm",
+    "layer_norm",
+    "add_forward",
+    _fake_add_forward,
+    layer_norm_torch.add_forward,
+    _add_forward_trials,
+)
+kernel_ops.define(
+    "add_layer_norm_backward(Tensor dy, Tensor dstream, Tensor stream, Tensor weight, Tensor mean, Tensor rstd,"
+    " ScalarType x_dtype, ScalarType residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    "add_layer_norm",
+    "layer_norm",
+    "add_backward",
+    _fake_add_backward,
+    layer_norm_torch.add_backward,
+    _add_backward_trials,
+)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = torch.ops.clipfast.layer_norm_forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return *torch.ops.clipfast.layer_norm_backward(dy, *ctx.saved_tensors), None
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        y, stream, mean, rstd = torch.ops.clipfast.add_layer_norm_forward(x, residual, weight, bias, eps)
+        ctx.save_for_backward(stream, weight, mean, rstd)
+        ctx.dtypes = x.dtype, residual.dtype
+        return y, stream
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor, dstream: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dresidual, dweight, dbias = torch.ops.clipfast.add_layer_norm_backward(
+            dy, dstream, *ctx.saved_tensors, *ctx.dtypes
+        )
+        # the gradient of a sum is that of both terms
+        same = ctx.dtypes[0] == ctx.dtypes[1]
+        return dx, dx if same else dresidual, dweight, dbias, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Return ``layer_norm(x)`` by the Triton kernels."""
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return ``(layer_norm(x + residual), x + residual)`` by the Triton kernels."""
+    return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+
+
+def refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
+    """Return why the kernels cannot serve a call of ``layer_norm``, or None."""
+    return _unservable(x, weight, bias) or kernel_ops.refusal(
+        "layer_norm", lambda: _trials(x, x, weight, add=False), x, weight, bias
+    )
+
+
+def add_refusal(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
+    """Return why the kernels cannot serve a call of ``add_layer_norm``, or None."""
+    return _unservable(x, weight, bias) or kernel_ops.refusal(
+        "add_layer_norm", lambda: _trials(x, residual, weight, add=True), x, residual, weight, bias
+    )
+
+
+def _unservable(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
+    if not 0 < x.shape[-1] <= MAX_KERNEL_WIDTH:
+        return f"width {x.shape[-1]} is not served (1 to {MAX_KERNEL_WIDTH} are)"
+    return "weight and bias differ in dtype" if weight.dtype != bias.dtype else None
+
+
+def _trials(x: Tensor, residual: Tensor, weight: Tensor, add: bool) -> list[trust.Trial]:
+    directions = (False, True) if torch.is_grad_enabled() else (False,)
+    shape = x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype
+    return [_trial(*shape, add=add, backward=backward) for backward in directions]
