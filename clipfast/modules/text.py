@@ -160,7 +160,7 @@ class TextTower(nn.Module):
         if tokens.device != device:
             raise ValueError(f"tokens: got device {tokens.device}, expected {device}, where the model is")
         # values are checked in host memory only: elsewhere that would wait for the device
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and not _cannot_read_values(tokens):
             low, high = tokens.aminmax()
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"tokens: got ids {int(low)} to {int(high)}, expected 0 to {self.vocab_size - 1}")

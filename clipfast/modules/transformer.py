@@ -14,6 +14,7 @@ from clipfast.modules import inference
 from clipfast.modules.shortcuts import has_hooks, is_observed, shortcuts_enabled
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
+from clipfast.ops.dispatch import leaves_clipfast
 from clipfast.ops.encoder import BlockWeights, PackedEncoder, encode, refusal
 
 # the token of every sequence that is read: one position for all, or one each [S]
@@ -354,8 +355,8 @@ def _rounds_worse_alone(x: Tensor, cu_seqlens: Tensor | None) -> bool:
     BLAS sums the products of fewer than 12 float32 rows term by term, unless there are 4 or 8, and that rounds four
     times as much as the kernels that many rows get.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled():
-        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled() or leaves_clipfast():
+        return False  # what is exported for every batch may not ask how many there are
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return sequences < 12 and sequences % 4 != 0
 
