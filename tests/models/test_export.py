@@ -1,4 +1,4 @@
-"""Models leave clipfast: torch.export, ONNX and traces take any batch, hold no operator of ours, and compute the same."""
+"""Models leave clipfast: exports and traces take any batch, hold no operator of ours, and compute the same."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import tiny
 import torch
+from click.testing import Result
 from oracle import relative_error
 from rivals import captions
 from torch import Tensor, nn
@@ -39,16 +40,11 @@ def both(batch: int) -> tuple[Tensor, ...]:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], tuple[Tensor, ...]]]] = {
     "clipfast": (tiny.clip, both),
-    "clipfast quick": (lambda: tiny.clip(tiny.QUICK_CONFIG), both),
     "clipfast ResNet": (lambda: tiny.clip(tiny.RESNET_CONFIG), both),
     "clipfast text": (tiny.text_transformer, lambda batch: (texts(batch),)),
     "open_clip": (lambda: clipfast.accelerate(tiny.open_clip_clip()), both),
     "open_clip custom": (lambda: clipfast.accelerate(tiny.open_clip_clip(custom_text=True)), both),
     "timm": (lambda: clipfast.accelerate(tiny.timm_vit()), lambda batch: (pictures(batch),)),
-    "transformers vision": (
-        lambda: clipfast.accelerate(tiny.transformers_vision(projection=True)),
-        lambda batch: (pictures(batch),),
-    ),
 }
 
 
@@ -63,7 +59,8 @@ def assert_same(actual: object, expected: object) -> None:
         assert relative_error(a, e) <= 2e-6
 
 
-@pytest.mark.parametrize("name", MODELS)
+# the others' exports are tested as ONNX files
+@pytest.mark.parametrize("name", ["clipfast", "open_clip custom", "timm"])
 def test_torch_export_takes_any_batch(name: str) -> None:
     make, inputs = MODELS[name]
     model, example = make().eval(), inputs(3)
@@ -73,7 +70,7 @@ def test_torch_export_takes_any_batch(name: str) -> None:
         assert_same(program.module()(*inputs(batch)), model(*inputs(batch)))
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n != "transformers vision"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 def test_traces_take_any_batch(name: str) -> None:
     make, inputs = MODELS[name]
@@ -87,11 +84,11 @@ def test_traces_take_any_batch(name: str) -> None:
 
 
 def test_a_fast_backend_is_not_exported() -> None:
-    model = tiny.clip().eval()
+    model = tiny.text_transformer().eval()
     with clipfast.backend("triton"):
-        program = torch.export.export(model, both(3), dynamic_shapes=({0: Dim("batch")},) * 2)
+        program = torch.export.export(model, (texts(3),), dynamic_shapes=({0: Dim("batch")},))
         assert not [n for n in program.graph.nodes if "clipfast" in str(n.target)]
-    assert_same(program.module()(*both(5)), model(*both(5)))
+    assert_same(program.module()(texts(5)), model(texts(5)))
 
 
 def test_training_is_exported_too() -> None:
@@ -116,28 +113,15 @@ def run(path: Path, **inputs: Tensor) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value) for name, value in zip(names, outputs, strict=True)}
 
 
-ONNX: dict[str, Callable[[], nn.Module]] = {
-    "clipfast": tiny.clip,
-    "clipfast ResNet": lambda: tiny.clip(tiny.RESNET_CONFIG),
-    "open_clip": lambda: clipfast.accelerate(tiny.open_clip_clip(quick_gelu=True)),
-    "transformers": lambda: clipfast.accelerate(tiny.transformers_clip()),
-}
-
-
-@pytest.mark.parametrize("name", ONNX)
-def test_onnx_files_of_whole_models(tmp_path: Path, name: str) -> None:
-    model = ONNX[name]().eval()
+def test_onnx_files_of_whole_models(tmp_path: Path) -> None:
+    model = tiny.clip().eval()
     report = clipfast.export(model, tmp_path / "new" / "clip.onnx")
     assert report.inputs == {"image": ("images", 3, 32, 32), "text": ("texts", 16)}
     assert report.outputs == {"image_features": ("images", 32), "text_features": ("texts", 32), "logit_scale": ()}
     assert 0 <= max(report.errors.values()) <= 1e-5
     outputs = run(report.path, image=pictures(4), text=texts(7))
     with torch.no_grad():
-        if name == "transformers":
-            image, text = model.get_image_features(pictures(4)), model.get_text_features(texts(7))
-            image, text = (nn.functional.normalize(x.pooler_output, dim=-1) for x in (image, text))
-        else:
-            image, text = model.encode_image(pictures(4), normalize=True), model.encode_text(texts(7), normalize=True)
+        image, text = model.encode_image(pictures(4), normalize=True), model.encode_text(texts(7), normalize=True)
     assert relative_error(outputs["image_features"], image) <= 1e-5
     assert relative_error(outputs["text_features"], text) <= 1e-5
     assert relative_error(outputs["logit_scale"], model.logit_scale.exp()) <= 1e-6
@@ -145,9 +129,21 @@ def test_onnx_files_of_whole_models(tmp_path: Path, name: str) -> None:
     assert [p.name for p in report.path.parent.iterdir() if p.suffix not in (".onnx", ".data")] == []
 
 
+def test_onnx_files_of_accelerated_models(tmp_path: Path) -> None:
+    theirs = clipfast.accelerate(tiny.open_clip_clip(quick_gelu=True)).eval()
+    clipfast.export(theirs, tmp_path / "image.onnx", tower="image", normalize=False)
+    image = run(tmp_path / "image.onnx", image=pictures(4))["image_features"]
+    assert relative_error(image, theirs.encode_image(pictures(4))) <= 1e-5
+    theirs = clipfast.accelerate(tiny.transformers_clip()).eval()
+    clipfast.export(theirs, tmp_path / "text.onnx", tower="text", normalize=False)
+    text = run(tmp_path / "text.onnx", text=texts(4))["text_features"]
+    assert relative_error(text, theirs.get_text_features(texts(4)).pooler_output) <= 1e-5
+
+
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_onnx_files_of_one_tower(tmp_path: Path, tower: str) -> None:
-    model = tiny.clip(dtype=torch.bfloat16)  # in training mode, and of another dtype
+    # in training mode, and of another dtype
+    model = tiny.clip(tiny.RESNET_CONFIG if tower == "image" else tiny.QUICK_CONFIG, dtype=torch.bfloat16)
     before = tiny.cloned(model.state_dict())
     report = clipfast.export(model, tmp_path / "t.onnx", tower=tower, normalize=False)
     assert model.training
@@ -158,10 +154,16 @@ def test_onnx_files_of_one_tower(tmp_path: Path, tower: str) -> None:
     x = pictures(3) if tower == "image" else texts(3)
     expected = exact.encode_image(x) if tower == "image" else exact.encode_text(x)
     assert relative_error(run(report.path, **{tower: x})[f"{tower}_features"], expected.detach()) <= 1e-5
-    alone = tiny.vit() if tower == "image" else tiny.text_transformer()
-    assert list(clipfast.export(alone, tmp_path / "t.onnx").inputs) == [tower]
-    with pytest.raises(ValueError, match=f"tower: got '.*', expected '{tower}'"):
-        clipfast.export(alone, tmp_path / "u.onnx", tower="text" if tower == "image" else "image")
+
+
+def test_onnx_files_of_a_tower_alone(tmp_path: Path) -> None:
+    vit = tiny.vit(layers=1).eval()
+    assert list(clipfast.export(vit, tmp_path / "t.onnx", normalize=False).inputs) == ["image"]
+    assert relative_error(run(tmp_path / "t.onnx", image=pictures(3))["image_features"], vit(pictures(3))) <= 1e-5
+    with pytest.raises(ValueError, match="tower: got 'text', expected 'image': the model is a ViT"):
+        clipfast.export(vit, tmp_path / "u.onnx", tower="text")
+    with pytest.raises(ValueError, match="tower: got 'image', expected 'text'"):
+        clipfast.export(tiny.text_transformer(), tmp_path / "u.onnx", tower="image")
 
 
 def test_what_cannot_be_exported(tmp_path: Path) -> None:
@@ -189,7 +191,7 @@ def test_a_file_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(exporting._Exported, "forward", drifting)
     with pytest.raises(ValueError, match=r"got a relative error of 1\.0e-03 in image_features .* was not kept"):
-        clipfast.export(tiny.clip().eval(), path, tower="image")
+        clipfast.export(tiny.vit(layers=1).eval(), path)
     assert path.read_bytes() == b"what was there"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -202,24 +204,31 @@ def test_what_is_not_installed_is_named(tmp_path: Path, missing: str, monkeypatc
 
 
 def test_the_command(tmp_path: Path) -> None:
-    model = tiny.clip().eval()
+    model = clipfast.create_model(tiny.CONFIG | {"text_cfg": tiny.CONFIG["text_cfg"] | {"layers": 1}}).eval()
     write_model_folder(tmp_path / "run", model.config, model.state_dict())
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "o.onnx"), "--tower", "text"])
+
+    def call(*arguments: str) -> Result:
+        return CliRunner().invoke(app, ["export", str(tmp_path / "run"), *arguments, "--tower", "text"])
+
+    result = call(str(tmp_path / "o.onnx"))
     assert result.exit_code == 0, result.output
     assert "text [texts, 16] → text_features [texts, 32]" in result.stdout
     assert "text_features: max relative error" in result.stdout
     expected = model.encode_text(texts(3), normalize=True).detach()
     assert relative_error(run(tmp_path / "o.onnx", text=texts(3))["text_features"], expected) <= 1e-5
-    options = ["--tower", "text", "--tolerance", "0", "--json"]
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "no.onnx"), *options])
+    result = call(str(tmp_path / "no.onnx"), "--tolerance", "0")
     assert result.exit_code == 2
     assert "error: " in result.stderr
     assert "relative error" in result.stderr
     assert not (tmp_path / "no.onnx").exists()
-    result = CliRunner().invoke(
-        app, ["export", str(tmp_path / "run"), str(tmp_path / "j.onnx"), *options[:2], "--json"]
-    )
-    assert json.loads(result.stdout)["outputs"] == {"text_features": ["texts", 32]}
-    result = CliRunner().invoke(app, ["export", str(tmp_path / "missing"), str(tmp_path / "k.onnx")])
-    assert result.exit_code == 2
-    assert result.stderr.count("\n") == 1
+    result = call(str(tmp_path / "o.pt"))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_the_commands_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = exporting.ExportReport(tmp_path / "o.onnx", {"text": ("texts", 16)}, {}, 20, ((1, 1),), {"x": 0.5}, 1.0)
+    monkeypatch.setattr(exporting, "export", lambda *_, **__: report)
+    monkeypatch.setattr("clipfast.models.open_model.open_model", lambda *_: None)
+    result = CliRunner().invoke(app, ["export", "run", "o.onnx", "--json"])
+    expected = {"path": str(tmp_path / "o.onnx"), "inputs": {"text": ["texts", 16]}, "outputs": {}, "opset": 20}
+    assert json.loads(result.stdout) == expected | {"batches": [[1, 1]], "errors": {"x": 0.5}, "tolerance": 1.0}

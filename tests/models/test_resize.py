@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -36,9 +37,9 @@ def of_open_clip(state: dict[str, Tensor], sizes: dict) -> dict[str, Tensor]:
     return resized
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("image_size", "context_length"), [(64, 16), (32, 40), (48, 24), (16, 5), ((48, 80), 77), (32, 16)]
+    ("image_size", "context_length", "dtype"),
+    [(64, 16, torch.float32), (32, 40, torch.float64), (16, 5, torch.float32), ((48, 80), 77, torch.float32)],
 )
 def test_both_towers_are_resized_as_open_clip_does(image_size: object, context_length: int, dtype: torch.dtype) -> None:
     state = tiny.open_clip_clip().to(dtype).state_dict()
@@ -230,24 +231,20 @@ LONG = {
 }
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("first_is", ["", "_ori"])
 @pytest.mark.parametrize("layout", LONG)
-def test_long_clips_two_tables(layout: str, first_is: str, masked: bool, prefix: str) -> None:
-    state = open_clip.CLIP(**config(32, 40)).state_dict()
+def test_long_clips_two_tables(layout: str) -> None:
+    model = clipfast.create_model(config(32, 40))
     before, name, after = LONG[layout]
-    theirs = from_openai(state, layout)
-    first, second = torch.randn(2, 40, 48)
+    theirs = from_openai(tiny.cloned(model.state_dict()), layout)
     del theirs[before + name + after]
-    theirs |= {f"{before}{name}{first_is}{after}": first, f"{before}{name}_res{after}": second}
     upto = (torch.arange(40) < 20).float()[:, None]
-    if masked:
-        theirs |= {f"{before}mask1": upto, f"{before}mask2": 1 - upto}
-    theirs = {prefix + k: v for k, v in theirs.items()}
-    model = load_weights(clipfast.create_model(config(32, 40)), theirs)
-    # what Long-CLIP's encode_text adds to the embeddings
-    assert torch.equal(model.positional_embedding, first * upto + second * (1 - upto))
+    masks = {f"{before}mask1": upto, f"{before}mask2": 1 - upto}
+    for first_is, beside, prefix in itertools.product(("", "_ori"), ({}, masks), ("", "module.")):
+        first, second = torch.randn(2, 40, 48)
+        tables = {f"{before}{name}{first_is}{after}": first, f"{before}{name}_res{after}": second}
+        load_weights(model, {prefix + k: v for k, v in (theirs | tables | beside).items()})
+        # what Long-CLIP's encode_text adds to the embeddings
+        assert torch.equal(model.positional_embedding, first * upto + second * (1 - upto))
 
 
 def test_long_clips_tables_that_do_not_fit() -> None:
