@@ -106,6 +106,8 @@ def outcome_of(name: str) -> Outcome:
             (model.encode_text(tokens), original.encode_text(tokens)),
         ):
             assert actual.shape == expected.shape
+            assert expected.isfinite().all()
+            assert expected.count_nonzero()
             error = max(error, float((actual - expected).abs().max() / expected.abs().max()))
     return Outcome(_of_tower(found, said, image=True), _of_tower(found, said, image=False), error)
 
