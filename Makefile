@@ -5,18 +5,19 @@
 JOBS ?= 2
 PYTEST = .venv/bin/pytest -n $(JOBS) --dist loadfile
 
-.PHONY: help demo test test-all exhaustive bench kernels wheel sdist gpu lint clean
+.PHONY: help demo test test-all test-cuda-build exhaustive bench kernels wheel sdist gpu lint clean
 
 help:
 	@echo "make demo      train a small CLIP on real pairs and write runs/demo/report.html"
 	@echo "make test      prove it equal to open_clip, transformers and timm (without the slow tests)"
 	@echo "make test-all  the slow tests too"
+	@echo "make test-cuda-build  test the op library beside CUDA builds of PyTorch; no GPU is needed; fetches gigabytes once"
 	@echo "make exhaustive  compile every configuration of every Triton kernel, interpret attention at every size: half an hour or more"
 	@echo "make bench     time clipfast beside its rivals"
 	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
 	@echo "make wheel     one wheel for every Python and card into dist/; no GPU is needed; CPU=1, or ARCHS=\"9.0a\""
 	@echo "make sdist     the sources that pip builds a wheel from, into dist/"
-	@echo "make gpu       on a machine with an NVIDIA GPU: all tests and benchmarks; PART=tests or PART=bench for one"
+	@echo "make gpu       on a machine with an NVIDIA GPU: what needs one, in 9 minutes; PART=tests, bench or cpu for some of it"
 	@echo "make lint      ruff"
 
 demo:
@@ -30,6 +31,10 @@ test:
 test-all:
 	scripts/setup_env.sh test
 	$(PYTEST) -m "not exhaustive and not gpu" $(ARGS)
+
+test-cuda-build:
+	scripts/setup_env.sh test
+	scripts/test_cuda_build.sh $(ARGS)
 
 exhaustive:
 	scripts/setup_env.sh test

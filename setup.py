@@ -8,7 +8,7 @@ built, the package installs without it and keeps the reason in clipfast/_build.j
 Environment:
     CXX             the C++ compiler (default: c++, then g++, then clang++)
     CUDA_HOME       the CUDA toolkit (default: the one whose nvcc is on PATH)
-    TORCH_CUDA_ARCH_LIST      GPU architectures, such as "8.0;9.0a;10.0a+PTX" (the default)
+    TORCH_CUDA_ARCH_LIST      GPU architectures, such as "8.0;9.0a;10.0+PTX" (the default)
     CLIPFAST_SKIP_CUDA=1      builds without the CUDA kernels
     CLIPFAST_SKIP_LIBRARY=1   installs without the library
     CLIPFAST_GLIBC            links for systems with this version of the C library, such as 2.28, and later
@@ -44,7 +44,8 @@ TORCH_TARGET_VERSION = "0x020a000000000000ull"
 VECTORISED = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"]
 
 
-CUDA_ARCHITECTURES = "8.0;9.0a;10.0a+PTX"
+# 10.0 and not 10.0a, whose code would run on 10.0 alone: 10.3 is served too, and no instruction is one card's own
+CUDA_ARCHITECTURES = "8.0;9.0a;10.0+PTX"
 JOBS = 2
 
 
@@ -100,7 +101,7 @@ def cuda_architectures() -> tuple[list[str], list[str]]:
     for item in re.split(r"[;, ]+", wanted.strip("; ,")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if match is None:
-            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {item!r}, expected numbers such as 8.0, 9.0a or 10.0a+PTX")
+            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {item!r}, expected numbers such as 8.0, 9.0a or 10.0+PTX")
         major, minor, suffix, ptx = match.groups()
         if int(major) < 8:
             raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {item}, the kernels need 8.0 or later")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import os
@@ -24,7 +25,7 @@ import clipfast
 
 _MARK = "clipfast-doctor-report:"
 _TIMEOUT = 300
-_VARIABLES = ("CLIPFAST_BACKEND", "CLIPFAST_NO_LIBRARY", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = ("CLIPFAST_BACKEND", "CLIPFAST_CHECK", "CLIPFAST_NO_LIBRARY", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
 
 
 def examine() -> dict[str, Any]:
@@ -43,9 +44,10 @@ def examine() -> dict[str, Any]:
     problems = report["problems"]
     report["torch"] = {"version": torch.__version__, "cuda": torch.version.cuda}
     report["cpu"]["capability"] = torch.backends.cpu.get_cpu_capability()
-    report["library"] = _library(problems)
+    has_cuda = torch.version.cuda is not None
+    report["library"] = _library(problems, has_cuda)
     report["cards"] = _cards(problems)
-    report["triton"] = _triton(problems, wanted=torch.version.cuda is not None)
+    report["triton"] = _triton(problems, wanted=has_cuda)
     if report["library"]["reason"] is None and report["cards"]:
         for card in report["cards"]:
             capability = tuple(map(int, card["capability"].split(".")))
@@ -89,11 +91,14 @@ def basics() -> dict[str, Any]:
     }
 
 
-def _library(problems: list[tuple[str, str]]) -> dict[str, Any]:
+def _library(problems: list[tuple[str, str]], wants_cuda: bool) -> dict[str, Any]:
+    """Return what the op library is and holds; ``wants_cuda`` where PyTorch has CUDA."""
     from clipfast.ops import library
 
     reason = library.unavailable()
+    missing = library.missing_cuda_entry_points()
     found: dict[str, Any] = {"path": _short(library.path()), "reason": reason, "bytes": None}
+    found["cuda_entry_points"] = "found" if missing is None else f"missing ({missing})"
     with contextlib.suppress(OSError):
         found["bytes"] = library.path().stat().st_size
     if reason is not None:
@@ -103,6 +108,11 @@ def _library(problems: list[tuple[str, str]]) -> dict[str, Any]:
     info = library.build_info()
     toolkit, _, names = info["cuda"].partition(":")
     architectures = names.split(",") if names else []
+    # a build without CUDA is told of beside each card
+    if missing is not None and names and wants_cuda:
+        problems.append(
+            ("warning", f"the op library cannot reach PyTorch's CUDA: {missing}: the losses run in PyTorch")
+        )
     return found | {
         "compiler": info["compiler"],
         "torch_target": info["torch_target"],
@@ -116,16 +126,23 @@ def _library(problems: list[tuple[str, str]]) -> dict[str, Any]:
 def _triton(problems: list[tuple[str, str]], wanted: bool) -> dict[str, Any]:
     """Return Triton's version, or why it is not there; ``wanted`` where PyTorch could use it on a card."""
     level = "warning" if wanted else "note"
-    try:
+    version = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        because = "PyTorch's operators serve in place of its kernels" if wanted else "it would serve GPUs alone"
-        problems.append((level, f"Triton is not installed: {because}"))
-        return {"version": None, "reason": "not installed"}
     try:
-        import triton  # noqa: F401
+        import triton
+
+        version = triton.__version__
+        # what the ops will ask of it
+        for family in ("attention", "layer_norm", "bias_gelu"):
+            importlib.import_module(f"clipfast.kernels.{family}")
     except Exception as error:
-        problems.append((level, f"Triton {version} does not import: {_line(error)}: PyTorch's operators serve"))
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            because = "PyTorch's operators serve in place of its kernels" if wanted else "it would serve GPUs alone"
+            problems.append((level, f"Triton is not installed: {because}"))
+            return {"version": None, "reason": "not installed"}
+        named = " ".join(filter(None, ("Triton", version)))
+        problems.append((level, f"{named} does not import: {_line(error)}: PyTorch's operators serve"))
         return {"version": version, "reason": _line(error)}
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(_triton_home()) / ".triton" / "cache")
     if wanted and not _writable(folder):
@@ -215,6 +232,8 @@ def _facts(report: dict[str, Any]) -> list[str]:
             how = f": {card['how']}" if card.get("served") else ": not served by the op library"
             facts[f"card {card['index']}"] = f"{card['name']} ({card['capability']}){how}"
         facts["library"] = _describe_library(report["library"])
+        if cuda:
+            facts["CUDA entry points: "] = report["library"]["cuda_entry_points"]
     if report["environment"]:
         facts["set"] = " ".join(f"{name}={value}" for name, value in report["environment"].items())
     return [f"{name:10}{value}" for name, value in facts.items()]
@@ -238,27 +257,45 @@ def _describe_library(library: dict[str, Any]) -> str:
 
 def diagnose() -> dict[str, Any]:
     """Examine in a fresh process and return its report; it never raises."""
-    report, end = _in_a_process({})
+    report, end = _in_a_process()
     if report is not None:
         return report
-    # what ends a process is compiled code, first of all our own
-    report, _ = _in_a_process({"CLIPFAST_NO_LIBRARY": "1"})
-    if report is None:
-        report = basics()
-        report["problems"].append(("failed", f"the examination {end}"))
-        return report
-    advice = "install clipfast again; until then, CLIPFAST_NO_LIBRARY=1 makes PyTorch serve"
-    report["problems"].insert(0, ("failed", f"the examination {end} with the op library, and not without: {advice}"))
+    # what ends a process is compiled code: first of all our own, then Triton's
+    for culprit, environment, without_triton, advice in (
+        (
+            "the op library",
+            {"CLIPFAST_NO_LIBRARY": "1"},
+            False,
+            "install clipfast again; until then, CLIPFAST_NO_LIBRARY=1",
+        ),
+        ("Triton", {}, True, "install the Triton of this PyTorch; until then, uninstalling Triton"),
+    ):
+        report, _ = _in_a_process(environment, without_triton)
+        if report is not None:
+            line = f"the examination {end} with {culprit}, and not without: {advice} makes PyTorch serve"
+            report["problems"].insert(0, ("failed", line))
+            return report
+    report = basics()
+    report["problems"].append(("failed", f"the examination {end}"))
     return report
 
 
-def _in_a_process(environment: dict[str, str]) -> tuple[dict[str, Any] | None, str]:
+def _in_a_process(
+    environment: dict[str, str] | None = None, without_triton: bool = False
+) -> tuple[dict[str, Any] | None, str]:
     """Return the report, or None and how the process ended."""
-    code = f"import sys; sys.path[:] = {sys.path!r}; from clipfast.doctor import _report; _report()"
+    # None in the place of a module makes it one that is not installed
+    hidden = "sys.modules['triton'] = None; " if without_triton else ""
+    code = f"import sys; {hidden}sys.path[:] = {sys.path!r}; from clipfast.doctor import _report; _report()"
     command = [sys.executable, "-W", "ignore", "-c", code]
     try:
         done = subprocess.run(
-            command, env=os.environ | environment, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+            command,
+            env=os.environ | (environment or {}),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_TIMEOUT,
         )
     except subprocess.TimeoutExpired:
         return None, f"took longer than {_TIMEOUT} s"

@@ -6,6 +6,8 @@
 
 #include <string>
 
+#include "cuda/entry_points.h"
+
 namespace clipfast {
 
 #define CLIPFAST_STRING_(...) #__VA_ARGS__
@@ -27,10 +29,18 @@ std::string build_info() {
     return info;
 }
 
+// What keeps the CUDA kernels from PyTorch's streams in this process; empty where nothing does.
+std::string missing_cuda_entry_points() {
+    const bool built = std::string(CLIPFAST_STRING(CLIPFAST_CUDA)) != "none";
+    return built ? cuda_entry_points().missing : "the op library was built without CUDA";
+}
+
 }  // namespace clipfast
 
 STABLE_TORCH_LIBRARY(clipfast, m) {
     m.def("build_info() -> str");
+    // why the CUDA kernels cannot reach PyTorch's streams, or an empty string
+    m.def("missing_cuda_entry_points() -> str");
 
     // image [M, D], text [N, D]: float64, float32, bfloat16 or float16, with a contiguous last dimension. Logits are
     // x_ij = s · f_i · g_j · (image_i · text_j), where logit_scale s is a scalar on the features' device and the
@@ -84,4 +94,5 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CompositeExplicitAutograd, m) {
     m.impl("build_info", TORCH_BOX(&clipfast::build_info));
+    m.impl("missing_cuda_entry_points", TORCH_BOX(&clipfast::missing_cuda_entry_points));
 }

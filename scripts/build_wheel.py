@@ -40,7 +40,7 @@ SOURCES = ("clipfast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.
 SOURCES += ("MANIFEST.in", "scripts/manylinux.py", "scripts/sbom.py")
 LEFT_OUT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
 # code for every card from A100 to RTX PRO Blackwell; PTX of compute_100 for the others of today and those to come
-ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0a+PTX;12.0"
+ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0+PTX;12.0"
 OLDEST_GLIBC = "2.28"
 # what a wheel may hold
 CONTENTS = re.compile(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -161,6 +162,53 @@ def test_a_library_that_ends_the_process(package: Path) -> None:
     assert report["self_test"]
 
 
+def with_triton(package: Path, source: str) -> None:
+    (package.parent / "triton").mkdir()
+    (package.parent / "triton" / "__init__.py").write_text(source)
+
+
+def test_a_triton_that_ends_the_process(package: Path) -> None:
+    with_triton(package, "import os\nos.abort()\n")
+    report, code = examined(package)
+    assert code == 1
+    level, text = report["problems"][0]
+    assert level == "failed"
+    assert "was ended by SIGABRT with Triton, and not without" in text
+    assert report["triton"] == {"version": None, "reason": "not installed"}
+    assert report["self_test"]
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise ImportError('libcuda.so.1: cannot open')", "ImportError: libcuda.so.1: cannot open"),
+        ("import nowhere_at_all", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+        # it imports, but is none that the kernels could use
+        ("__version__ = '1.0'", "ModuleNotFoundError: No module named 'triton."),
+    ],
+)
+def test_a_triton_that_does_not_import(
+    source: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = [name for name in sys.modules if name.split(".")[0] == "triton" or name.startswith("clipfast.kernels.")]
+    for name in loaded:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "triton").mkdir()
+    (tmp_path / "triton" / "__init__.py").write_text(source + "\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    try:
+        for wanted, level in ((True, "warning"), (False, "note")):
+            problems: list = []
+            found = doctor._triton(problems, wanted)
+            assert reason in found["reason"]
+            ((said, text),) = problems
+            assert said == level
+            assert re.match(r"Triton( [\d.]+)? does not import: .*: PyTorch's operators serve$", text)
+            assert reason in text
+    finally:
+        sys.modules.pop("triton", None)
+
+
 def test_a_package_that_does_not_import(package: Path) -> None:
     (package / "ops" / "attention.py").write_text("raise OSError('the disk is gone')\n")
     report, code = examined(package)
@@ -259,11 +307,18 @@ def test_a_wrong_op_fails_the_examination(op: str, mistake: str, monkeypatch: py
 @pytest.mark.parametrize(
     ("cuda", "capability", "driver", "served", "how"),
     [
-        ("13.0:80,90a,100a,100+PTX", (9, 0), (13, 0), True, "code for sm_90a"),
-        ("13.0:80,90a,100a,100+PTX", (8, 9), (13, 0), True, "code for sm_80, which runs on 8.9"),
+        ("13.0:80,90a,100,100+PTX", (9, 0), (13, 0), True, "code for sm_90a"),
+        ("13.0:80,90a,100,100+PTX", (8, 9), (13, 0), True, "code for sm_80, which runs on 8.9"),
+        ("13.0:80,90a,100,100+PTX", (10, 0), (13, 0), True, "code for sm_100"),
+        ("13.0:80,90a,100,100+PTX", (10, 3), (13, 0), True, "code for sm_100, which runs on 10.3"),
+        ("13.0:80,90a,100,100+PTX", (11, 0), (13, 0), True, "PTX of compute_100, compiled by the driver"),
+        ("13.0:80,86,89,90a,100,100+PTX,120", (12, 0), (13, 0), True, "code for sm_120"),
+        ("13.0:80,86,89,90a,100,100+PTX,120", (12, 1), (13, 0), True, "code for sm_120, which runs on 12.1"),
+        ("13.0:80,86,89,90a,100,100+PTX,120", (8, 7), (13, 0), False, "no code for compute capability 8.7"),
+        ("13.0:80+PTX,86", (8, 7), (13, 0), True, "PTX of compute_80, compiled by the driver"),
         ("13.0:80,86,89,90a", (8, 9), None, True, "code for sm_89"),
-        ("13.0:80,90a,100a,100+PTX", (12, 0), (13, 0), True, "PTX of compute_100, compiled by the driver"),
-        ("13.1:80,90a,100a,100+PTX", (12, 0), (13, 0), False, "no code for compute capability 12.0"),
+        ("13.0:80,90a,100,100+PTX", (12, 0), (13, 0), True, "PTX of compute_100, compiled by the driver"),
+        ("13.1:80,90a,100,100+PTX", (12, 0), (13, 0), False, "no code for compute capability 12.0"),
         ("13.0:100f", (10, 3), (13, 0), True, "code for sm_100f, which runs on 10.3"),
         ("13.0:100a", (10, 3), (13, 0), False, 'build it with TORCH_CUDA_ARCH_LIST="10.3"'),
         ("13.0:90a", (8, 0), (13, 0), False, "no code for compute capability 8.0 (only 90a)"),
@@ -293,10 +348,8 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_is_missing_on_a_gpu_machine_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    def version(name: str) -> str:
-        raise doctor.importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    # as Python has it where there is none
+    monkeypatch.setitem(sys.modules, "triton", None)
     for wanted, level in ((True, "warning"), (False, "note")):
         problems: list = []
         doctor._triton(problems, wanted)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipfast.ops import attention_packed, transfer
+
 # few, so that a compiled or captured model keeps few variants; captions of pictures have 10 to 30 tokens
 CAPTION_BUCKETS = (8, 16, 24, 32, 48, 64, 77)
 
@@ -19,7 +21,8 @@ class Packing:
     Attributes:
         rows: ``[total]``: each packed token's index in the flattened ``[B · L]``.
         positions: ``[total]``: its position in its caption.
-        cu_seqlens: ``[B + 1]`` int64 in host memory: the packed captions' offsets.
+        cu_seqlens: ``[B + 1]`` int64 in host memory: the packed captions' offsets, not to be written to. What ops want
+            to know of them, on a device too, they find without computing or sending it again.
         ends: ``[B]``: each caption's last packed token.
         order: ``[B]``: where each caption of the batch lies among the packed ones.
     """
@@ -40,14 +43,22 @@ def pack(read: Tensor, context_length: int) -> Packing:
 
     Returns:
         A :class:`Packing` whose tensors (but ``cu_seqlens``) lie on the device of ``read``. Captions of one length lie
-        behind each other, so that attention takes them as one batch without moving them.
+        behind each other, so that attention takes them as one batch without moving them. Beyond reading the lengths,
+        nothing waits for a device: all that the layers need goes there in one copy, from pinned memory.
     """
     lengths, by_length = (read.cpu().long() + 1).sort(stable=True)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    positions = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(lengths)
+    # in host memory, whatever PyTorch's default device is
+    total = int(cu_seqlens[-1])
+    positions = torch.arange(total, device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
     rows = positions + (by_length * context_length).repeat_interleave(lengths)
-    order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length)))
-    rows, positions, ends, order = (t.to(read.device) for t in (rows, positions, cu_seqlens[1:] - 1, order))
+    order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length), device="cpu"))
+    if read.device.type == "cpu":
+        attention_packed.remember(cu_seqlens, lengths, total)
+        return Packing(rows, positions, cu_seqlens, cu_seqlens[1:] - 1, order)
+    parts = [cu_seqlens.int(), rows, positions, cu_seqlens[1:] - 1, order]
+    offsets, rows, positions, ends, order = transfer.together(parts, read.device)
+    attention_packed.remember(cu_seqlens, lengths, total, offsets)
     return Packing(rows, positions, cu_seqlens, ends, order)
 
 

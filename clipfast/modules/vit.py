@@ -12,6 +12,7 @@ from clipfast.modules import inference
 from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import LayerNorm, Transformer
+from clipfast.ops import transfer
 
 
 def check_images(images: Tensor, height: int, width: int, weight: Tensor) -> None:
@@ -76,8 +77,11 @@ class PatchDropout(nn.Module):
             return x
         batch, patches = x.shape[0], x.shape[1] - 1
         kept = max(1, int(patches * (1 - self.prob)))
-        # drawn on the CPU, as open_clip draws it: one seed keeps the same patches on every device
-        chosen = torch.randn(batch, patches).topk(kept, dim=-1).indices.to(x.device)
+        # drawn on the CPU, as open_clip draws it: one seed keeps the same patches on every device. What a CUDA graph
+        # draws anew at every replay is drawn on the card
+        source = x.device if transfer.is_capturing(x.device) else "cpu"
+        chosen = torch.randn(batch, patches, device=source).topk(kept, dim=-1).indices
+        chosen = transfer.to_device(chosen, x.device)
         rows = torch.arange(batch, device=x.device)[:, None]
         return torch.cat([x[:, :1], x[:, 1:][rows, chosen]], dim=1)
 

@@ -83,7 +83,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
         raise ValueError(f"attention(cu_seqlens): got shape {tuple(cu_seqlens.shape)}, expected [S + 1]")
     # reading values off a device would wait for it, and cannot be captured in a graph
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        attention_packed.check_offsets(cu_seqlens.tolist(), total)
+        attention_packed.check(cu_seqlens, total)
 
 
 dispatch.register(

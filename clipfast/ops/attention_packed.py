@@ -9,6 +9,7 @@ operator to it. Its backward pass computes the forward pass again, which eager m
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+
+from clipfast.ops import transfer
 
 
 class _Permute(torch.autograd.Function):
@@ -66,6 +69,70 @@ class Groups:
     sequences: tuple[Tensor, Tensor] | None
 
 
+class _Known:
+    """What is known of offsets since they were made, so that no layer has to find it out again."""
+
+    def __init__(self, lengths: Tensor, total: int, on_device: Tensor | None) -> None:
+        self.lengths, self.total, self.on_device = lengths, total, on_device
+
+    @functools.cached_property
+    def groups(self) -> Groups:
+        counts = torch.unique_consecutive(self.lengths, return_counts=True)
+        return Groups(list(zip(*(t.tolist() for t in counts), strict=True)), None, None)
+
+
+def remember(cu_seqlens: Tensor, lengths: Tensor, total: int, on_device: Tensor | None = None) -> None:
+    """Let every op that gets ``cu_seqlens`` find what is known of it: nothing is computed or sent to a device again.
+
+    Args:
+        cu_seqlens: Right offsets ``[S + 1]`` in host memory, which nobody writes to from now on.
+        lengths: The sequences' lengths ``[S]``, ascending and none of them 0, in host memory.
+        total: Their sum.
+        on_device: The same offsets in int32 on a device.
+    """
+    cu_seqlens._clipfast_known = _Known(lengths, total, on_device)
+    if on_device is not None:
+        # for what computes in a kernel's place
+        on_device._clipfast_known = _Known(lengths, total, None)
+
+
+def _known(cu_seqlens: Tensor) -> _Known | None:
+    # what is traced would be compiled anew for every batch
+    return None if torch.compiler.is_compiling() else getattr(cu_seqlens, "_clipfast_known", None)
+
+
+def check(cu_seqlens: Tensor, total: int, op: str = "attention", may_be_empty: bool = True) -> None:
+    """Raise a ValueError in the name of ``op`` unless ``cu_seqlens`` are offsets of ``total`` tokens; reads them."""
+    known = _known(cu_seqlens)
+    check_offsets(cu_seqlens.tolist() if known is None else [0, known.total], total, op, may_be_empty)
+
+
+def groups_of(cu_seqlens: Tensor, x: Tensor, op: str = "attention", may_be_empty: bool = True) -> Groups:
+    """Return the groups of the sequences in ``x [total, ...]``, whose offsets are checked as by :func:`check`.
+
+    Offsets that lie on a GPU are read back, which waits for it.
+    """
+    known = _known(cu_seqlens)
+    if known is not None:
+        check(cu_seqlens, x.shape[0], op, may_be_empty)
+        return known.groups
+    offsets = cu_seqlens.tolist()
+    check_offsets(offsets, x.shape[0], op, may_be_empty)
+    return group_by_length(offsets, x.device)
+
+
+def on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """Return offsets in int32 on ``device``, without waiting for it wherever they come from."""
+    if cu_seqlens.device.type != "cpu" or device.type == "cpu":
+        return cu_seqlens.to(device=device, dtype=torch.int32)
+    if torch.compiler.is_compiling():
+        return torch.ops.clipfast.offsets_on_device(cu_seqlens, device)
+    known = _known(cu_seqlens)
+    if known is not None and known.on_device is not None and known.on_device.device == device:
+        return known.on_device
+    return transfer.to_device(cu_seqlens.int(), device)
+
+
 def group_by_length(offsets: list[int], device: torch.device) -> Groups:
     """Return the groups of sequences that lie between ``offsets``; the permutations lie on ``device``."""
     by_length: dict[int, list[int]] = {}
@@ -81,17 +148,18 @@ def group_by_length(offsets: list[int], device: torch.device) -> Groups:
     counts = [(n, len(group)) for n, group in by_length.items()]
     if sorted_already:
         return Groups(counts, None, None)
-    sequences = torch.tensor([i for group in by_length.values() for i in group])
-    lengths = torch.tensor([n for n, count in counts for _ in range(count)])
+    # in host memory, whatever PyTorch's default device is
+    sequences = torch.tensor([i for group in by_length.values() for i in group], device="cpu")
+    lengths = torch.tensor([n for n, count in counts for _ in range(count)], device="cpu")
     # from where a token goes to where it comes from is as far as for its sequence's first
-    moves = torch.tensor(starts)[sequences] - (lengths.cumsum(0) - lengths)
-    tokens = torch.arange(offsets[-1]) + moves.repeat_interleave(lengths)
-    return Groups(counts, _with_inverse(tokens, device), _with_inverse(sequences, device))
+    moves = torch.tensor(starts, device="cpu")[sequences] - (lengths.cumsum(0) - lengths)
+    tokens = torch.arange(offsets[-1], device="cpu") + moves.repeat_interleave(lengths)
+    orders = transfer.together([tokens, _inverse(tokens), sequences, _inverse(sequences)], device)
+    return Groups(counts, (orders[0], orders[1]), (orders[2], orders[3]))
 
 
-def _with_inverse(order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
-    return order.to(device), inverse.to(device)
+def _inverse(order: Tensor) -> Tensor:
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
 
 
 def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -107,9 +175,7 @@ def _by_length(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> T
     One call of ``scaled_dot_product_attention`` for every distinct length: captions have a few dozen of them, however
     many captions there are. Offsets on a GPU are read back, which waits for it.
     """
-    offsets = cu_seqlens.tolist()
-    check_offsets(offsets, qkv.shape[0])
-    groups = group_by_length(offsets, qkv.device)
+    groups = groups_of(cu_seqlens, qkv)
     if not groups.counts:
         return qkv[:, 0].flatten(1)
     if groups.tokens is not None:
@@ -132,6 +198,7 @@ _library.define(
     "attention_by_length_backward(Tensor d_out, Tensor qkv, bool causal, Tensor cu_seqlens, float scale) -> Tensor",
     tags=torch.Tag.pt2_compliant_tag,
 )
+_library.define("offsets_on_device(Tensor cu_seqlens, Device device) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 
 
 def _forward(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -146,6 +213,12 @@ def _backward(d_out: Tensor, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scal
     return torch.autograd.grad(out, leaf, d_out)[0].contiguous()
 
 
+def _offsets_on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    # memory of its own here too: those that are known serve every layer
+    return on_device(cu_seqlens, device).clone()
+
+
+_library.impl("offsets_on_device", _offsets_on_device, "CPU")
 for _device in ("CPU", "CUDA"):
     _library.impl("attention_by_length", _forward, _device)
     _library.impl("attention_by_length_backward", _backward, _device)
@@ -159,6 +232,11 @@ def _fake_forward(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -
 @torch.library.register_fake("clipfast::attention_by_length_backward", lib=_library)
 def _fake_backward(d_out: Tensor, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
     return qkv.new_empty(qkv.shape)
+
+
+@torch.library.register_fake("clipfast::offsets_on_device", lib=_library)
+def _fake_on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32, device=device)
 
 
 class _Operator(torch.autograd.Function):

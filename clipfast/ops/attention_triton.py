@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import attention_torch, kernel_ops, trust
+from clipfast.ops import attention_packed, attention_torch, kernel_ops, trust
 from clipfast.ops.probes import probe_rows, random
 
 HEAD_DIMS = (32, 64, 80, 96, 104, 128)
@@ -164,10 +164,10 @@ def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float
     """Return attention's output by the Triton kernels; arguments as those of every implementation.
 
     The kernels read ``qkv`` in place if its last dimension is contiguous, and a copy of it if not. Offsets are taken
-    as int32 on the device of ``qkv``; those that lie there already are used without waiting for the device.
+    as int32 on the device of ``qkv``; nothing waits for the device, wherever they lie.
     """
     if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(device=qkv.device, dtype=torch.int32)
+        cu_seqlens = attention_packed.on_device(cu_seqlens, qkv.device)
     return _Attention.apply(qkv, cu_seqlens, causal, scale)
 
 

@@ -22,8 +22,8 @@ _OPS |= {f"siglip_{name}": "siglip_loss" for name in _OPS}
 
 def refusal(op: str, image: Tensor) -> str | None:
     """Return why the op library's CUDA kernels cannot serve a loss of features on a card, or None."""
-    reason = library.card_refusal(image.device.index)
-    if reason is not None or torch.compiler.is_compiling():
+    reason = library.missing_cuda_entry_points() or library.card_refusal(image.device.index)
+    if reason is not None or not trust.is_possible():
         return reason
     if trust.is_required(image.device):
         reason = trust.refusal(op, image.device, [trial(op, image)])

@@ -100,8 +100,7 @@ def refusal(op: str, trials: Callable[[], Iterable[trust.Trial]], x: Tensor, *ot
         if tensor is not None and tensor.device != x.device:
             return f"the tensors are on {x.device} and {tensor.device}"
     reason = _unavailable(x.device.type, x.device.index)
-    if reason is not None or torch.compiler.is_compiling():
-        # what is traced now is checked by the operator before it first runs
+    if reason is not None or not trust.is_possible():
         return reason
     if trust.is_required(x.device):
         reason = trust.refusal(op, x.device, trials())

@@ -17,6 +17,9 @@ import torch
 from clipfast.ops.dispatch import constant_when_compiled
 
 _PACKAGE = Path(__file__).parent.parent
+# Orin and Thor, for which NVIDIA promises nothing of code that was made for another number (CUDA C++ Programming Guide,
+# "Binary Compatibility"); PTX serves them as it does others
+_EMBEDDED = ((8, 7), (11, 0))
 _MACHINES = {3: "i386", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
 # what the package calls; a library of an older clipfast may lack one
 _OPS = (
@@ -30,6 +33,7 @@ _OPS = (
     "packed_linear",
     "encode",
     "release_workspace",
+    "missing_cuda_entry_points",
 )
 
 
@@ -121,11 +125,14 @@ def _load(library: Path) -> str | None:
     missing = [name for name in _OPS if not hasattr(torch.ops.clipfast, name)]
     if missing:
         return f"{library} has no op {', '.join(missing)}: it is of another clipfast; install clipfast again"
+    # both are asked here, once: later, a caller's dispatch mode would see the operators
+    _missing_cuda_entry_points()
     if "cuda" not in _fields():
         return f"{library} does not tell what it was built with; install clipfast again"
     return None
 
 
+@functools.cache
 def _fields() -> dict[str, str]:
     return dict(field.split("=", 1) for field in torch.ops.clipfast.build_info().split(";"))
 
@@ -139,14 +146,28 @@ def build_info() -> dict[str, str]:
     reason = unavailable()
     if reason is not None:
         raise RuntimeError(reason)
-    return _fields()
+    return dict(_fields())
+
+
+@functools.cache
+def _missing_cuda_entry_points() -> str | None:
+    return torch.ops.clipfast.missing_cuda_entry_points() or None
+
+
+@constant_when_compiled
+def missing_cuda_entry_points() -> str | None:
+    """Return why the op library's CUDA code cannot reach PyTorch's streams in this process, or None.
+
+    No GPU is asked for: it is a question of how PyTorch and the library were built.
+    """
+    return unavailable() or _missing_cuda_entry_points()
 
 
 def card_support(cuda: str, capability: tuple[int, int], driver: tuple[int, int] | None) -> tuple[bool, str]:
     """Say whether a build runs on a card.
 
     Args:
-        cuda: The field of :func:`build_info`, such as ``13.0:80,90a,100a,100+PTX``, or ``none``.
+        cuda: The field of :func:`build_info`, such as ``13.0:80,90a,100,100+PTX``, or ``none``.
         capability: The card's compute capability.
         driver: The newest CUDA that the driver serves, or None where it is not known.
 
@@ -172,7 +193,7 @@ def card_support(cuda: str, capability: tuple[int, int], driver: tuple[int, int]
                 compiled = compiled or (False, f"PTX of compute_{match[1]}{match[2]}, compiled by the driver")
         elif capability == arch:
             return True, f"code for sm_{name}"
-        elif capability[0] == arch[0] and capability > arch and suffix != "a":
+        elif capability[0] == arch[0] and capability > arch and suffix != "a" and capability not in _EMBEDDED:
             # code of a lower number of the same generation runs
             compiled = True, f"code for sm_{name}, which runs on {card}"
     if compiled is not None:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from clipfast.ops import attention_packed, dispatch
 
+_OP = "single_query_attention"
+
 
 def single_query_attention(
     query: Tensor,
@@ -56,7 +58,7 @@ def _prepare(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float]:
     """Check the arguments; return ``query [S, H, D]``, ``key`` and ``value`` ``[…, H, D]`` and the scale."""
-    op = "single_query_attention"
+    op = _OP
     if not query.is_floating_point():
         raise TypeError(f"{op}(query): got {query.dtype}, expected a floating-point dtype")
     if query.dim() != 2 or num_heads < 1 or query.shape[1] % num_heads:
@@ -99,7 +101,7 @@ def _torch(
 ) -> Tensor:
     if cu_seqlens is None:
         return _dense(query, key, value, lengths, scale)
-    groups = attention_packed.group_by_length(_offsets(cu_seqlens, key), key.device)
+    groups = attention_packed.groups_of(cu_seqlens, key, _OP, may_be_empty=False)
     if groups.tokens is not None:
         key, value = (attention_packed.permute(t, *groups.tokens) for t in (key, value))
         query = attention_packed.permute(query, *groups.sequences)
@@ -112,18 +114,13 @@ def _torch(
     return out if groups.tokens is None else attention_packed.permute(out, *reversed(groups.sequences))
 
 
-def _offsets(cu_seqlens: Tensor, key: Tensor) -> list[int]:
-    offsets = cu_seqlens.tolist()
-    attention_packed.check_offsets(offsets, key.shape[0], "single_query_attention", may_be_empty=False)
-    return offsets
-
-
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
     """The specification: every weight is formed, one sequence at a time where they are packed."""
     if cu_seqlens is not None:
-        ends = _offsets(cu_seqlens, key)[1:-1]
+        attention_packed.check(cu_seqlens, key.shape[0], _OP, may_be_empty=False)
+        ends = cu_seqlens.tolist()[1:-1]
         parts = zip(query.split(1), key.tensor_split(ends), value.tensor_split(ends), strict=True)
         return torch.cat([_reference(q, k[None], v[None], None, None, scale) for q, k, v in parts])
     scores = (query[:, :, None] * scale) @ key.permute(0, 2, 3, 1)

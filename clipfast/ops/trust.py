@@ -90,6 +90,14 @@ def is_required(device: torch.device) -> bool:
     return _enabled and device.type == "cuda"
 
 
+def is_possible() -> bool:
+    """Return whether a check may run now: not where tensors are traced, faked or watched, and hold no values.
+
+    What is called there is an operator, which is checked before it first runs.
+    """
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
 def refusal(op: str, device: torch.device, trials: Iterable[Trial]) -> str | None:
     """Return why the kernels of a call are not trusted on a device, or None; the first time, this checks them.
 

@@ -1,6 +1,5 @@
 // The contrastive losses' ops on CUDA: checks, memory, and the library's matrix products between the kernels.
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,9 +12,7 @@
 #include <tuple>
 
 #include "contrastive_loss_launchers.cuh"
-
-// Weak: the symbol lies in libtorch_cuda, and the library has to load where PyTorch has no CUDA.
-extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#include "entry_points.h"
 
 namespace clipfast {
 namespace {
@@ -127,22 +124,23 @@ struct Device {
     torch::stable::accelerator::DeviceGuard guard;
     cudaStream_t stream;
     int multiprocessors;
+    SharedMemory shared;
 
-    explicit Device(const Tensor& image) : guard(image.get_device()) {
-        STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "clipfast: this PyTorch has no CUDA");
+    Device(const char* op, const Tensor& image) : guard(image.get_device()) {
+        const CudaEntryPoints& entry_points = cuda_entry_points();
+        STD_TORCH_CHECK(entry_points.current_stream != nullptr, op, ": ", entry_points.missing);
         void* current = nullptr;
-        STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(image.get_device(), &current));
+        STABLE_TORCH_ERROR_CODE_CHECK(entry_points.current_stream(image.get_device(), &current));
         stream = static_cast<cudaStream_t>(current);
-        const cudaError_t error =
-            cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, image.get_device());
-        STD_TORCH_CHECK(error == cudaSuccess, "clipfast: ", cudaGetErrorString(error));
+        const auto ask = [&](int& value, cudaDeviceAttr attribute) {
+            check_launch(op, cudaDeviceGetAttribute(&value, attribute, image.get_device()));
+        };
+        ask(multiprocessors, cudaDevAttrMultiProcessorCount);
+        ask(shared.multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+        ask(shared.block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+        ask(shared.reserved, cudaDevAttrReservedSharedMemoryPerBlock);
     }
 };
-
-void check_launches(const char* op) {
-    const cudaError_t error = cudaGetLastError();
-    STD_TORCH_CHECK(error == cudaSuccess, op, ": a kernel could not be launched: ", cudaGetErrorString(error));
-}
 
 template <typename T>
 Tensor empty(const Tensor& like, std::initializer_list<int64_t> size) {
@@ -205,8 +203,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics(
         using T = decltype(element);
         using A = Sum<T>;
         const Features<T> f = features_of<T>(op, image, text, logit_scale, image_factor, text_factor, first_label);
-        const Device device(image);
-        const auto plan = StatisticsPlan::make(f, device.multiprocessors);
+        const Device device(op, image);
+        const auto plan = StatisticsPlan::make(f, device.multiprocessors, device.shared);
         Tensor scratch = empty<A>(image, {plan.softmax_numbers(f)});
         Tensor row_lse = empty<A>(image, {2, f.rows}), row_rival = empty<A>(image, {f.rows});
         Tensor column_lse = empty<A>(image, {2, f.columns}), column_rival = empty<A>(image, {f.columns});
@@ -216,7 +214,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics(
             f, plan, data<A>(scratch),
             {data<A>(row_lse), data<A>(column_lse), data<A>(positive), data<A>(row_rival), data<A>(column_rival)},
             device.stream);
-        check_launches(op);
+        check_launch(op, cudaGetLastError());
         return std::make_tuple(row_lse, column_lse, positive, row_rival, column_rival);
     });
 }
@@ -231,12 +229,12 @@ Tensor siglip_statistics(
         using A = Sum<T>;
         const Features<T> f = features_of<T>(op, image, text, logit_scale, image_factor, text_factor, first_label);
         const A* bias = numbers<T>(op, "logit_bias", image, logit_bias, 0);
-        const Device device(image);
-        const auto plan = StatisticsPlan::make(f, device.multiprocessors);
+        const Device device(op, image);
+        const auto plan = StatisticsPlan::make(f, device.multiprocessors, device.shared);
         Tensor scratch = empty<A>(image, {plan.template row_numbers<T>()});
         Tensor row_loss = empty<A>(image, {f.rows});
         launch_sigmoid_statistics<T>(f, bias, plan, data<A>(scratch), data<A>(row_loss), device.stream);
-        check_launches(op);
+        check_launch(op, cudaGetLastError());
         return row_loss;
     });
 }
@@ -247,8 +245,8 @@ template <typename T, bool kSigmoid>
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
     const char* op, const Tensor& image, const Tensor& text, const Features<T>& f, LogitGradient<Sum<T>> g) {
     using A = Sum<T>;
-    const Device device(image);
-    const auto plan = GradientPlan::make(f, device.multiprocessors);
+    const Device device(op, image);
+    const auto plan = GradientPlan::make(f, device.multiprocessors, device.shared);
     Tensor d_image = empty<T>(image, {f.rows, f.width}), d_text = empty<T>(image, {f.columns, f.width});
     Tensor d_scale = empty<A>(image, {}), d_bias = empty<A>(image, {}), unit = empty<A>(image, {});
     Tensor scale_sums = empty<A>(image, {plan.sums(f)});
@@ -268,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
         launch_logit_gradient<T, kSigmoid>(
             f, g, plan, row, rows, data<T>(chunk), data<A>(scale_sums), kSigmoid ? data<A>(bias_sums) : nullptr,
             device.stream);
-        check_launches(op);
+        check_launch(op, cudaGetLastError());
         Tensor chunk_rows = rows_of(chunk, 0, rows);
         const Tensor gradient = torch::stable::narrow(chunk_rows, 1, 0, f.columns);
 
@@ -295,7 +293,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
         data<T>(d_text), data<A>(text_sum), static_cast<int64_t>(f.columns) * f.width, f.scale, g.unit, device.stream);
     launch_add_up<A>(data<A>(scale_sums), plan.sums(f), data<A>(d_scale), device.stream);
     if (kSigmoid) launch_add_up<A>(data<A>(bias_sums), plan.sums(f), data<A>(d_bias), device.stream);
-    check_launches(op);
+    check_launch(op, cudaGetLastError());
     return {d_image, d_text, d_scale, d_bias};
 }
 

@@ -22,18 +22,19 @@ struct LogitGradient {
 // Writes unit · G_ij f_i g_j for the rows from `first_row`, row by row `pitch` apart, and leaves the block's sum of
 // G_ij f_i g_j (image_i · text_j), and for the sigmoid loss of G_ij, at sums[row of tiles, blockIdx.x].
 template <typename T, bool kSigmoid>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2) logit_gradient_kernel(
-    Features<T> f, LogitGradient<Sum<T>> g, int first_row, T* out, int64_t pitch, Sum<T>* scale_sums,
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) logit_gradient_kernel(
+    Features<T> f, int stages, LogitGradient<Sum<T>> g, int first_row, T* out, int64_t pitch, Sum<T>* scale_sums,
     Sum<T>* bias_sums) {
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
     auto& shared = *reinterpret_cast<SumsShared<T>*>(shared_bytes);
+    const Ring ring{shared_bytes + sizeof(shared), stages};
     const int local_row = blockIdx.y * kTileRows<T>, tile_row = first_row + local_row;
     const Share share(f.columns);
     const A scale = *f.scale, unit = *g.unit;
     A scale_sum = 0, bias_sum = 0;
 
-    for_each_tile<T>(shared.stages, f, tile_row, share, [&](int first_column, Product<T>& dots) {
+    for_each_tile<T>(ring, f, tile_row, share, [&](int first_column, Product<T>& dots) {
         const Place<T> place;
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
 #pragma unroll

@@ -35,16 +35,15 @@ __device__ inline void put_statistics(A* planes, int64_t size, int64_t i, const 
     planes[i] = s.max, planes[size + i] = s.sum, planes[2 * size + i] = s.rival;
 }
 
+// What a block keeps in shared memory beside the ring of slabs, which lies behind it.
 template <typename T>
-struct StatisticsShared {
-    alignas(16) char stages[kStages * kStageBytes<T>];
+struct alignas(16) StatisticsShared {
     Sum<T> rows[3 * kWarpColumns * kTileRows<T>];
     Sum<T> columns[3 * kWarpRows * kTileColumns];
 };
 
 template <typename T>
-struct SumsShared {
-    alignas(16) char stages[kStages * kStageBytes<T>];
+struct alignas(16) SumsShared {
     Sum<T> rows[kWarpColumns * kTileRows<T>];  // or one sum a warp, twice
 };
 
@@ -100,12 +99,13 @@ __device__ inline Statistics<A> line_statistics(Entry entry, IsLabel is_label, b
 
 // Row partials [3, gridDim.x, gridDim.y · tile rows], column partials [3, gridDim.y, columns], and positives.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     softmax_statistics_kernel(
-        Features<T> f, int first_row, Sum<T>* row_partials, Sum<T>* column_partials, Sum<T>* positive) {
+        Features<T> f, int stages, int first_row, Sum<T>* row_partials, Sum<T>* column_partials, Sum<T>* positive) {
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
     auto& shared = *reinterpret_cast<StatisticsShared<T>*>(shared_bytes);
+    const Ring ring{shared_bytes + sizeof(shared), stages};
     const int tile_row = first_row + blockIdx.y * kTileRows<T>;
     const Share share(f.columns);
 
@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
     for (int slot = threadIdx.x; slot < kRowSlots; slot += kThreads)
         put_statistics(shared.rows, kRowSlots, slot, empty);
 
-    for_each_tile<T>(shared.stages, f, tile_row, share, [&](int first_column, Product<T>& logits) {
+    for_each_tile<T>(ring, f, tile_row, share, [&](int first_column, Product<T>& logits) {
         const Place<T> place;
         product_to_logits<T>(logits, f, place, tile_row, first_column);
         // entry (r, c) holds a label where its place beside the thread's first entry makes up that one's distance
@@ -192,16 +192,17 @@ __global__ void join_statistics_kernel(
 
 // Row partials [gridDim.x, gridDim.y · tile rows].
 template <typename T>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 1 : 2)
-    sigmoid_statistics_kernel(Features<T> f, const Sum<T>* bias, int first_row, Sum<T>* row_partials) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    sigmoid_statistics_kernel(Features<T> f, int stages, const Sum<T>* bias, int first_row, Sum<T>* row_partials) {
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
     auto& shared = *reinterpret_cast<SumsShared<T>*>(shared_bytes);
+    const Ring ring{shared_bytes + sizeof(shared), stages};
     const int tile_row = first_row + blockIdx.y * kTileRows<T>;
     const Share share(f.columns);
     for (int slot = threadIdx.x; slot < kWarpColumns * kTileRows<T>; slot += kThreads) shared.rows[slot] = 0;
 
-    for_each_tile<T>(shared.stages, f, tile_row, share, [&](int first_column, Product<T>& logits) {
+    for_each_tile<T>(ring, f, tile_row, share, [&](int first_column, Product<T>& logits) {
         const Place<T> place;
         product_to_logits<T>(logits, f, place, tile_row, first_column);
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);

@@ -18,19 +18,38 @@ inline int shares_of(int64_t row_tiles, int64_t columns, int multiprocessors) {
     return static_cast<int>(wanted < most ? wanted : most);
 }
 
+// A device's shared memory in bytes: a multiprocessor's, the most that a block may ask for, and what the system takes of
+// each block's.
+struct SharedMemory {
+    int multiprocessor, block, reserved;
+};
+
+// Slabs in a kernel's ring: three where the blocks that its registers leave room for fit beside each other, else two.
+// Compute capabilities 8.6, 8.9 and 12.x have 100 KB a multiprocessor, where two blocks of two slabs fit and of three
+// do not; a second block should hide more of the waiting than a third slab would (not measured).
+template <typename T>
+int ring_stages(int64_t kept, SharedMemory shared) {
+    const int64_t bytes = kept + kStages * kStageBytes<T>;
+    const bool fits = bytes <= shared.block && kBlocks<T> * (bytes + shared.reserved) <= shared.multiprocessor;
+    return fits ? kStages : kFewStages;
+}
+
 // Statistics go by groups of rows: a column has one partial result for each row of tiles in a group, which would be
 // O(B²) in all, so a group holds no more of them than 32 MB.
 struct StatisticsPlan {
     int group;  // rows of tiles in a launch
     int shares;
+    int stages = kStages;
 
     template <typename T>
-    static StatisticsPlan make(const Features<T>& f, int multiprocessors) {
+    static StatisticsPlan make(const Features<T>& f, int multiprocessors, SharedMemory shared) {
         const int64_t tiles = ceil_div(f.rows, kTileRows<T>);
         const int64_t fit = (32 << 20) / (3 * static_cast<int64_t>(sizeof(Sum<T>)) * f.columns);
         const int64_t most = fit < 8 ? 8 : fit > 64 ? 64 : fit;
         const int group = static_cast<int>(tiles < most ? tiles : most);
-        return {group, shares_of(group, f.columns, multiprocessors)};
+        // the sigmoid loss's kernel keeps less and runs with the same ring
+        const int stages = ring_stages<T>(sizeof(StatisticsShared<T>), shared);
+        return {group, shares_of(group, f.columns, multiprocessors), stages};
     }
 
     // scratch, in numbers: row partials and state, column partials and state
@@ -57,16 +76,16 @@ void launch_softmax_statistics(
     A* column_partials = row_partials + plan.row_numbers<T>();
     A* column_state = column_partials + 3 * static_cast<int64_t>(plan.group) * f.columns;
     auto kernel = softmax_statistics_kernel<T>;
-    const int shared = sizeof(StatisticsShared<T>);
-    allow_shared(kernel, shared);
+    const int shared = sizeof(StatisticsShared<T>) + plan.stages * kStageBytes<T>;
+    allow_shared(kernel, "softmax_statistics_kernel", shared);
     for (int64_t row = 0; row < f.rows; row += static_cast<int64_t>(plan.group) * kTileRows<T>) {
         const int64_t left = ceil_div(f.rows - row, kTileRows<T>);
         const int tiles = static_cast<int>(left < plan.group ? left : plan.group);
         const int64_t lines = static_cast<int64_t>(tiles) * kTileRows<T>;
         const int rows = static_cast<int>(f.rows - row < lines ? f.rows - row : lines);
         CLIPFAST_LAUNCH(
-            kernel, dim3(plan.shares, tiles), kThreads, shared, stream, f, static_cast<int>(row), row_partials,
-            column_partials, out.positive);
+            kernel, dim3(plan.shares, tiles), kThreads, shared, stream, f, plan.stages, static_cast<int>(row),
+            row_partials, column_partials, out.positive);
         CLIPFAST_LAUNCH(
             join_statistics_kernel<A>, dim3(ceil_div(rows, kThreads)), kThreads, 0, stream, row_partials, plan.shares,
             lines, rows, static_cast<A*>(nullptr), true, true, out.row_lse + row, out.row_lse + f.rows + row,
@@ -84,15 +103,16 @@ void launch_sigmoid_statistics(
     cudaStream_t stream) {
     using A = Sum<T>;
     auto kernel = sigmoid_statistics_kernel<T>;
-    const int shared = sizeof(SumsShared<T>);
-    allow_shared(kernel, shared);
+    const int shared = sizeof(SumsShared<T>) + plan.stages * kStageBytes<T>;
+    allow_shared(kernel, "sigmoid_statistics_kernel", shared);
     for (int64_t row = 0; row < f.rows; row += static_cast<int64_t>(plan.group) * kTileRows<T>) {
         const int64_t left = ceil_div(f.rows - row, kTileRows<T>);
         const int tiles = static_cast<int>(left < plan.group ? left : plan.group);
         const int64_t lines = static_cast<int64_t>(tiles) * kTileRows<T>;
         const int rows = static_cast<int>(f.rows - row < lines ? f.rows - row : lines);
         CLIPFAST_LAUNCH(
-            kernel, dim3(plan.shares, tiles), kThreads, shared, stream, f, bias, static_cast<int>(row), scratch);
+            kernel, dim3(plan.shares, tiles), kThreads, shared, stream, f, plan.stages, bias, static_cast<int>(row),
+            scratch);
         CLIPFAST_LAUNCH(
             join_sums_kernel<A>, dim3(ceil_div(rows, kThreads)), kThreads, 0, stream, scratch, plan.shares, lines, rows,
             row_loss + row);
@@ -106,9 +126,10 @@ struct GradientPlan {
     int64_t pitch;  // elements between rows: products run best where rows start on 16 bytes
     int shares;
     int64_t text_block;  // rows of the text whose float32 product of one chunk is held at a time
+    int stages = kStages;
 
     template <typename T>
-    static GradientPlan make(const Features<T>& f, int multiprocessors) {
+    static GradientPlan make(const Features<T>& f, int multiprocessors, SharedMemory shared) {
         const int64_t pitch = ceil_div(f.columns, kChunk / sizeof(T)) * (kChunk / sizeof(T));
         const int64_t floor = 32 << 20, wide = 4 * static_cast<int64_t>(f.columns) * f.width;
         const int64_t fit = (wide > floor ? wide : floor) / (pitch * static_cast<int64_t>(sizeof(T)));
@@ -116,7 +137,7 @@ struct GradientPlan {
         const int64_t chunk_tiles = tiles < fit_tiles ? tiles : fit_tiles;
         return {
             chunk_tiles * kTileRows<T>, pitch, shares_of(chunk_tiles, f.columns, multiprocessors),
-            f.columns < 4096 ? f.columns : 4096};
+            f.columns < 4096 ? f.columns : 4096, ring_stages<T>(sizeof(SumsShared<T>), shared)};
     }
 
     template <typename T>
@@ -141,11 +162,11 @@ void launch_logit_gradient(
     const Features<T>& f, const LogitGradient<Sum<T>>& g, const GradientPlan& plan, int64_t row, int64_t rows, T* out,
     Sum<T>* scale_sums, Sum<T>* bias_sums, cudaStream_t stream) {
     auto kernel = logit_gradient_kernel<T, kSigmoid>;
-    const int shared = sizeof(SumsShared<T>);
-    allow_shared(kernel, shared);
+    const int shared = sizeof(SumsShared<T>) + plan.stages * kStageBytes<T>;
+    allow_shared(kernel, "logit_gradient_kernel", shared);
     CLIPFAST_LAUNCH(
-        kernel, dim3(plan.shares, ceil_div(rows, kTileRows<T>)), kThreads, shared, stream, f, g, static_cast<int>(row),
-        out, plan.pitch, scale_sums, bias_sums);
+        kernel, dim3(plan.shares, ceil_div(rows, kTileRows<T>)), kThreads, shared, stream, f, plan.stages, g,
+        static_cast<int>(row), out, plan.pitch, scale_sums, bias_sums);
 }
 
 template <typename A>

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "launch_errors.cuh"
+
 #define CLIPFAST_DYNAMIC_SHARED(name) extern __shared__ __align__(16) char name[]
 #define CLIPFAST_LAUNCH(kernel, grid, threads, shared, stream, ...) \
     kernel<<<(grid), (threads), (shared), (stream)>>>(__VA_ARGS__)
@@ -52,12 +54,6 @@ __device__ inline void ldmatrix_x4(uint32_t (&fragment)[4], const void* row) {
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                  : "r"(shared_address(row))
                  : "memory");
-}
-
-// lets a kernel have more shared memory than the 48 KB that need no leave
-template <typename Kernel>
-inline void allow_shared(Kernel kernel, int bytes) {
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 // [16, 8] += [16, 16] · [16, 8]: lane l holds rows l / 4 (upper) and l / 4 + 8 (lower), columns 2 · (l % 4) and the next

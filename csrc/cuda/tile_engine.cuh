@@ -1,9 +1,12 @@
 // A tile of image · textᵀ at a time: the loads, the product and who holds which entry of it.
 //
 // A block of 256 threads walks along one row of tiles. Both operands come in slabs of 64 bytes a row through a ring of
-// shared memory that cp.async fills ahead, also across the end of a tile, so that the next tile's first slabs travel
-// while the entries of this one are worked on. Rows lie 80 bytes apart: eight of them start in eight different groups
-// of four banks, which keeps ldmatrix and the 16-byte loads of the FMA path free of conflicts without a swizzle.
+// two or three places in shared memory that cp.async fills ahead, also across the end of a tile, so that the next tile's
+// first slabs travel while the entries of this one are worked on.
+//
+// Rows lie 80 bytes apart, so that eight of them in a row, or every second of eight, start in different groups of four
+// banks: what ldmatrix and the FMA path read is free of conflicts without a swizzle. What cp.async writes is not quite:
+// the 64 bytes of two neighbouring rows share four banks.
 #pragma once
 
 #include "instructions.cuh"
@@ -14,7 +17,7 @@ constexpr int kThreads = 256;
 constexpr int kWarpRows = 2, kWarpColumns = 4;  // the warps of a block, over the tile
 constexpr int kThreadColumns = 8;
 constexpr int kTileColumns = kWarpColumns * 4 * kThreadColumns;
-constexpr int kStages = 3;
+constexpr int kStages = 3, kFewStages = 2;    // places of the ring: where two blocks find room with three, and elsewhere
 constexpr int kChunk = 16;                    // bytes of one copy
 constexpr int kChunks = 4;                    // copies a row and slab
 constexpr int kPitch = kChunk * kChunks + 16;  // bytes between rows in shared memory
@@ -25,6 +28,9 @@ template <typename T>
 constexpr int kTileRows = kWarpRows * 8 * kThreadRows<T>;
 template <typename T>
 constexpr int kSlab = kChunk * kChunks / static_cast<int>(sizeof(T));
+// blocks whose registers fit a multiprocessor
+template <typename T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 template <typename T>
 constexpr int kStageBytes = (kTileRows<T> + kTileColumns) * kPitch;
 
@@ -181,34 +187,46 @@ struct Share {
     }
 };
 
+// Slabs that are on their way, being read, or done with, kStageBytes apart.
+struct Ring {
+    char* slabs;
+    int stages;
+};
+
 // Calls visit(first column, product) for the tiles of a share, in the row of tiles from `first_row` on.
 //
 // There is one barrier a slab. It says that the slab has arrived for every thread, and that all have done with the
 // stage that is filled next. It also separates what two visits leave in shared memory.
 template <typename T, typename Visit>
-__device__ inline void for_each_tile(
-    char* stages, const Features<T>& f, int first_row, Share share, Visit visit) {
+__device__ inline void for_each_tile(Ring ring, const Features<T>& f, int first_row, Share share, Visit visit) {
     Product<T> product;
     product.clear();
     int load_column = share.first_column, load_k = 0;
     const auto load_next = [&](int stage) {
         if (load_column < share.last_column) {
-            load_slab<T>(stages + stage * kStageBytes<T>, f, first_row, load_column, load_k);
+            load_slab<T>(ring.slabs + stage * kStageBytes<T>, f, first_row, load_column, load_k);
             load_k += kSlab<T>;
             if (load_k >= f.width) load_k = 0, load_column += kTileColumns;
         }
         // an empty group still counts, so that the wait below can count groups instead of slabs
         cp_async_commit();
     };
-    for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
+    load_next(0);
+    // spelt out, because a loop up to ring.stages spills on sm_120
+    if (ring.stages > kFewStages) load_next(1);
     int stage = 0;
     for (int column = share.first_column; column < share.last_column; column += kTileColumns) {
         for (int k = 0; k < f.width; k += kSlab<T>) {
-            cp_async_wait<kStages - 2>();
+            // for all groups but those of the slabs behind this one, of which there are two fewer than places
+            if (ring.stages == kFewStages) {
+                cp_async_wait<kFewStages - 2>();
+            } else {
+                cp_async_wait<kStages - 2>();
+            }
             __syncthreads();
-            load_next(stage == 0 ? kStages - 1 : stage - 1);
-            product.add(stages + stage * kStageBytes<T>);
-            stage = stage + 1 == kStages ? 0 : stage + 1;
+            load_next(stage == 0 ? ring.stages - 1 : stage - 1);
+            product.add(ring.slabs + stage * kStageBytes<T>);
+            stage = stage + 1 == ring.stages ? 0 : stage + 1;
         }
         visit(column, product);
         product.clear();

@@ -15,6 +15,8 @@ import pytest
 import torch
 from failing import fresh_failures, let_fail  # noqa: F401  # a fixture
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from triton.runtime.errors import OutOfResources
 
 import clipfast
@@ -251,6 +253,21 @@ def test_a_capture_uses_what_was_checked_and_checks_nothing(monkeypatch: pytest.
     assert len(launches) == before + 2
     for one, other in zip(found, again, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_is_checked_where_tensors_have_no_values(monkeypatch: pytest.MonkeyPatch, card: Path) -> None:
+    launches = edit(monkeypatch, lambda found, _: found)
+    with FakeTensorMode():
+        assert ops.layer_norm(torch.empty(5, 24), torch.empty(24), torch.empty(24)).shape == (5, 24)
+    compiled = torch.compile(ops.layer_norm, fullgraph=True, backend="aot_eager")
+    traced = make_fx(lambda *x: ops.layer_norm(*x), tracing_mode="fake")(*(torch.ones(24) for _ in range(3)))
+    assert "clipfast.layer_norm_forward" in traced.code
+    assert not launches
+    # what was traced is checked before it runs
+    x = torch.randn(5, 24)
+    found = compiled(x, torch.ones(24), torch.zeros(24))
+    assert len(launches) > 1
+    torch.testing.assert_close(found, torch.nn.functional.layer_norm(x, (24,)), rtol=1e-5, atol=1e-6)
 
 
 def test_a_kernel_that_would_be_compiled_under_capture_is_pytorchs_until_it_is_ready(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from oracle import relative_error
@@ -56,6 +58,46 @@ def test_images_wait_for_nothing() -> None:
         model.encode_image(images).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_captions_wait_once() -> None:
+    model, tokens = model_of(torch.float32), captions_of()
+    model.encode_text(tokens).sum().backward()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.encode_text(tokens).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing CUDA operation" in str(w.message)]) == 1
+
+
+def test_patch_dropout_waits_for_nothing() -> None:
+    model = clipfast.ViT(32, 8, 64, layers=2, heads=2, output_dim=32, patch_dropout=0.5).cuda()
+    images = torch.randn(4, 3, 32, 32, device="cuda")
+    model(images).sum().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(images).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_draws_patches_anew() -> None:
+    model = clipfast.ViT(32, 8, 64, layers=2, heads=2, output_dim=32, patch_dropout=0.5).cuda()
+    images = torch.randn(4, 3, 32, 32, device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            model(images)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(images)
+        graph.replay()
+        first = captured.clone()
+        graph.replay()
+    assert not torch.equal(first, captured)
 
 
 def test_captured_in_a_graph() -> None:

@@ -8,10 +8,11 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_oracle import LOSSES, compare, run
+from contrastive_oracle import BIAS, LOSSES, compare, oracle, oracle_in_chunks, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -331,3 +332,15 @@ def test_memory_grows_with_the_batch_and_not_its_square(dtype: str, backend: str
     done = subprocess.run([sys.executable, "-c", MEMORY, dtype, backend], capture_output=True, text=True, check=True)
     used, allowed = map(int, done.stdout.split())
     assert used <= allowed, f"{used / 2**20:.0f} MB, allowed {allowed / 2**20:.0f}"
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_oracle_in_chunks_is_the_oracle(name: str) -> None:
+    image, text = features(70, 24, torch.float32)
+    whole = oracle(name, image, text, 30.0, BIAS)
+    for rows in (16, 70):
+        chunks = oracle_in_chunks(name, image, text, 30.0, BIAS, rows)
+        for what, a, b in zip(whole._fields, chunks, whole, strict=True):
+            if what != "scales":
+                assert np.abs(a - b).max() <= 1e-13 * max(1, np.abs(b).max())
+        assert {k: round(v, 9) for k, v in chunks.scales.items()} == {k: round(v, 9) for k, v in whole.scales.items()}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
-from contrastive_oracle import LOSSES, compare
+from contrastive_oracle import BIAS, LOSSES, compare, oracle_in_chunks
 from torch import Tensor
 
 from clipfast.ops import library
@@ -57,6 +62,15 @@ def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Te
 @pytest.mark.parametrize("name", LOSSES)
 def test_against_fp64(name: str, batch: int, width: int, dtype: torch.dtype) -> None:
     compare(name, "native", *features(batch, width, dtype), scale=100.0)
+
+
+# past what one launch of the statistics (8,192 rows) and one chunk of the gradients hold: by one row, and thrice
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "width"), [(8193, 64), (20011, 72)])
+@pytest.mark.parametrize("name", LOSSES)
+def test_many_pairs(name: str, batch: int, width: int, dtype: torch.dtype) -> None:
+    image, text = features(batch, width, dtype)
+    compare(name, "native", image, text, 60.0, exact=oracle_in_chunks(name, image, text, 60.0, BIAS))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -119,3 +133,32 @@ def test_errors_name_the_argument() -> None:
         ops.contrastive_statistics(image, text, scale.bfloat16(), None, None, 0)
     with pytest.raises(RuntimeError, match=r"\(image_factor\): .* expected a contiguous \[8\]"):
         ops.contrastive_statistics(image, text, scale, torch.ones(7, device="cuda"), None, 0)
+
+
+# PyTorch's own kernels have no PTX that this card could compile: nothing but copies and ours may run
+FROM_PTX = """
+import torch, clipfast.ops
+from torch.nn.functional import logsigmoid, normalize
+torch.manual_seed(0)
+image, text = normalize(torch.randn(2, 300, 72, dtype=torch.float64), dim=-1).to(torch.bfloat16)
+scale, bias = torch.tensor(20.0), torch.tensor(-3.0)
+on_card = [x.cuda() for x in (image, text, scale, bias)]
+found = torch.ops.clipfast.siglip_statistics(*on_card, None, None, 0).cpu()
+signs = 2 * torch.eye(300, dtype=torch.float64) - 1
+expected = -logsigmoid(signs * (20 * image.double() @ text.double().T - 3)).sum(1)
+print("error", float((found - expected).abs().max() / expected.max()))
+"""
+
+
+def test_what_the_driver_compiles_from_ptx() -> None:
+    capability = torch.cuda.get_device_capability()
+    names = re.findall(r"\b(\d+)(\d)\+PTX", library.build_info()["cuda"])
+    if not any((int(major), int(minor)) <= capability for major, minor in names):
+        pytest.skip(f"no PTX for {capability} in {library.build_info()['cuda']}")
+    # as a card without code in the library has it
+    environment = os.environ | {"CUDA_FORCE_PTX_JIT": "1", "CUDA_CACHE_DISABLE": "1"}
+    command = [sys.executable, "-c", FROM_PTX]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    # float32 sums of 300 terms
+    assert float(done.stdout.split()[-1]) < 1e-5

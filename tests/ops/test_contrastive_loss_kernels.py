@@ -35,6 +35,7 @@ class Case:
         image: np.ndarray | None = None,
         text: np.ndarray | None = None,
         vectors: bool = True,
+        stages: int = 3,
     ) -> None:
         self.dtype, self.m, self.n, self.first_label, self.sigmoid = dtype, m, n, first_label, sigmoid
         rng = np.random.default_rng(m * 10007 + n * 101 + d)
@@ -50,7 +51,7 @@ class Case:
             self.arrays[name].array[:] = to_bits(values, dtype)
         self.args: dict[str, Any] = {
             "rows": m, "columns": n, "width": d, "image_stride": pitch, "text_stride": pitch,
-            "vectors": vectors, "first_label": first_label,
+            "vectors": vectors, "first_label": first_label, "stages": stages,
         }  # fmt: skip
         self.put("scale", [scale])
         if sigmoid:
@@ -275,6 +276,41 @@ def test_bitwise_the_same_twice(dtype: str) -> None:
     assert all(results[0][name].tobytes() == results[1][name].tobytes() for name in results[0])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_neither_the_order_of_warps_nor_when_copies_arrive_matters(dtype: str) -> None:
+    results = []
+    for hasty in (False, True):
+        kernels().hasty(hasty)
+        try:
+            case = Case(dtype, 150, 270, 130)
+            results.append(case.statistics(kernels()) | case.gradients(kernels()))
+        finally:
+            kernels().hasty(False)
+    assert all(results[0][name].tobytes() == results[1][name].tobytes() for name in results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_ring_of_two_slabs_gives_the_bits_of_one_of_three(dtype: str) -> None:
+    for sigmoid in (False, True):
+        results = []
+        for stages in (2, 3):
+            case = Case(dtype, 70, 260, 80, sigmoid=sigmoid, stages=stages)
+            results.append(case.statistics(kernels()) | case.gradients(kernels()))
+        assert all(results[0][name].tobytes() == results[1][name].tobytes() for name in results[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_fit_beside_each_other_on_every_card(dtype: str) -> None:
+    # KB of a multiprocessor, and of a block at most: 8.0 and 8.7; 8.6, 8.9 and 12.x; 9.0, 10.x and 11.0
+    for multiprocessor, block in ((164, 163), (100, 99), (228, 227)):
+        for stages, shared in kernels().rings(dtype, multiprocessor << 10, block << 10):
+            # what the system takes of each block's, and the kernels' registers
+            blocks = 1 if dtype == "float64" else 2
+            assert blocks * (shared + 1024) <= multiprocessor << 10
+            assert shared <= block << 10
+            assert stages == (2 if multiprocessor == 100 and blocks == 2 else 3)
+
+
 def assert_unit(module: ModuleType, factors: bool = False) -> None:
     """The largest weight, wherever it is, must be what the unit is made of."""
     for dtype in ("float32", "bfloat16"):
@@ -324,6 +360,7 @@ def check_all(module: ModuleType) -> None:
     for dtype, sigmoid in (("float32", False), ("float32", True), ("bfloat16", False)):
         check(Case(dtype, 300, 140, 40, sigmoid=sigmoid, factors=True), module)
     check(Case("float32", 140, 140, 80, vectors=False), module)  # more slabs than stages
+    check(Case("bfloat16", 140, 140, 140, stages=2), module)
     assert_unit(module)
 
 
@@ -341,12 +378,16 @@ def waits_for_too_little(text: str) -> str:
     return text.replace("cp_async_wait<kStages - 2>()", "cp_async_wait<kStages - 1>()")
 
 
+def waits_for_too_little_of_two(text: str) -> str:
+    return text.replace("cp_async_wait<kFewStages - 2>()", "cp_async_wait<kFewStages - 1>()")
+
+
 def fills_a_stage_that_is_read(text: str) -> str:
-    load = "load_next(stage == 0 ? kStages - 1 : stage - 1);"
+    load = "load_next(stage == 0 ? ring.stages - 1 : stage - 1);"
     return text.replace(f"__syncthreads();\n            {load}", f"{load}\n            __syncthreads();")
 
 
-@pytest.mark.parametrize("edit", [waits_for_too_little, fills_a_stage_that_is_read])
+@pytest.mark.parametrize("edit", [waits_for_too_little, waits_for_too_little_of_two, fills_a_stage_that_is_read])
 def test_a_slab_out_of_step_is_noticed(edit: Any) -> None:
     module = kernels_on_cpu.build(edit, "tile_engine.cuh")
     with pytest.raises((AssertionError, RuntimeError)):

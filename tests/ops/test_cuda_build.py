@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -13,38 +14,49 @@ import torch
 from clipfast.ops import library
 
 ROOT = Path(__file__).parent.parent.parent
-ARCHITECTURES = ("80", "90a", "100a")
+# what is built by default, and what the wheel holds besides
+ARCHITECTURES = (("80", "90a", "100"), pytest.param(("86", "89", "120"), marks=pytest.mark.exhaustive))
 KERNELS = ("softmax_statistics_kernel", "sigmoid_statistics_kernel", "logit_gradient_kernel")
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Compile the kernels to one object for every architecture; give it and what ptxas said."""
+def cuobjdump() -> str | Path | None:
+    """Return the toolkit's program that shows SASS, or the one that Triton ships."""
+    triton = importlib.util.find_spec("triton")
+    shipped = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if triton else Path("nowhere")
+    return shutil.which("cuobjdump") or (shipped if shipped.exists() else None)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda names: "-".join(names))
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, str, tuple[str, ...]]:
+    """Compile the kernels to one object for some architectures; give it, what ptxas said, and their names."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc")
     target = tmp_path_factory.mktemp("cuda") / "contrastive_loss.o"
     command = ["nvcc", "-c", ROOT / "csrc" / "cuda" / "contrastive_loss.cu", "-o", target, "-std=c++17", "-O3"]
     command += [f"-I{Path(torch.__file__).parent / 'include'}", "-DTORCH_TARGET_VERSION=0x020a000000000000ull"]
-    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    command += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in request.param]
     command += ["-Xptxas", "-v", "-Xcompiler", "-fPIC", "--threads", "2"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return target, done.stdout + done.stderr
+    return target, done.stdout + done.stderr, request.param
 
 
 @pytest.mark.slow
-def test_no_kernel_spills(compiled: tuple[Path, str]) -> None:
+def test_no_kernel_spills(compiled: tuple[Path, str, tuple[str, ...]]) -> None:
+    architectures = compiled[2]
     blocks = re.findall(
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
         r"(\d+) bytes spill loads.*?Used (\d+) registers",
         compiled[1],
         re.DOTALL,
     )
-    assert {arch for _, arch, *_ in blocks} == set(ARCHITECTURES)
+    assert {arch for _, arch, *_ in blocks} == set(architectures)
     for kernel in KERNELS:
         # four dtypes, and two losses' gradients
         count = 8 if kernel.startswith("logit") else 4
-        assert sum(kernel in name for name, *_ in blocks) == count * len(ARCHITECTURES)
+        assert sum(kernel in name for name, *_ in blocks) == count * len(architectures)
     for name, arch, stack, stores, loads, registers in blocks:
         assert (stack, stores, loads) == ("0", "0", "0"), f"{name} spills on sm_{arch}"
         # two blocks of 256 threads share a multiprocessor's 65,536 registers, except in float64
@@ -54,11 +66,10 @@ def test_no_kernel_spills(compiled: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_sixteen_bit_kernels_use_tensor_cores(compiled: tuple[Path, str]) -> None:
-    cuobjdump = shutil.which("cuobjdump")
-    if cuobjdump is None:
-        pytest.skip("no cuobjdump")
-    sass = subprocess.run([cuobjdump, "-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
+def test_sixteen_bit_kernels_use_tensor_cores(compiled: tuple[Path, str, tuple[str, ...]]) -> None:
+    if cuobjdump() is None:
+        pytest.skip("no cuobjdump, in the toolkit or in Triton")
+    sass = subprocess.run([cuobjdump(), "-sass", compiled[0]], capture_output=True, text=True, check=True).stdout
     functions = re.split(r"Function : ", sass)[1:]
     for kernel in KERNELS:
         of_kernel = [f for f in functions if kernel in f.split("\n", 1)[0]]
@@ -94,5 +105,63 @@ def test_it_needs_the_stable_abi_alone() -> None:
         from_torch = name.startswith(("aoti_torch_", "torch_"))
         weak_marker = kind == "w" and name.startswith(("_ITM_", "__gmon_start__", "__cxa_"))
         assert system or from_torch or weak_marker, f"{symbol} is no part of the stable ABI"
-        if "cuda" in name and not name.startswith("aoti_torch_device_type"):
-            assert kind == "w", f"{symbol} lies in libtorch_cuda and has to be weak"
+        # a weak one would stay null beside a PyTorch with CUDA: csrc/cuda/entry_points.cpp asks for those by name
+        lies_in_cuda = "cuda" in name and not name.startswith("aoti_torch_device_type")
+        assert not lies_in_cuda, f"{symbol} lies in libtorch_cuda, which the library does not name"
+
+
+ERRORS = r"""
+#include "cuda/launch_errors.cuh"
+
+#include <cstdio>
+
+__global__ void kernel() {}
+
+template <typename Run>
+void say(Run run) {
+    try {
+        run();
+        std::puts("nothing");
+    } catch (const std::runtime_error& error) {
+        std::puts(error.what());
+    }
+}
+
+int main() {
+    const cudaError_t before = cudaPeekAtLastError();
+    say([] { clipfast::check_launch("op", cudaSuccess); });
+    for (const cudaError_t error : {CODES}) say([&] { clipfast::check_launch("op", error); });
+    say([] { clipfast::allow_shared(kernel, "kernel", 1 << 30); });
+    // without a driver, every call says so
+    std::puts(cudaPeekAtLastError() == before ? "forgotten" : "remembered");
+}
+"""
+NEVER_BEGAN = ("NoKernelImageForDevice", "InvalidValue", "UnsupportedPtxVersion", "InsufficientDriver")
+NEVER_BEGAN += ("LaunchOutOfResources", "InvalidConfiguration", "InvalidPtx", "InvalidDeviceFunction")
+OTHERS = ("MemoryAllocation", "IllegalAddress", "LaunchFailure", "StreamCaptureInvalidated", "Assert")
+
+
+def test_errors_of_a_launch_are_told_from_others(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc")
+    codes = ", ".join(f"cudaError{name}" for name in (*NEVER_BEGAN, *OTHERS))
+    source = tmp_path / "errors.cu"
+    source.write_text(ERRORS.replace("CODES", codes))
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}"]
+    command = ["nvcc", "-std=c++17", "-arch=sm_80", "-cudart", "static", *includes, source, "-o", tmp_path / "errors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = subprocess.run([tmp_path / "errors"], capture_output=True, text=True, check=True).stdout.splitlines()
+    nothing, *lines, shared, after = said
+    assert nothing == "nothing"
+    for name, line in zip((*NEVER_BEGAN, *OTHERS), lines, strict=True):
+        if name in NEVER_BEGAN:
+            assert re.search(rf" op: a kernel could not be launched: cudaError{name}: \w", line), line
+        else:
+            assert re.search(rf" op: CUDA error: \w.*\(cudaError{name}\)", line), line
+    # no driver, or a card that has not so much
+    reason = r"cudaError(InsufficientDriver|InvalidValue): .+"
+    limit = r"\(it asks for 1073741824 of at most \d+ bytes of shared memory on device 0\)"
+    no_card = r"kernel: CUDA error: .+ \(cudaErrorNoDevice\) "
+    assert re.search(rf" (kernel: a kernel could not be launched: {reason} |{no_card}){limit}", shared), shared
+    assert after == "forgotten"

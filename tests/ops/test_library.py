@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-from clipfast.ops import library
+from clipfast.ops import contrastive_kernels, library
 
 
 @pytest.fixture
@@ -27,6 +28,17 @@ def test_it_reports_its_build() -> None:
     info = library.build_info()
     assert set(info) == {"compiler", "torch_target", "cpu", "cuda"}
     assert info["torch_target"].startswith("0x020a")
+
+
+def test_both_sets_of_kernels_have_one_schema() -> None:
+    if library.unavailable() is not None:
+        pytest.skip(library.unavailable())
+    for name in contrastive_kernels._NAMES:
+        # of csrc/library.cpp, and of a Python signature
+        native, chunked = (getattr(torch.ops.clipfast, op).default._schema for op in (name, f"{name}_chunked"))
+        arguments = [[(a.name, str(a.type)) for a in schema.arguments] for schema in (native, chunked)]
+        assert arguments[0] == arguments[1]
+        assert [str(r.type) for r in native.returns] == [str(r.type) for r in chunked.returns]
 
 
 def test_the_reason_of_the_build_is_kept(package: Path) -> None:

@@ -41,7 +41,11 @@ auto by_dtype(const std::string& dtype, Run run) {
     return run(__nv_bfloat16());
 }
 
-StatisticsPlan statistics_plan(const py::dict& d) { return {d["group"].cast<int>(), d["shares"].cast<int>()}; }
+int stages(const py::dict& d) { return d.contains("stages") ? d["stages"].cast<int>() : kStages; }
+
+StatisticsPlan statistics_plan(const py::dict& d) {
+    return {d["group"].cast<int>(), d["shares"].cast<int>(), stages(d)};
+}
 
 int64_t softmax_numbers(const std::string& dtype, const py::dict& d) {
     return by_dtype(dtype, [&](auto x) { return statistics_plan(d).softmax_numbers(features_of<decltype(x)>(d)); });
@@ -81,7 +85,7 @@ void logit_gradient(const std::string& dtype, const py::dict& d) {
         const LogitGradient<A> g{at<A>(d, "row_weight"), at<A>(d, "column_weight"),     at<A>(d, "bias"),
                                  two_parts("row_lse", f.rows), two_parts("column_lse", f.columns), at<A>(d, "unit")};
         const int64_t row = d["row"].cast<int64_t>(), rows = d["chunk_rows"].cast<int64_t>();
-        const GradientPlan plan{0, d["pitch"].cast<int64_t>(), d["shares"].cast<int>(), 0};
+        const GradientPlan plan{0, d["pitch"].cast<int64_t>(), d["shares"].cast<int>(), 0, stages(d)};
         A *scale_sums = at<A>(d, "scale_sums"), *bias_sums = at<A>(d, "bias_sums");
         if (row == 0) launch_unit<T>(f, g.row_weight, g.column_weight, at<A>(d, "unit"), 0);
         if (g.bias) {
@@ -112,6 +116,20 @@ int tile_rows(const std::string& dtype) {
     return by_dtype(dtype, [](auto x) { return kTileRows<decltype(x)>; });
 }
 
+// stages of the statistics' kernels of both losses and of the gradients', and the shared memory of a block of each
+py::list rings(const std::string& dtype, int multiprocessor, int block) {
+    return by_dtype(dtype, [&](auto x) {
+        using T = decltype(x);
+        const SharedMemory shared{multiprocessor, block, 1024};
+        const Features<T> f{nullptr, nullptr, 8192, 8192, 512};
+        const int statistics = StatisticsPlan::make(f, 100, shared).stages, sums = GradientPlan::make(f, 100, shared).stages;
+        py::list found;
+        found.append(py::make_tuple(statistics, sizeof(StatisticsShared<T>) + statistics * kStageBytes<T>));
+        found.append(py::make_tuple(sums, sizeof(SumsShared<T>) + sums * kStageBytes<T>));
+        return found;
+    });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE, m) {
@@ -122,4 +140,6 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("accumulate", &accumulate);
     m.def("finish_gradient", &finish_gradient);
     m.def("tile_rows", &tile_rows);
+    m.def("hasty", [](bool whether) { shim::hasty = whether; });
+    m.def("rings", &rings);
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import getpass
 import hashlib
@@ -22,7 +23,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-NAME = "contrastive_loss_on_cpu"
 RULES = """
 rule compile
   command = {cxx} -std=c++17 {flags} -O1 -fPIC -fvisibility=hidden {includes} -c $in -o $out
@@ -31,54 +31,92 @@ rule link
 build {name}.o: compile {source}
 build {name}.so: link {name}.o
 """
+Edit = Callable[[str], str]
 
 
-@functools.cache
-def build(edit: Callable[[str], str] | None = None, edited: str = "") -> ModuleType:
-    """Compile and import the kernels.
+def _compile(name: str, edit: Edit | None, edited: str, flags: str = "", python: bool = False) -> tuple[Path, str]:
+    """Compile ``tests/support/<name>.cpp`` with ``csrc/cuda``; give the library and the key that it was kept under.
 
     Args:
-        edit: Changes the source of the file ``edited`` in ``csrc/cuda``, for tests of what a mistake would do. Such a
-            build knows float32 and bfloat16 alone.
+        name: What to compile.
+        edit: Changes the source of the file ``edited`` in ``csrc/cuda``.
+        edited: The name of that file.
+        flags: For the compiler.
+        python: Whether it is an extension module, whose init function is named after the key.
     """
     compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.which(c.split()[0])), None)
     if compiler is None:
         pytest.skip("no C++ compiler")
-    pybind11, ninja = pytest.importorskip("pybind11"), pytest.importorskip("ninja")
-    source = ROOT / "tests" / "support" / f"{NAME}.cpp"
+    ninja = pytest.importorskip("ninja")
+    source = ROOT / "tests" / "support" / f"{name}.cpp"
     files = {path.name: path.read_text() for path in sorted((ROOT / "csrc" / "cuda").glob("*.cuh"))}
     shim = (ROOT / "tests" / "support" / "fibre_shim.hpp").read_text()
     if edit is not None:
         changed = edit(files[edited])
         assert changed != files[edited], "the edit found nothing to change"
         files[edited] = changed
-    flags = "-DCLIPFAST_FEW_DTYPES" if edit else ""
     ingredients = [flags, compiler, sys.version, shim, source.read_text(), RULES, *files.values()]
     key = hashlib.sha256("\0".join(ingredients).encode()).hexdigest()[:16]
-    # pybind11 hands out one module for one name, so each build has a name of its own
-    module_name = f"{NAME}_{key}"
     folder = Path(tempfile.gettempdir()) / f"clipfast-kernels-{getpass.getuser()}" / key
-    if not (folder / f"{NAME}.so").exists():
+    library = folder / f"{name}.so"
+    if not library.exists():
         (folder / "cuda").mkdir(parents=True, exist_ok=True)
-        for name, text in files.items():
-            (folder / "cuda" / name).write_text(text)
-        includes = [folder, source.parent, pybind11.get_include(), sysconfig.get_paths()["include"]]
+        for file, text in files.items():
+            (folder / "cuda" / file).write_text(text)
+        includes = [folder, source.parent]
+        if python:
+            flags += f" -DMODULE={name}_{key}"
+            includes += [pytest.importorskip("pybind11").get_include(), sysconfig.get_paths()["include"]]
         rules = RULES.format(
-            cxx=compiler,
-            flags=f"-DMODULE={module_name} {flags}",
-            includes=" ".join(f"-I{path}" for path in includes),
-            name=NAME,
-            source=source,
+            cxx=compiler, flags=flags, includes=" ".join(f"-I{path}" for path in includes), name=name, source=source
         )
         (folder / "build.ninja").write_text(rules)
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(folder)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
-    loader = importlib.machinery.ExtensionFileLoader(module_name, str(folder / f"{NAME}.so"))
-    spec = importlib.util.spec_from_loader(module_name, loader)
+    return library, key
+
+
+@functools.cache
+def build(edit: Edit | None = None, edited: str = "") -> ModuleType:
+    """Compile and import the kernels.
+
+    Args:
+        edit: Changes the source of the file ``edited`` in ``csrc/cuda``, for tests of what a mistake would do. Such a
+            build knows float32 and bfloat16 alone.
+    """
+    name = "contrastive_loss_on_cpu"
+    library, key = _compile(name, edit, edited, "-DCLIPFAST_FEW_DTYPES" if edit else "", python=True)
+    # pybind11 hands out one module for one name, so each build has a name of its own
+    loader = importlib.machinery.ExtensionFileLoader(f"{name}_{key}", str(library))
+    spec = importlib.util.spec_from_loader(f"{name}_{key}", loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
     return module
+
+
+@functools.cache
+def build_step(edit: Edit | None = None, edited: str = "tile_engine.cuh") -> Callable[..., None]:
+    """Compile the tile engine alone; return a function that runs one of ``tensor_core_step_on_cpu.cpp``'s kernels.
+
+    It takes the kernel's name, arrays (as their addresses) and integers, and raises a RuntimeError where the shim finds
+    what a card would leave undefined.
+    """
+    library, _ = _compile("tensor_core_step_on_cpu", edit, edited)
+    step = ctypes.CDLL(str(library))
+
+    def run(name: str, *arguments: np.ndarray | int) -> None:
+        function = getattr(step, name)
+        function.restype = ctypes.c_char_p
+        for array in (a for a in arguments if isinstance(a, np.ndarray)):
+            assert array.flags.c_contiguous, "arrays go by their address"
+        error = function(
+            *(ctypes.c_void_p(a.ctypes.data) if isinstance(a, np.ndarray) else ctypes.c_int64(a) for a in arguments)
+        )
+        if error:
+            raise RuntimeError(error.decode())
+
+    return run
 
 
 # ---------------------------------------------------------------------------------------------------------------------
