@@ -20,6 +20,7 @@ _HOME_OF = {
     "TextConfig": "clipfast.models.config",
     "CLIP": "clipfast.models.clip",
     "load_weights": "clipfast.models.weights",
+    "export": "clipfast.models.export",
     "accelerate": "clipfast.models.accelerate",
     "acceleration": "clipfast.models.accelerate",
     "restore": "clipfast.models.accelerate",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from clipfast.models.clip import CLIP
     from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, list_models
     from clipfast.models.create import create_model
+    from clipfast.models.export import export
     from clipfast.models.warm_up import warm_up
     from clipfast.models.weights import load_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss

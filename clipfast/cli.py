@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
 from clipfast.cli_train import add_train_commands as _add_train_commands
 
@@ -112,3 +113,4 @@ def doctor(
 
 _add_train_commands(app)
 _add_feature_commands(app)
+_add_export_command(app)

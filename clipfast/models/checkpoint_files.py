@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from clipfast.files import write_atomically
+from clipfast.models.safe_pickle import NumPyArray, load_plain
 from clipfast.models.torchscript_archive import is_torchscript_archive, read_torchscript_archive
+from clipfast.models.wrappers import unwrapped
 
 _NAMES_IN_FOLDERS = (
     "model.safetensors",
@@ -22,7 +24,7 @@ _NAMES_IN_FOLDERS = (
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-_WRAPPING_KEYS = ("state_dict", "model")
+_INDEXES_IN_FOLDERS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # transformers' names of the GELUs, as this project's ``approximate``
 _ACTIVATIONS = {"quick_gelu": "quick", "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 
@@ -31,17 +33,20 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read a state dict from safetensors, ``torch.save``'s format or OpenAI's TorchScript archives.
 
     Args:
-        path: The file, told by its content, or a folder that holds one file named as transformers and open_clip do.
-            Training checkpoints are looked into for ``state_dict`` or ``model``.
+        path: The file, told by its content; the index of a sharded checkpoint; or a folder that holds a file or an
+            index named as transformers and open_clip do. Training checkpoints are looked into
+            (:func:`~clipfast.models.wrappers.unwrapped`).
 
     Returns:
         Tensors on the CPU by key, in their own dtypes.
 
     Raises:
-        FileNotFoundError: There is no such file, or none of the known names in the folder.
+        FileNotFoundError: There is no such file, none of the known names in the folder, or a shard is missing.
         ValueError: The file is corrupt or truncated, holds something else than tensors, or no state dict.
     """
     file = _file_of(Path(path))
+    if file.name.endswith(".index.json"):
+        return _read_shards(file)
     return tensors_of(read_content(file), str(file))
 
 
@@ -56,7 +61,7 @@ def read_content(file: Path) -> Any:
             return safetensors.torch.load_file(file)
         if is_torchscript_archive(file):
             return read_torchscript_archive(file)
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return load_plain(file)
     except (FileNotFoundError, PermissionError, MemoryError):
         raise
     except Exception as error:  # there is nothing that a damaged pickle does not make its readers raise
@@ -69,9 +74,7 @@ def tensors_of(content: Any, source: str) -> dict[str, Tensor]:
     Raises:
         ValueError: It is no state dict: no mapping, empty, or with entries that are no dense tensors by name.
     """
-    for key in _WRAPPING_KEYS:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+    content = unwrapped(content)
     if not isinstance(content, Mapping):
         raise ValueError(f"{source}: got {type(content).__name__}, expected a state dict")
     if not content:
@@ -92,12 +95,8 @@ def stated_gelus(path: str | os.PathLike[str]) -> frozenset[str]:
     Raises:
         ValueError: The configuration is not JSON.
     """
-    path = Path(path)
-    if path.is_dir():
-        folder = path
-    elif path.name in _NAMES_IN_FOLDERS:
-        folder = path.parent
-    else:
+    folder = _folder_of(Path(path))
+    if folder is None:
         return frozenset()
     config = _read_config(folder / "config.json")
     if str(config.get("model_type")).startswith("clip"):
@@ -108,6 +107,44 @@ def stated_gelus(path: str | os.PathLike[str]) -> frozenset[str]:
     if not isinstance(sizes, dict):
         return frozenset()
     return frozenset({"quick"} if sizes.get("quick_gelu") else {"none", "tanh"})
+
+
+def stated_grid(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """Return the grid of patches, ``(rows, columns)``, by the configuration beside weights; None where it says none.
+
+    Read are transformers' ``config.json``, open_clip's ``open_clip_config.json`` and this project's ``model.json``.
+
+    Raises:
+        ValueError: The configuration is not JSON.
+    """
+    folder = _folder_of(Path(path))
+    if folder is None:
+        return None
+    theirs = _read_config(folder / "config.json")
+    if str(theirs.get("model_type")).startswith("clip"):
+        # what transformers leaves out of a configuration has these values
+        vision = {"image_size": 224, "patch_size": 32} | (theirs.get("vision_config") or theirs)
+        return _grid(vision)
+    open_clips = _read_config(folder / "open_clip_config.json").get("model_cfg")
+    sizes = open_clips if isinstance(open_clips, dict) else _read_config(folder / "model.json")
+    return _grid(sizes.get("vision_cfg"))
+
+
+def _grid(vision: Any) -> tuple[int, int] | None:
+    if not isinstance(vision, dict) or not isinstance(vision.get("patch_size"), int) or vision["patch_size"] < 1:
+        return None
+    sides = vision.get("image_size", 224)
+    sides = [sides, sides] if isinstance(sides, int) else sides
+    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        return None
+    return sides[0] // vision["patch_size"], sides[1] // vision["patch_size"]
+
+
+def _folder_of(path: Path) -> Path | None:
+    """Return the folder whose configuration speaks of the weights at ``path``."""
+    if path.is_dir():
+        return path
+    return path.parent if path.name in _NAMES_IN_FOLDERS + _INDEXES_IN_FOLDERS else None
 
 
 def check_target(path: str | os.PathLike[str]) -> None:
@@ -136,13 +173,40 @@ def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
 
 def _file_of(path: Path) -> Path:
     if path.is_dir():
-        for name in _NAMES_IN_FOLDERS:
+        for name in _NAMES_IN_FOLDERS + _INDEXES_IN_FOLDERS:
             if (path / name).is_file():
                 return path / name
+        if (path / ".metadata").is_file():
+            raise ValueError(
+                f"{path}: got a checkpoint of torch.distributed.checkpoint, expected a file: join its parts by "
+                f"torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
+            )
         raise FileNotFoundError(f"{path}: got a folder without weights, expected one of {', '.join(_NAMES_IN_FOLDERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of weights (nothing is downloaded)")
     return path
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the tensors that an index places in files beside it."""
+    places = _read_config(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index}: got no weight_map of keys to files, expected one in an index")
+    state: dict[str, Tensor] = {}
+    for name in dict.fromkeys(places.values()):
+        # an index comes from others: what lies elsewhere is not read for it
+        if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
+            raise ValueError(f"{index}: got a shard {name!r}, expected the name of a file in the same folder")
+        shard = index.parent / name
+        if not shard.is_file():
+            raise FileNotFoundError(f"{shard}: there is no such shard, which {index.name} names")
+        held = tensors_of(read_content(shard), str(shard))
+        keys = [key for key, place in places.items() if place == name]
+        missing = [key for key in keys if key not in held]
+        if missing:
+            raise ValueError(f"{shard}: got no {', '.join(missing[:5])}, expected what {index.name} places there")
+        state.update((key, held[key]) for key in keys)
+    return state
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -163,7 +227,7 @@ def _reason(error: Exception) -> str:
 
 def _kind(value: Any) -> str:
     if not isinstance(value, Tensor):
-        return type(value).__name__
+        return "NumPy array" if isinstance(value, NumPyArray) else type(value).__name__
     if value.is_meta or value.is_quantized or value.layout != torch.strided:
         return f"{'quantized' if value.is_quantized else value.layout} tensor on {value.device}"
     return "tensor"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -118,10 +119,94 @@ class CLIP(TextTower):
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits ``[images, texts]`` and ``[texts, images]``."""
         features = self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)
-        logits = self.logit_scale.exp() * features[0] @ features[1].T
-        if self.logit_bias is not None:
-            logits = logits + self.logit_bias
+        logits = self._logits(*features)
         return logits, logits.T
+
+    def _logits(self, image_features: Tensor, text_features: Tensor) -> Tensor:
+        logits = self.logit_scale.exp() * image_features @ text_features.T
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    def forward_intermediates(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        image_indices: int | Sequence[int] | None = None,
+        text_indices: int | Sequence[int] | None = None,
+        stop_early: bool = False,
+        normalize: bool = True,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        image_output_fmt: str = "NCHW",
+        image_output_extra_tokens: bool = False,
+        text_output_fmt: str = "NLC",
+        text_output_extra_tokens: bool = False,
+        output_logits: bool = False,
+        output_logit_scale_bias: bool = False,
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Return features and what chosen blocks give, with open_clip's arguments and names.
+
+        Args:
+            image: ``[B, 3, height, width]`` or None.
+            text: ``[B, L]`` or None.
+            image_indices: As in :meth:`ViT.forward_intermediates`.
+            text_indices: As in :meth:`TextTransformer.forward_intermediates`.
+            stop_early: Whether the image tower ends at the last chosen block; the text tower does not, as in open_clip.
+            normalize: Whether features get unit length.
+            normalize_intermediates: Whether the last LayerNorms are applied to the tokens.
+            intermediates_only: Whether features and logits are left out.
+            image_output_fmt: ``"NCHW"``, or ``"NLC"`` (ViT only).
+            image_output_extra_tokens: Whether the class token is returned as well.
+            text_output_fmt: Accepted as in open_clip; tokens come as ``[B, L, W]``.
+            text_output_extra_tokens: Accepted as in open_clip; there are no others.
+            output_logits: Whether logits are returned as well; wants both inputs.
+            output_logit_scale_bias: Whether the scale, exponentiated, and the bias are returned as well.
+
+        Returns:
+            A dict of ``image_intermediates``, ``image_intermediates_prefix``, ``image_features``,
+            ``text_intermediates``, ``text_features``, ``image_logits``, ``text_logits``, ``logit_scale`` and
+            ``logit_bias``, those that were asked for.
+
+        Raises:
+            ValueError: Logits without both inputs, or as for the towers.
+        """
+        normalize, output_logits = (flag and not intermediates_only for flag in (normalize, output_logits))
+        if output_logits and (image is None or text is None):
+            raise ValueError("output_logits: got an image or a text alone, expected both")
+        output: dict[str, Tensor | list[Tensor]] = {}
+        if image is not None:
+            output |= self.visual.forward_intermediates(
+                image,
+                image_indices,
+                stop_early,
+                normalize_intermediates,
+                intermediates_only,
+                image_output_fmt,
+                image_output_extra_tokens,
+            )
+        if text is not None:
+            output |= self._text_intermediates(
+                text, text_indices, False, normalize_intermediates, not intermediates_only
+            )
+        if normalize:
+            for name in ("image_features", "text_features"):
+                if name in output:
+                    output[name] = F.normalize(output[name], dim=-1)
+        if output_logits:
+            logits = self._logits(output["image_features"], output["text_features"])
+            output |= {"image_logits": logits, "text_logits": logits.T}
+        if output_logit_scale_bias:
+            output["logit_scale"] = self.logit_scale.exp()
+            if self.logit_bias is not None:
+                output["logit_bias"] = self.logit_bias
+        return output
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the image tower but for its last groups; see :meth:`ViT.lock`, :meth:`ModifiedResNet.lock`."""
+        self.visual.lock(unlocked_groups, freeze_bn_stats)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freeze the text tower but for its last groups; see :meth:`TextTransformer.lock`."""
+        self._lock_text_tower(unlocked_layers, freeze_layer_norm)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from clipfast.models.long_clip import with_one_table
+from clipfast.models.wrappers import without_prefixes
+
 State = dict[str, Tensor]
 
 LAYOUTS = ("openai", "transformers", "timm")
@@ -148,14 +151,16 @@ def check_layout(layout: str) -> None:
 def to_openai(state: Mapping[str, Tensor]) -> State:
     """Bring a state dict of any layout into OpenAI's; image towers get the prefix ``visual.``.
 
-    Prefixes of DDP and torch.compile, OpenAI's sizes and buffers that are no weights are left out. Tensors are views
-    of those that came, or joined from them. Keys that CLIP has no place for keep their names.
+    Prefixes of wrappers (:func:`~clipfast.models.wrappers.without_prefixes`), OpenAI's sizes and buffers that are no
+    weights are left out, and Long-CLIP's two tables of positions become one. Tensors are views of those that came, or
+    joined from them. Keys that CLIP has no place for keep their names.
 
     Raises:
-        ValueError: Keys of no known layout, a projection bias that CLIP has no place for, or parts of a QKV
-            projection that are missing or differ in shape or dtype.
+        ValueError: Keys of no known layout or under several prefixes, a projection bias that CLIP has no place for, or
+            parts of a QKV projection that are missing or differ in shape or dtype.
     """
-    state = {k: v for k, v in _without_wrappers(state).items() if not _NOT_WEIGHTS.search(k)}
+    state = {k: v for k, v in without_prefixes(state).items() if not _NOT_WEIGHTS.search(k)}
+    state = with_one_table(state)
     layout = detect_layout(state)
     if layout == "openai":
         return _normalised_openai(state)
@@ -260,14 +265,6 @@ def _join(key: str, parts: Mapping[str, Tensor], names: tuple[str, ...]) -> Tens
 
 def _transposed(value: Tensor) -> Tensor:
     return value.T if value.dim() == 2 else value
-
-
-def _without_wrappers(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Take off what DDP (``module.``) and torch.compile (``_orig_mod.``) put before every key."""
-    for prefix in ("module.", "_orig_mod."):
-        if state and all(k.startswith(prefix) for k in state):
-            return _without_wrappers({k.removeprefix(prefix): v for k, v in state.items()})
-    return state
 
 
 def _normalised_openai(state: State) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from typing import TypeVar
@@ -13,6 +14,7 @@ from clipfast.models.checkpoint_files import (
     check_target,
     read_state_dict,
     stated_gelus,
+    stated_grid,
     tensors_of,
     write_state_dict,
 )
@@ -24,10 +26,17 @@ from clipfast.models.key_layouts import (
     text_tower_of,
     to_openai,
 )
+from clipfast.models.resize import (
+    check_grid,
+    check_image_grid,
+    check_text_positions,
+    fit_image_positions,
+    fit_text_positions,
+)
 from clipfast.modules.resnet import ModifiedResNet
 from clipfast.modules.text import TextTransformer
 from clipfast.modules.transformer import MLP
-from clipfast.modules.vit import ViT, interpolate_positions
+from clipfast.modules.vit import ViT
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -36,6 +45,9 @@ def load_weights(
     model: Model,
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Tensor],
     *,
+    resize: bool | str = False,
+    grid: tuple[int, int] | None = None,
+    text_positions: str = "linear",
     interpolate_image_positions: bool = False,
 ) -> Model:
     """Load weights of OpenAI's, open_clip's, transformers' or timm's key layout, told apart by their keys.
@@ -49,9 +61,16 @@ def load_weights(
             model's weights.
         path_or_state_dict: A state dict, or a file of one: safetensors, ``.pt``/``.bin`` as ``torch.save`` writes
             (tensors only; code in a file is never run), or OpenAI's TorchScript archive; or a folder with one of
-            transformers' or open_clip's weight files. Nothing is downloaded.
-        interpolate_image_positions: Whether a ViT of another resolution gets its position embeddings resampled
-            (:func:`~clipfast.modules.vit.interpolate_positions`, square grids) instead of an error.
+            transformers' or open_clip's weight files, sharded or not, or the index of shards. Checkpoints of training
+            are looked into, and prefixes of wrappers taken off. Nothing is downloaded.
+        resize: Whether a model of another resolution or context length gets its position embeddings resampled instead
+            of an error: those of images by :func:`~clipfast.modules.vit.interpolate_positions`, those of text as
+            ``text_positions`` says. ``"image"`` or ``"text"`` allows it for one of the towers.
+        grid: The rows and columns of patches that the weights were trained with. Needed by ``resize`` where nothing
+            tells: no configuration lies beside them, and as many patches can be several grids.
+        text_positions: How ``resize`` makes more or fewer positions of text: ``"linear"``, as open_clip does, or
+            ``"longclip"``, 248 of 77 (:func:`~clipfast.models.long_clip.stretch_positions`).
+        interpolate_image_positions: As ``resize="image"``.
 
     Returns:
         ``model``, its parameters and buffers overwritten. They keep their own dtype and device: weights of another
@@ -62,15 +81,30 @@ def load_weights(
         TypeError: ``model`` is no module.
         ValueError: The file is corrupt or holds more than tensors; the keys are of no known layout; keys are
             missing, unexpected or misshapen (all listed); the weights were trained with another GELU than the
-            model's; or the model is on the meta device. The model is then as it was.
+            model's, or with another grid of as many patches; ``grid`` is needed or wrong, or one of the options is
+            given without ``resize``; or the model is on the meta device. The model is then as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a CLIP, ViT, ModifiedResNet or TextTransformer")
+    grid = check_grid(grid)
+    check_text_positions(text_positions)
+    if resize not in (True, False, "image", "text"):
+        raise ValueError(f"resize: got {resize!r}, expected True, False, 'image' or 'text'")
+    images, text = resize in (True, "image") or interpolate_image_positions, resize in (True, "text")
+    if grid is not None and not images:
+        raise ValueError(f"grid: got {grid} without resize, expected resize=True with it")
+    if text_positions != "linear" and not text:
+        raise ValueError(f"text_positions: got {text_positions!r} without resize, expected resize=True with it")
     state, gelus = _read(path_or_state_dict)
+    stated, assumed = _grids(path_or_state_dict, state, model)
     share = _share_of(model, to_openai(state))
     _check_gelu(model, gelus)
-    if interpolate_image_positions:
-        _fit_positions(model, share)
+    if images:
+        fit_image_positions(model, share, grid, stated + assumed)
+    else:
+        check_image_grid(model, share, stated)
+    if text:
+        fit_text_positions(model, share, text_positions)
     _check_fit(model, share)
     with torch.no_grad():
         for name, target in model.state_dict(keep_vars=True).items():
@@ -135,24 +169,33 @@ def _check_gelu(model: nn.Module, gelus: frozenset[str]) -> None:
         )
 
 
-def _fit_positions(model: nn.Module, state: dict[str, Tensor]) -> None:
-    tower, key = (model, "") if isinstance(model, ViT) else (getattr(model, "visual", None), "visual.")
-    key += "positional_embedding"
-    if not isinstance(tower, ViT) or key not in state or state[key].dim() != 2:
-        return
-    rows = state[key].shape[0]
-    if rows != tower.positional_embedding.shape[0]:
-        side = round(max(0, rows - 1) ** 0.5)
-        state[key] = interpolate_positions(state[key], (side, side), tower.grid_size)
+def _grids(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], state: Mapping[str, Tensor], model: nn.Module
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Return the grids of patches that the weights' own words tell, and those that their kind lets one assume."""
+    stated, assumed = [], []
+    if not isinstance(source, Mapping):
+        stated.append(stated_grid(source))
+    if is_from_openai(state) and "visual.conv1.weight" in state:
+        side = int(state["input_resolution"]) // state["visual.conv1.weight"].shape[-1]
+        stated.append((side, side))
+    assumed.append(getattr(getattr(model, "visual", model), "weights_grid", None))
+    # transformers knows square pictures alone
+    key = next((k for k in state if k.endswith("embeddings.class_embedding")), "")
+    positions = state.get(key.replace("class_embedding", "position_embedding.weight"))
+    if positions is not None and positions.dim() == 2:
+        assumed.append((math.isqrt(max(0, positions.shape[0] - 1)),) * 2)
+    return [grid for grid in stated if grid], [grid for grid in assumed if grid]
 
 
 def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict(keep_vars=True)
     shared = [k for k in own if k in state]
+    # BatchNorm's step counters came later than some checkpoints, frozen ones have none, and nothing reads them
+    counter = ("num_batches_tracked", "running_mean")
     faults = {
-        # BatchNorm's step counters came later than some checkpoints, and nothing reads them
-        "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
-        "unexpected": [k for k in state if k not in own],
+        "missing": [k for k in own if k not in state and not k.endswith(counter[0])],
+        "unexpected": [k for k in state if k not in own and k.replace(*counter) not in own],
         "misshapen": [
             f"{k} (got {tuple(state[k].shape)}, expected {tuple(own[k].shape)})"
             for k in shared

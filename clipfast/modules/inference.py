@@ -132,6 +132,6 @@ def each_alone(forward: Callable[[Tensor], Tensor], batch: Tensor, invariant: Ca
         batch: What it is given.
         invariant: Whether ``forward`` gives a row the same bits in every batch.
     """
-    if not dispatch.is_deterministic() or batch.shape[0] < 2 or invariant():
+    if not dispatch.is_deterministic() or dispatch.leaves_clipfast() or batch.shape[0] < 2 or invariant():
         return forward(batch)
     return torch.cat([forward(row) for row in batch.split(1)])

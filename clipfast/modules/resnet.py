@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
 from clipfast.modules import inference
+from clipfast.modules.locking import set_trainable
+from clipfast.modules.transformer import chosen_indices
 from clipfast.modules.vit import check_images
 
 
@@ -68,6 +71,29 @@ def _statistics_kept(block: nn.Module) -> Iterator[None]:
         for norm, momentum, batches in kept:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(batches)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """A BatchNorm whose weights and statistics are constants, under the same keys.
+
+    Args:
+        source: Whose they were, ``[C]`` each.
+    """
+
+    def __init__(self, source: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.eps = source.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(source, name).detach().clone())
+        self.train(source.training)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}num_batches_tracked", None)  # a BatchNorm's counter
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``[B, C, h, w]`` from ``[B, C, h, w]``."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class AttentionPool2d(nn.Module):
@@ -177,18 +203,80 @@ class ModifiedResNet(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Return the last stage's map, ``[B, 32·width, image_size/32, image_size/32]``."""
-        return self.forward_intermediates(images)[-1]
+        return self._maps(images)[-1]
 
-    def forward_intermediates(self, images: Tensor) -> list[Tensor]:
-        """Return the maps after the stem and after each of the four stages, as ``[B, C, h, w]``."""
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Return pooled features and chosen maps, with open_clip's arguments and names.
+
+        Args:
+            x: Images ``[B, 3, image_size, image_size]``.
+            indices: Which of five, the stem's and the four stages': the last n (an int), those named (a sequence;
+                negative from the end), or all (None).
+            stop_early: Whether stages behind the last chosen one are left out where no features are asked for.
+            normalize_intermediates: Accepted as in open_clip; there is no last norm.
+            intermediates_only: Whether features are left out.
+            output_fmt: Must be ``"NCHW"``.
+            output_extra_tokens: Accepted as in open_clip; there are no other tokens.
+
+        Returns:
+            ``image_intermediates``, a list of ``[B, C, h, w]`` in the order of the stages, and ``image_features``
+            ``[B, E]``, not normalised.
+
+        Raises:
+            ValueError: An index is outside the stages, or ``output_fmt`` is another.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW'")
+        wanted = chosen_indices(indices, 5)
+        maps = self._maps(x, max(wanted) if stop_early and intermediates_only and wanted else 4)
+        output: dict[str, Tensor | list[Tensor]] = {
+            "image_intermediates": [m for i, m in enumerate(maps) if i in wanted]
+        }
+        if not intermediates_only:
+            output["image_features"] = self.attnpool(maps[-1])
+        return output
+
+    def _maps(self, images: Tensor, last: int = 4) -> list[Tensor]:
+        """Return the maps after the stem and after the stages up to the ``last``, as ``[B, C, h, w]``."""
         check_images(images, *self.image_size, self.conv1.weight)
         maps = [self._stem(images)]
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4)[:last]:
             x = maps[-1]
             for block in stage:
                 x = self._run(block, x)
             maps.append(x)
         return maps
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze all parameters, as open_clip does.
+
+        Args:
+            unlocked_groups: Must be 0.
+            freeze_bn_stats: Whether BatchNorms become :class:`FrozenBatchNorm2d`, which use their running statistics in
+                training too, and whose weights are buffers.
+
+        Raises:
+            ValueError: ``unlocked_groups`` is not 0.
+
+        Source: Zhai et al., "LiT: Zero-Shot Transfer with Locked-image text Tuning" (2021).
+        """
+        if unlocked_groups:
+            raise ValueError(f"unlocked_groups: got {unlocked_groups}, expected 0: a ResNet is frozen as a whole")
+        set_trainable([self], False)
+        if freeze_bn_stats:
+            for module in list(self.modules()):
+                for name, child in module.named_children():
+                    if isinstance(child, nn.BatchNorm2d):
+                        setattr(module, name, FrozenBatchNorm2d(child))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training; see :attr:`grad_checkpointing`."""

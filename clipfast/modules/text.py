@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast.modules import inference
+from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.packing import pack
-from clipfast.modules.transformer import LayerNorm, Transformer
+from clipfast.modules.transformer import LayerNorm, Transformer, take_tokens
 
 POOLINGS = ("eos", "argmax")
 
@@ -64,6 +67,51 @@ class TextTower(nn.Module):
         if self.text_projection is not None:
             nn.init.normal_(self.text_projection, std=width**-0.5)
 
+    @property
+    def attn_mask(self) -> Tensor:
+        """What the blocks' attention amounts to: ``[L, L]``, 0 where a token attends and −inf where it does not.
+
+        open_clip's towers hold it as a buffer. Here it is made when it is read: no block needs it.
+        """
+        like = self.positional_embedding
+        shape = (self.context_length, self.context_length)
+        return torch.full(shape, -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
+
+    @attn_mask.setter
+    def attn_mask(self, mask: object) -> None:
+        if not isinstance(mask, Tensor) or not torch.equal(mask.to(self.attn_mask), self.attn_mask):
+            came = tuple(mask.shape) if isinstance(mask, Tensor) else mask
+            raise ValueError(
+                f"attn_mask: got {came}, expected the causal one of {self.context_length} tokens: there is no other "
+                f"here; clipfast.accelerate serves open_clip's models, whose mask can be changed"
+            )
+
+    def _lock_text_tower(self, unlocked_layers: int, freeze_layer_norm: bool) -> None:
+        if not freeze_layer_norm:
+            raise ValueError(
+                "freeze_layer_norm: got False, expected True: a LayerNorm is frozen with its layer, as in open_clip"
+            )
+        embeddings = [self.token_embedding, self.positional_embedding]
+        *blocks, last = self.transformer.resblocks
+        groups = [embeddings, *([b] for b in blocks), [last, self.ln_final], [self.text_projection]]
+        if self.text_projection is None:
+            groups.pop()
+        for group in groups:
+            set_trainable(group, False)
+        unlock_last(groups, min(unlocked_layers, len(groups)))
+
+    def _text_intermediates(
+        self, tokens: Tensor, indices: int | Sequence[int] | None, stop_early: bool, norm: bool, features: bool
+    ) -> dict[str, Tensor | list[Tensor]]:
+        x, chosen = self.transformer.intermediates(self._all_tokens(tokens), indices, stop_early=stop_early)
+        output: dict[str, Tensor | list[Tensor]] = {
+            "text_intermediates": [self.ln_final(t) for t in chosen] if norm else chosen
+        }
+        if features:
+            pooled = self.ln_final(take_tokens(x, self._read_positions(tokens)))
+            output["text_features"] = inference.project(self, pooled, self.text_projection)
+        return output
+
     def _text_features(self, tokens: Tensor) -> Tensor:
         """Return ``[B, E]`` from ``[B, L]``: the token that is read, after the last LayerNorm and projection."""
         self._check_tokens(tokens)
@@ -112,7 +160,7 @@ class TextTower(nn.Module):
         if tokens.device != device:
             raise ValueError(f"tokens: got device {tokens.device}, expected {device}, where the model is")
         # values are checked in host memory only: elsewhere that would wait for the device
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        if tokens.device.type == "cpu" and not _cannot_read_values(tokens):
             low, high = tokens.aminmax()
             if low < 0 or high >= self.vocab_size:
                 raise ValueError(f"tokens: got ids {int(low)} to {int(high)}, expected 0 to {self.vocab_size - 1}")
@@ -197,6 +245,51 @@ class TextTransformer(TextTower):
     def forward_features(self, tokens: Tensor) -> Tensor:
         """Return all tokens after the last LayerNorm, ``[B, L, W]``."""
         return self.ln_final(self.transformer(self._all_tokens(tokens)))
+
+    def forward_intermediates(
+        self,
+        text: Tensor,
+        indices: int | Sequence[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NLC",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Return features and the tokens after chosen blocks, with open_clip's arguments and names.
+
+        Args:
+            text: Token ids ``[B, L]``.
+            indices: The last n blocks (an int), those named (a sequence; negative from the end), or all (None).
+            stop_early: Whether the blocks behind the last chosen one are left out, for the features too.
+            normalize_intermediates: Whether the last LayerNorm is applied to the tokens.
+            intermediates_only: Whether features are left out.
+            output_fmt: Must be ``"NLC"``.
+            output_extra_tokens: Accepted as in open_clip; there are no tokens beside those of the text.
+
+        Returns:
+            ``text_intermediates``, a list of ``[B, L, W]`` in the order of the blocks, and ``text_features``
+            ``[B, E]``, not normalised.
+
+        Raises:
+            ValueError: An index is outside the blocks, or ``output_fmt`` is another.
+        """
+        if output_fmt != "NLC":
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NLC'")
+        return self._text_intermediates(text, indices, stop_early, normalize_intermediates, not intermediates_only)
+
+    def lock(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freeze all parameters but those of the last groups, as open_clip does.
+
+        Args:
+            unlocked_layers: How many groups still learn. From the last: the projection; the last block with the last
+                LayerNorm; the other blocks, each a group; token and position embeddings.
+            freeze_layer_norm: Must be True.
+
+        Raises:
+            ValueError: ``freeze_layer_norm`` is False.
+        """
+        self._lock_text_tower(unlocked_layers, freeze_layer_norm)
 
     def get_attention_maps(self, tokens: Tensor) -> Tensor:
         """Return the attention weights of every block and head, ``[layers, B, H, L, L]`` (query, key)."""

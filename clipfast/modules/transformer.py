@@ -14,6 +14,7 @@ from clipfast.modules import inference
 from clipfast.modules.shortcuts import has_hooks, is_observed, shortcuts_enabled
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
+from clipfast.ops.dispatch import leaves_clipfast
 from clipfast.ops.encoder import BlockWeights, PackedEncoder, encode, refusal
 
 # the token of every sequence that is read: one position for all, or one each [S]
@@ -274,13 +275,16 @@ class Transformer(nn.Module):
         out = out.unflatten(0, (batch, tokens))
         return out if read is None else take_tokens(out, read)
 
-    def intermediates(self, x: Tensor, indices: int | Sequence[int] | None = None) -> tuple[Tensor, list[Tensor]]:
+    def intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *, stop_early: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return the last block's output and those of chosen blocks.
 
         Args:
             x: ``[B, N, W]``.
             indices: Which blocks: the last n (an int), those named (a sequence; negative counts from the end), or
                 all (None).
+            stop_early: Whether the blocks behind the last chosen one are left out; ``final`` is then its output.
 
         Returns:
             ``(final, chosen)``: ``[B, N, W]`` and a list of ``[B, N, W]`` in the order of the blocks.
@@ -288,9 +292,11 @@ class Transformer(nn.Module):
         Raises:
             ValueError: An index is outside the blocks.
         """
-        wanted = self._block_indices(indices)
+        wanted = chosen_indices(indices, self.layers)
         chosen = []
         for i, block in enumerate(self.resblocks):
+            if stop_early and i > max(wanted, default=-1):
+                break
             x = self._run(block, x)
             if i in wanted:
                 chosen.append(x)
@@ -304,6 +310,10 @@ class Transformer(nn.Module):
             x = block(x)
         return torch.stack(maps)
 
+    def get_cast_dtype(self) -> torch.dtype:
+        """Return the dtype of the blocks' weights, as open_clip's transformer does."""
+        return self.resblocks[0].mlp.c_fc.weight.dtype
+
     def _run(self, block: nn.Module, x: Tensor, *rest: Tensor | int | None) -> Tensor:
         if all(argument is None for argument in rest):
             rest = ()  # a block of somebody else's takes nothing but tokens
@@ -311,17 +321,23 @@ class Transformer(nn.Module):
             return checkpoint(block, x, *rest, use_reentrant=False)
         return block(x, *rest)
 
-    def _block_indices(self, indices: int | Sequence[int] | None) -> set[int]:
-        if indices is None:
-            return set(range(self.layers))
-        if isinstance(indices, int):
-            if not 0 < indices <= self.layers:
-                raise ValueError(f"indices: got {indices}, expected the number of last blocks, 1 to {self.layers}")
-            return set(range(self.layers - indices, self.layers))
-        wrong = [i for i in indices if not -self.layers <= i < self.layers]
-        if wrong:
-            raise ValueError(f"indices: got {wrong}, expected block indices within {-self.layers}..{self.layers - 1}")
-        return {i % self.layers for i in indices}
+
+def chosen_indices(indices: int | Sequence[int] | None, count: int) -> set[int]:
+    """Return which of ``count`` blocks are meant by the last n (an int), a sequence, or None for all.
+
+    Raises:
+        ValueError: An index is outside the blocks.
+    """
+    if indices is None:
+        return set(range(count))
+    if isinstance(indices, int):
+        if not 0 < indices <= count:
+            raise ValueError(f"indices: got {indices}, expected the number of last blocks, 1 to {count}")
+        return set(range(count - indices, count))
+    wrong = [i for i in indices if not -count <= i < count]
+    if wrong:
+        raise ValueError(f"indices: got {wrong}, expected block indices within {-count}..{count - 1}")
+    return {i % count for i in indices}
 
 
 def take_tokens(x: Tensor, read: Read) -> Tensor:
@@ -339,8 +355,8 @@ def _rounds_worse_alone(x: Tensor, cu_seqlens: Tensor | None) -> bool:
     BLAS sums the products of fewer than 12 float32 rows term by term, unless there are 4 or 8, and that rounds four
     times as much as the kernels that many rows get.
     """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled():
-        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled() or leaves_clipfast():
+        return False  # what is exported for every batch may not ask how many there are
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return sequences < 12 and sequences % 4 != 0
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast.modules import inference
+from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import LayerNorm, Transformer
 from clipfast.ops import transfer
@@ -99,6 +100,10 @@ class ViT(nn.Module):
         approximate: The GELU: ``"none"`` (erf), ``"tanh"`` or ``"quick"`` (OpenAI's weights).
         patch_dropout: The share of patches dropped in training.
 
+    Attributes:
+        weights_grid: The grid of patches of weights that this model is meant to take, ``(rows, columns)``, where that
+            is another than its own; set by :func:`clipfast.create_model`.
+
     Raises:
         ValueError: ``image_size`` is not a multiple of ``patch_size``, ``heads`` does not divide ``width``, or
             ``approximate`` or ``patch_dropout`` is not one of their values.
@@ -122,6 +127,7 @@ class ViT(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.output_dim = output_dim
+        self.weights_grid: tuple[int, int] | None = None
         self.image_size, self.grid_size = self._sizes(image_size)
         scale = width**-0.5
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
@@ -159,23 +165,47 @@ class ViT(nn.Module):
         return self.ln_post(self.transformer(self._embed(images)))
 
     def forward_intermediates(
-        self, images: Tensor, indices: int | Sequence[int] | None = None, *, norm: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Return pooled features and the tokens after chosen blocks.
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Tensor | list[Tensor]]:
+        """Return pooled features and the tokens after chosen blocks, with open_clip's arguments and names.
 
         Args:
-            images: ``[B, 3, height, width]``.
+            x: Images ``[B, 3, height, width]``.
             indices: The last n blocks (an int), those named (a sequence; negative from the end), or all (None).
-            norm: Whether the last LayerNorm is applied to the tokens.
+            stop_early: Whether the blocks behind the last chosen one are left out, for the features too.
+            normalize_intermediates: Whether the last LayerNorm is applied to the tokens.
+            intermediates_only: Whether features are left out.
+            output_fmt: ``"NCHW"``, patches as maps ``[B, W, rows, columns]``, or ``"NLC"``, ``[B, patches, W]``.
+            output_extra_tokens: Whether the class token is returned as well.
 
         Returns:
-            ``(features, tokens)``: ``[B, E]`` and a list of ``[B, 1 + patches, W]``, class token first.
+            ``image_intermediates``, a list in the order of the blocks; ``image_intermediates_prefix`` where it is asked
+            for, a list of ``[B, 1, W]``; and ``image_features`` ``[B, E]``, not normalised.
 
         Raises:
-            ValueError: An index is outside the blocks.
+            ValueError: An index is outside the blocks, or ``output_fmt`` is none of these.
         """
-        x, chosen = self.transformer.intermediates(self._embed(images), indices)
-        return self._project(self.ln_post(x[:, 0])), [self.ln_post(t) if norm else t for t in chosen]
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
+        x, chosen = self.transformer.intermediates(self._embed(x), indices, stop_early=stop_early)
+        if normalize_intermediates:
+            chosen = [self.ln_post(tokens) for tokens in chosen]
+        patches = [tokens[:, 1:] for tokens in chosen]
+        if output_fmt == "NCHW":
+            patches = [p.transpose(1, 2).unflatten(2, self.grid_size).contiguous() for p in patches]
+        output: dict[str, Tensor | list[Tensor]] = {"image_intermediates": patches}
+        if output_extra_tokens:
+            output["image_intermediates_prefix"] = [tokens[:, :1] for tokens in chosen]
+        if not intermediates_only:
+            output["image_features"] = self._project(self.ln_post(x[:, 0]))
+        return output
 
     def get_attention_maps(self, images: Tensor) -> Tensor:
         """Return the attention weights of every block and head, ``[layers, B, H, N, N]`` (query, key).
@@ -187,6 +217,22 @@ class ViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training; see :attr:`Transformer.grad_checkpointing`."""
         self.transformer.grad_checkpointing = enable
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze all parameters but those of the last groups, as open_clip does.
+
+        Args:
+            unlocked_groups: How many groups still learn. From the last: the projection; the last block with the last
+                LayerNorm; the other blocks, each a group; patch, class and position embeddings with the first
+                LayerNorm.
+            freeze_bn_stats: Accepted as in open_clip; there is no BatchNorm here.
+
+        Source: Zhai et al., "LiT: Zero-Shot Transfer with Locked-image text Tuning" (2021).
+        """
+        set_trainable([self], False)
+        embeddings = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
+        *blocks, last = self.transformer.resblocks
+        unlock_last([embeddings, *([b] for b in blocks), [last, self.ln_post], [self.proj]], unlocked_groups)
 
     @torch.no_grad()
     def set_image_size(self, image_size: int | tuple[int, int]) -> None:

@@ -20,6 +20,8 @@ import torch
 
 from clipfast.ops import measured
 
+# what runs wherever PyTorch does
+_PLAIN = ("torch", "reference")
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
 
 
@@ -176,6 +178,18 @@ def shape_class(op: str, *args: Any, **kwargs: Any) -> str:
 
 
 def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
+    if leaves_clipfast():
+        # before the sizes are looked at: the number of rows may be none yet
+        return next(c for c in _ops[op].implementations if c.backend in _PLAIN and c.refusal(*request) is None)
+    return _fastest(op, request)
+
+
+def leaves_clipfast() -> bool:
+    """Return whether what runs now is being recorded for somewhere without clipfast: an export, or a JIT trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _fastest(op: str, request: tuple[Any, ...]) -> Implementation:
     candidates = _ops[op].implementations
     if _wanted != "auto":
         reason = f"it has no {_wanted} implementation"

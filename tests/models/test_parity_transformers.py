@@ -112,7 +112,8 @@ def test_vision_models_alone(projection: bool, hidden_act: str, approximate: str
     pooled = output.image_embeds if projection else output.pooler_output
     assert relative_error(vit(images), pooled) <= 1e-10
     # transformers leaves the last LayerNorm out of the tokens
-    _, (tokens,) = vit.forward_intermediates(images, 1)
+    last = vit.forward_intermediates(images, 1, output_fmt="NLC", output_extra_tokens=True)
+    tokens = torch.cat([last["image_intermediates_prefix"][0], last["image_intermediates"][0]], dim=1)
     assert relative_error(tokens, output.last_hidden_state) <= 1e-10
     weights = torch.randn_like(pooled)
     (weights * pooled).sum().backward()

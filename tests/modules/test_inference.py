@@ -104,9 +104,9 @@ def test_tokens_and_intermediates_are_those_of_the_modules() -> None:
         torch.testing.assert_close(
             model.visual.forward_features(images), by_modules(lambda: model.visual.forward_features(images))
         )
-        features, tokens = model.visual.forward_intermediates(images)
-        torch.testing.assert_close(features, model.visual(images))
-        assert len(tokens) == 3
+        output = model.visual.forward_intermediates(images)
+        torch.testing.assert_close(output["image_features"], model.visual(images))
+        assert len(output["image_intermediates"]) == 3
 
 
 def test_gradients_go_through_the_modules(encoded: list[str]) -> None:

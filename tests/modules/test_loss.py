@@ -96,3 +96,74 @@ def test_flags_that_would_give_wrong_gradients_are_refused() -> None:
 def test_without_a_process_group() -> None:
     with pytest.raises(RuntimeError, match=r"world_size=2.*no process group"):
         clipfast.ContrastiveLoss(world_size=2)(*features())
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_features_of_two_dtypes_under_autocast(name: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    # a tower that ends in a product under autocast gives half precision, one that ends in a norm does not
+    mine, theirs = LOSSES[name]
+    image, text, scale, bias = (t.detach() for t in features(32, 16))
+    pair = [f.to(dtype).requires_grad_() for f, dtype in zip((image, text), dtypes, strict=True)]
+    with torch.autocast("cpu", torch.bfloat16):
+        value = mine()(*pair, scale.float(), bias.float())
+        assert torch.isfinite(theirs()(*pair, scale.float(), bias.float()))
+    value.backward()
+    exact = [f.detach().double().requires_grad_() for f in pair]
+    expected = mine()(*exact, scale, bias)
+    expected.backward()
+    assert relative_error(value, expected) < 1e-6
+    for mixed, f in zip(pair, exact, strict=True):
+        assert mixed.grad.dtype == mixed.dtype
+        assert relative_error(mixed.grad, f.grad) < (1e-5 if mixed.dtype == torch.float32 else 1e-2)
+
+
+class _Margin:
+    """A margin taken off each pair's own logit."""
+
+    def get_logits(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        per_image, per_text = super().get_logits(*args, **kwargs)
+        own = 0.5 * torch.eye(*per_image.shape, dtype=per_image.dtype)
+        return per_image - own, per_text - own
+
+
+class _Shifted:
+    """Pairs that lie one row apart."""
+
+    def get_ground_truth(self, device: torch.device, num_logits: int) -> Tensor:
+        return super().get_ground_truth(device, num_logits).roll(1)
+
+
+@pytest.mark.parametrize("change", [_Margin, _Shifted])
+def test_what_subclasses_override_counts(change: type) -> None:
+    results = []
+    for base in LOSSES["contrastive"]:
+        loss = type("Changed", (change, base), {})()
+        inputs = features()
+        value = loss(*inputs)
+        value.backward()
+        results.append([value, *(t.grad for t in inputs[:3])])
+        assert torch.equal(loss(*features(), output_dict=True)["contrastive_loss"], value)
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-12
+    assert relative_error(results[0][0], clipfast.ContrastiveLoss()(*features())) > 1e-3
+
+
+def test_a_patched_instance_counts() -> None:
+    loss = clipfast.ContrastiveLoss()
+    plain = loss.get_logits
+    loss.get_logits = lambda *args, **kwargs: tuple(2 * x for x in plain(*args, **kwargs))
+    image, text, scale, _ = features()
+    assert relative_error(loss(image, text, scale), clipfast.ContrastiveLoss()(image, text, 2 * scale)) < 1e-12
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_logits_are_those_of_open_clip(bias: bool) -> None:
+    inputs = [t.detach() for t in features()[: 4 if bias else 3]]
+    for mine, theirs in zip(*(base().get_logits(*inputs) for base in LOSSES["contrastive"]), strict=True):
+        assert relative_error(mine, theirs) < 1e-13
+
+
+def test_siglips_loss_refuses_what_it_would_not_call() -> None:
+    with pytest.raises(TypeError, match="subclass with get_logits"):
+        type("Changed", (clipfast.SigLipLoss,), {"get_logits": lambda self: None})()

@@ -49,10 +49,24 @@ def averaged_gradients(rank: int, ranks: int) -> list:
     return results
 
 
+class Doubled(clipfast.ContrastiveLoss):
+    """Logits that are not those of the features."""
+
+    def get_logits(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        """Return twice the logits."""
+        return tuple(2 * x for x in super().get_logits(*args, **kwargs))
+
+
 MAKERS = [
     lambda r, w: clipfast.ContrastiveLoss(rank=r, world_size=w),
     lambda r, w: clipfast.ContrastiveLoss(local_loss=True, gather_with_grad=True, rank=r, world_size=w),
     lambda r, w: clipfast.SigLipLoss(rank=r, world_size=w),
+    # what torch.distributed says, as under torchrun
+    lambda r, w: clipfast.ContrastiveLoss(),
+    lambda r, w: clipfast.ContrastiveLoss(local_loss=True, gather_with_grad=True),
+    lambda r, w: clipfast.SigLipLoss(),
+    lambda r, w: Doubled(),
+    lambda r, w: Doubled(local_loss=True, gather_with_grad=True),
 ]
 
 
@@ -68,3 +82,23 @@ def test_ranks_equal_one_process_with_the_joined_batch() -> None:
             for actual, exact in zip(got[index], expected, strict=True):
                 actual = torch.tensor(actual, dtype=torch.float64)
                 assert torch.allclose(actual, exact.double(), rtol=1e-12, atol=1e-14), index
+
+
+def asked_for_less(rank: int, ranks: int) -> list:
+    """Return the loss of this rank's batch alone, and what a pair of flags that gives wrong gradients raises."""
+    images, texts = (F.normalize(t.chunk(ranks)[rank][:, :5], dim=-1) for t in batch())
+    alone = [loss(images, texts, 14.0, None).item() for loss in (clipfast.ContrastiveLoss(rank=0, world_size=1),)]
+    alone.append(clipfast.ContrastiveLoss(False, False, False, 0, 1)(images, texts, 14.0).item())
+    try:
+        clipfast.ContrastiveLoss(local_loss=True)(images, texts, 14.0)
+    except ValueError as error:
+        return [*alone, str(error)]
+    return alone
+
+
+@pytest.mark.slow
+def test_one_process_alone_where_it_is_asked_for() -> None:
+    for rank, (first, second, message) in enumerate(run_on_ranks(asked_for_less, 2)):
+        images, texts = (F.normalize(t.chunk(2)[rank][:, :5], dim=-1) for t in batch())
+        assert first == second == clipfast.ContrastiveLoss()(images, texts, 14.0).item()
+        assert "wrong gradients" in message

@@ -26,7 +26,7 @@ def images(batch: int = 3) -> Tensor:
 
 
 def test_maps_halve_from_stage_to_stage() -> None:
-    maps = small_resnet().forward_intermediates(images())
+    maps = small_resnet().forward_intermediates(images())["image_intermediates"]
     assert [tuple(m.shape[1:]) for m in maps] == [(8, 16, 16), (32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2)]
 
 

@@ -35,15 +35,23 @@ def test_without_a_projection_features_are_tokens() -> None:
     assert relative_error(model(x), model.forward_features(x)[:, 0]) < 1e-13
 
 
+def all_tokens(output: dict[str, list[Tensor]]) -> list[Tensor]:
+    return [
+        torch.cat([prefix, patches.flatten(2).transpose(1, 2)], dim=1)
+        for prefix, patches in zip(output["image_intermediates_prefix"], output["image_intermediates"], strict=True)
+    ]
+
+
 def test_intermediates_are_the_tokens_after_each_block() -> None:
     model, x = small_vit(), images()
-    features, tokens = model.forward_intermediates(x)
+    output = model.forward_intermediates(x, output_extra_tokens=True)
+    tokens = all_tokens(output)
     assert len(tokens) == 3
-    assert relative_error(features, model(x)) < 1e-13
+    assert relative_error(output["image_features"], model(x)) < 1e-13
     assert relative_error(model.transformer.resblocks[2](tokens[1]), tokens[2]) < 1e-13
-    _, last = model.forward_intermediates(x, 1, norm=True)
-    assert relative_error(last[0], model.forward_features(x)) < 1e-13
-    _, chosen = model.forward_intermediates(x, [0, -1])
+    last = model.forward_intermediates(x, 1, normalize_intermediates=True, output_extra_tokens=True)
+    assert relative_error(all_tokens(last)[0], model.forward_features(x)) < 1e-13
+    chosen = all_tokens(model.forward_intermediates(x, [-1, 0], output_extra_tokens=True))
     assert torch.equal(chosen[0], tokens[0])
     assert torch.equal(chosen[1], tokens[2])
 
@@ -60,7 +68,7 @@ def test_attention_maps_are_what_attention_applies() -> None:
     assert maps.shape == (3, 2, 3, 17, 17)
     assert relative_error(maps.sum(-1), torch.ones(3, 2, 3, 17, dtype=torch.float64)) < 1e-13
     block = model.transformer.resblocks[1]
-    y = block.ln_1(model.forward_intermediates(x, [0])[1][0])
+    y = block.ln_1(all_tokens(model.forward_intermediates(x, [0], output_extra_tokens=True))[0])
     value = (y @ block.attn.in_proj_weight[-48:].T + block.attn.in_proj_bias[-48:]).unflatten(-1, (3, 16))
     mixed = torch.einsum("bhnm,bmhd->bnhd", maps[1], value).flatten(2)
     assert relative_error(block.attn.out_proj(mixed), block.attn(y)) < 1e-13
