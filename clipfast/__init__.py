@@ -23,6 +23,7 @@ _HOME_OF = {
     "accelerate": "clipfast.models.accelerate",
     "acceleration": "clipfast.models.accelerate",
     "restore": "clipfast.models.accelerate",
+    "forget_packed_weights": "clipfast.modules.inference",
     "ViT": "clipfast.modules.vit",
     "ModifiedResNet": "clipfast.modules.resnet",
     "TextTransformer": "clipfast.modules.text",
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, list_models
     from clipfast.models.create import create_model
     from clipfast.models.weights import load_weights
+    from clipfast.modules.inference import forget_packed_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
     from clipfast.modules.packing import trim_captions
     from clipfast.modules.resnet import ModifiedResNet

@@ -30,6 +30,8 @@ _OPS = (
     "packed_linear",
     "encode",
     "release_workspace",
+    "fingerprint",
+    "changed_weight",
 )
 
 
