@@ -1,8 +1,8 @@
 """transformers' CLIP towers, accelerated: in ``CLIPModel``, ``CLIP…ModelWithProjection`` or alone.
 
-Their outputs carry ``last_hidden_state``. Without gradients a text tower computes its pooled output alone, and the tokens
-when they are first read; otherwise every token is computed. With ``token_outputs=False`` it is None, and what only other
-tokens need is left out.
+Their outputs carry ``last_hidden_state``. Without gradients a text tower computes its pooled output alone, and the
+tokens when they are first read; otherwise every token is computed. With ``token_outputs=False`` it is None, and what
+only other tokens need is left out.
 
 Served by transformers' own code: calls that ask for attention weights or hidden states, with ``position_ids``, a mask
 that changes what is returned, or arguments that only an attention implementation knows.

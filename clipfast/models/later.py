@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from clipfast.models.accelerated import Accelerated
+
 
 class Later:
     """A computation of a tower that waits: in the context of now, with the weights of now.
@@ -33,7 +35,8 @@ class Later:
         Raises:
             RuntimeError: The model was changed since.
         """
-        if self._tower.serving_twin() is not self._twin or _state_of(self._tower) != self._state:
+        served = isinstance(self._tower, Accelerated) and self._tower.serving_twin() is self._twin
+        if not served or _state_of(self._tower) != self._state:
             raise RuntimeError(
                 "last_hidden_state is computed when it is first read, and the model was changed since the call (its "
                 "weights, device, modules or hooks): read it before, or accelerate the model without this output "
