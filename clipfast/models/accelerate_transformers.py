@@ -119,7 +119,7 @@ class TextTower(Accelerated):
         if served and options["lazy"] and self._can_wait(twin, kwargs):
             return self._waiting(twin, input_ids, attention_mask, whole, kwargs)
         if not options["token_outputs"] or not whole:
-            count(self, "attention_mask hides tokens" + (" that are read" if not served else ""))
+            count(self, "attention_mask hides tokens" + (" of last_hidden_state" if served else " before the one read"))
             return self._original(input_ids, attention_mask, position_ids, **kwargs)
         tokens = twin.tokens(input_ids)
         rows = torch.arange(tokens.shape[0], device=tokens.device)
@@ -203,7 +203,9 @@ def options_for(module: nn.Module, parent: nn.Module | None, *, token_outputs: b
     """Return what an accelerated tower has to know beside itself: whether its tokens are wanted."""
     # other models read the tokens of their towers, whatever the caller of the whole reads
     read_by_parent = isinstance(parent, PreTrainedModel) and not isinstance(parent, _READ_POOLED)
-    return {"token_outputs": token_outputs or read_by_parent, "lazy": token_outputs and not read_by_parent}
+    # this one puts its tower's tokens into its own output
+    read_at_once = read_by_parent or isinstance(parent, modeling_clip.CLIPTextModelWithProjection)
+    return {"token_outputs": token_outputs or read_by_parent, "lazy": token_outputs and not read_at_once}
 
 
 def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:

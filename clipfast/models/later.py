@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from clipfast.models.accelerated import Accelerated
+from clipfast.models.twins import TwinText
+from clipfast.modules.inference import uncounted_writes
 
 
 class Later:
@@ -22,12 +24,13 @@ class Later:
         compute: The computation.
     """
 
-    def __init__(self, tower: nn.Module, twin: object, compute: Callable[[], Tensor]) -> None:
+    def __init__(self, tower: nn.Module, twin: TwinText, compute: Callable[[], Tensor]) -> None:
         self._tower, self._twin, self._compute = tower, twin, compute
         self._inference, self._grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._device = next(tower.parameters()).device.type
         self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
         self._state = _state_of(tower)
+        self._written = uncounted_writes(twin.transformer)
 
     def __call__(self) -> Tensor:
         """Return what was put off.
@@ -36,7 +39,7 @@ class Later:
             RuntimeError: The model was changed since.
         """
         served = isinstance(self._tower, Accelerated) and self._tower.serving_twin() is self._twin
-        if not served or _state_of(self._tower) != self._state:
+        if not served or _state_of(self._tower) != self._state or self._written():
             raise RuntimeError(
                 "last_hidden_state is computed when it is first read, and the model was changed since the call (its "
                 "weights, device, modules or hooks): read it before, or accelerate the model without this output "

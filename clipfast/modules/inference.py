@@ -108,6 +108,13 @@ def kept(owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callab
     return made
 
 
+def uncounted_writes(owner: nn.Module) -> Callable[[], bool]:
+    """Return what tells later whether an owner's weights, where they are packed now, were written to uncounted since."""
+    with _lock:
+        fingerprints = [one.fingerprint for one in _kept.get(owner, {}).values()]
+    return lambda: any(fingerprint.changed() for fingerprint in fingerprints)
+
+
 def forget_packed_weights(model: nn.Module) -> None:
     """Drop what inference on the CPU made of a model's weights; the next call packs them anew.
 
