@@ -109,7 +109,7 @@ def kept(owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callab
 
 
 def uncounted_writes(owner: nn.Module) -> Callable[[], bool]:
-    """Return what tells later whether an owner's weights, where they are packed now, were written to uncounted since."""
+    """Return what tells later whether weights of an owner that are packed now were written to uncounted since."""
     with _lock:
         fingerprints = [one.fingerprint for one in _kept.get(owner, {}).values()]
     return lambda: any(fingerprint.changed() for fingerprint in fingerprints)
