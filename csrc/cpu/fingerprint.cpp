@@ -206,8 +206,12 @@ int64_t changed_weight(const std::vector<Tensor>& weights, const Tensor& fingerp
     const int64_t* expected = static_cast<const int64_t*>(fingerprint.const_data_ptr());
     std::vector<char> differs(all.size());
     share(int64_t(all.size()), [&](int64_t begin, int64_t end) {
-        for (int64_t m = begin; m < end; ++m)
+        for (int64_t m = begin; m < end; ++m) {
+            // what comes next is on its way while this is read: vectors are short
+            Points::Line next[ahead];
+            if (m + 1 < end) Points(all[m + 1], turn % all[m + 1].turns()).next(next, ahead);
             differs[m] = hash(all[m], turn % all[m].turns()) != expected[firsts[m] + turn % all[m].turns()];
+        }
     });
     const auto first = std::find(differs.begin(), differs.end(), 1);
     return first == differs.end() ? -1 : first - differs.begin();
