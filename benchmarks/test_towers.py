@@ -261,6 +261,53 @@ def test_zero_shot_prompts(name: str, dtype: torch.dtype, benchmark: object) -> 
     measure(benchmark, row, in_inference_mode(sides), [(tokens,)], oracle=oracle)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_padded_captions(name: str, benchmark: object) -> None:
+    """transformers' text tower behind a processor's mask: captions of 10 tokens, padded to 77."""
+    if reason := absent("transformers"):
+        pytest.skip(reason)
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    text = clipfast.create_model(SMALL if name == "small" else name).config.text_cfg
+    theirs = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=text.width,
+            intermediate_size=4 * text.width,
+            num_hidden_layers=text.layers,
+            num_attention_heads=text.heads,
+            hidden_act="gelu",
+            bos_token_id=49406,
+            eos_token_id=49407,
+            pad_token_id=49407,
+        )
+    )
+    theirs = theirs.eval().to(DEVICE)
+    mine = clipfast.accelerate(copy.deepcopy(theirs))
+    tokens = torch.randint(1, 49000, (PROMPTS, 77), device=DEVICE)
+    tokens[:, 0], tokens[:, 9:] = 49406, 49407
+    mask = (torch.arange(77, device=DEVICE) < 10).long().expand(PROMPTS, 77)
+
+    def pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda tokens: model(input_ids=tokens, attention_mask=mask).pooler_output
+
+    row = Row(
+        op="towers",
+        name=f"{name}, {PROMPTS} captions of 10 tokens padded to 77 with transformers' mask, float32",
+        label=f"{name}, {PROMPTS} padded captions",
+        direction="forward",
+        dtype="float32",
+        unit="captions",
+        items=PROMPTS,
+        flops=operations(lambda: mine(input_ids=tokens)),
+        bytes=4 * sum(p.numel() for p in theirs.encoder.parameters()),
+    )
+    with torch.no_grad():
+        exact = pooled(copy.deepcopy(theirs).double())(tokens)
+    oracle = Oracle([exact], "transformers", factor=DEPTH)
+    sides = {"clipfast": pooled(mine), "transformers": pooled(theirs)}
+    measure(benchmark, row, in_inference_mode(sides), [(tokens,)], oracle=oracle)
+
+
 def training_step(model: nn.Module, loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], list[Tensor]]:
     """Return an optimizer step; it gives the loss and the gradients' norm."""
     # so small a rate that every round computes the same

@@ -25,6 +25,7 @@ _HOME_OF = {
     "acceleration": "clipfast.models.accelerate",
     "restore": "clipfast.models.accelerate",
     "warm_up": "clipfast.models.warm_up",
+    "forget_packed_weights": "clipfast.modules.inference",
     "ViT": "clipfast.modules.vit",
     "ModifiedResNet": "clipfast.modules.resnet",
     "TextTransformer": "clipfast.modules.text",
@@ -81,6 +82,7 @@ if TYPE_CHECKING:
     from clipfast.models.export import export
     from clipfast.models.warm_up import warm_up
     from clipfast.models.weights import load_weights
+    from clipfast.modules.inference import forget_packed_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
     from clipfast.modules.packing import trim_captions
     from clipfast.modules.resnet import ModifiedResNet

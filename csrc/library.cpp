@@ -90,6 +90,12 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
         "-> Tensor");
     // Give the memory that encode keeps for its next call back; returns how many bytes that were.
     m.def("release_workspace() -> int");
+    // What weights, each [rows, columns] with rows in one piece, are now (csrc/cpu/fingerprint.cpp): the hashes of every
+    // turn of the first, then those of the second and so on
+    m.def("fingerprint(Tensor[] weights) -> Tensor");
+    // The first of these weights that shows at some turn (0, 1, ...) to have been written to since, or -1. A turn looks
+    // at a share of the weights: at every row, every column and every block of 1/64 of a matrix; 256 turns at all.
+    m.def("changed_weight(Tensor[] weights, Tensor fingerprint, int turn) -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CompositeExplicitAutograd, m) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from clipfast.models.accelerated import Accelerated, AccelerateWarning, is_accelerated, put_on, set_options, take_off
+from clipfast.models.fallbacks import counted
 from clipfast.models.twins import Refusal
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -34,15 +35,24 @@ class Acceleration:
     Attributes:
         accelerated: The accelerated modules' paths; the model's own is ``""``.
         left_alone: The paths of towers that run their original code, and why.
+        fell_back: The paths of accelerated modules whose original code served calls, with what those asked for and how
+            many there were.
     """
 
     accelerated: tuple[str, ...]
     left_alone: dict[str, str]
+    fell_back: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         done = ", ".join(path or "the model" for path in self.accelerated) or "nothing"
         lines = [f"  {path or 'the model'}: {reason}" for path, reason in self.left_alone.items()]
-        return "\n".join([f"accelerated: {done}", *(["left alone:"] if lines else []), *lines])
+        calls = [
+            f"  {path or 'the model'}: {number} × {reason}"
+            for path, reasons in self.fell_back.items()
+            for reason, number in reasons.items()
+        ]
+        parts = [f"accelerated: {done}", *(["left alone:"] if lines else []), *lines]
+        return "\n".join([*parts, *(["calls served by the original code:"] if calls else []), *calls])
 
 
 def accelerate(model: Model, *, token_outputs: bool = True) -> Model:
@@ -130,7 +140,8 @@ def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
             # a library that is not known is named once, not for each of its modules
             if not (isinstance(refusal, _UnknownLibrary) and str(refusal) in left_alone.values()):
                 left_alone[path] = str(refusal)
-    return Acceleration(tuple(accelerated), left_alone)
+    fell_back = {path: counted(modules[path]) for path in accelerated if counted(modules[path])}
+    return Acceleration(tuple(accelerated), left_alone, fell_back)
 
 
 def _match(module: nn.Module, parent: nn.Module | None, wanted: dict[str, Any]) -> tuple[type, dict[str, Any]] | None:

@@ -20,6 +20,7 @@ from open_clip import transformer as open_clip_transformer
 from torch import Tensor, nn
 
 from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.fallbacks import count
 from clipfast.models.twins import (
     TwinBlock,
     TwinLayerNorm,
@@ -82,7 +83,7 @@ class TextTower(Accelerated):
     def forward(self, text: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return features ``[B, E]``, and the tokens too with ``output_tokens``."""
         twin = self.serving_twin()
-        if twin is None or not twin.takes(text):
+        if twin is None or not _takes(self, twin, text):
             return super().forward(text)
         if self.output_tokens:
             tokens = twin.tokens(text)
@@ -103,7 +104,7 @@ class TextAtRoot(Accelerated):
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         """Return features ``[B, E]``, of unit length with ``normalize``."""
         twin = self.serving_twin()
-        if twin is None or not twin.takes(text):
+        if twin is None or not _takes(self, twin, text):
             return super().encode_text(text, normalize=normalize)
         features = _project(_pooled(twin, text, self.text_pool_type, self.text_eos_id), self.text_projection)
         return F.normalize(features, dim=-1) if normalize else features
@@ -173,6 +174,13 @@ def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
         eos_id if pool_type == "eos" else None,
     )
     return Twin(owner, tower, ["token_embedding", "transformer", "ln_final"])
+
+
+def _takes(tower: nn.Module, twin: TwinText, text: object) -> bool:
+    takes = twin.takes(text)
+    if not takes:
+        count(tower, "text is no ids [B, L] of int64 or int32")
+    return takes
 
 
 def _pooled(twin: TwinText, text: Tensor, pool_type: str, eos_id: int | None) -> Tensor:

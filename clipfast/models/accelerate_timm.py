@@ -16,6 +16,7 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.fallbacks import count
 from clipfast.models.twins import (
     TwinAttention,
     TwinBlock,
@@ -46,7 +47,7 @@ class VisionTower(Accelerated):
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return all tokens, ``[B, N, W]``."""
         twin = self.serving_twin()
-        if twin is None or attn_mask is not None or is_causal:
+        if twin is None or _asks_for_a_mask(self, attn_mask, is_causal):
             return super().forward_features(x, **_masks(attn_mask, is_causal))
         return twin.ln_post(twin.tokens(self._clipfast_embed(x)))
 
@@ -54,6 +55,7 @@ class VisionTower(Accelerated):
         """Return what the head gives, ``[B, classes]``."""
         twin = self.serving_twin() if self.global_pool == "token" and self.attn_pool is None else None
         if twin is None or attn_mask is not None or is_causal:
+            # what serves it in the end counts
             return super().forward(x, **_masks(attn_mask, is_causal))
         pooled = twin(self._clipfast_embed(x))
         return self.head(self.head_drop(self.fc_norm(pooled)))
@@ -79,6 +81,12 @@ def left_alone(module: nn.Module) -> str | None:
 def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> dict[str, Any]:
     """Return what an accelerated tower has to know beside itself: nothing here."""
     return {}
+
+
+def _asks_for_a_mask(tower: nn.Module, attn_mask: Tensor | None, is_causal: bool) -> bool:
+    if attn_mask is not None or is_causal:
+        count(tower, "attn_mask" if attn_mask is not None else "is_causal")
+    return attn_mask is not None or is_causal
 
 
 def _masks(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """transformers' CLIP towers, accelerated: in ``CLIPModel``, ``CLIP…ModelWithProjection`` or alone.
 
-Their outputs carry ``last_hidden_state``, which a caller may read at any time, so by default every token is computed.
-With ``token_outputs=False`` it is None, and what only other tokens need is left out.
+Their outputs carry ``last_hidden_state``. Without gradients a text tower computes its pooled output alone, and the
+tokens when they are first read; otherwise every token is computed. With ``token_outputs=False`` it is None, and what
+only other tokens need is left out.
 
 Served by transformers' own code: calls that ask for attention weights or hidden states, with ``position_ids``, a mask
 that changes what is returned, or arguments that only an attention implementation knows.
@@ -19,6 +20,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.models.clip import modeling_clip
 
 from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.fallbacks import count
+from clipfast.models.later import Later, can_wait
+from clipfast.models.lazy_output import lazy
 from clipfast.models.twins import (
     TwinAttention,
     TwinBlock,
@@ -30,6 +34,7 @@ from clipfast.models.twins import (
     of_type,
     require,
 )
+from clipfast.modules.shortcuts import shortcuts_enabled
 
 _GELUS = {
     activations.GELUActivation: "none",
@@ -61,7 +66,10 @@ class VisionTower(Accelerated):
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         """Return what transformers returns."""
         twin = self.serving_twin()
-        if twin is None or pixel_values is None or not _is_plain(self.config, kwargs, causal=False):
+        reason = None if twin is None or pixel_values is None else _not_plain(self.config, kwargs, causal=False)
+        if reason is not None:
+            count(self, reason)
+        if twin is None or pixel_values is None or reason is not None:
             return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
         x = self.pre_layrnorm(self.embeddings(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding))
         if self._clipfast_options["token_outputs"]:
@@ -94,25 +102,90 @@ class TextTower(Accelerated):
         position_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """Return what transformers returns."""
+        """Return what transformers returns; the tokens are computed when they are first read where that is exact."""
         twin = self.serving_twin()
-        tokens_too = self._clipfast_options["token_outputs"]
-        if (
-            twin is None
-            or position_ids is not None
-            or not twin.takes(input_ids)
-            or twin.eos_id != _read_id(self)
-            or not _is_plain(self.config, kwargs, causal=True)
-            or not _changes_nothing(attention_mask, None if tokens_too else twin.read_positions(input_ids), input_ids)
-        ):
-            return super().forward(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-            )
-        if not tokens_too:
+        if twin is None:
+            return self._original(input_ids, attention_mask, position_ids, **kwargs)
+        reason = self._refusal(twin, input_ids, attention_mask, position_ids, kwargs)
+        if reason is not None:
+            count(self, reason)
+            return self._original(input_ids, attention_mask, position_ids, **kwargs)
+        options = self._clipfast_options
+        read = twin.read_positions(input_ids)
+        whole = _changes_nothing(attention_mask, None, input_ids)
+        served = whole or _changes_nothing(attention_mask, read, input_ids)
+        if not options["token_outputs"] and served:
             return _output(self, kwargs, None, twin(input_ids))
+        if served and options["lazy"] and self._can_wait(twin, kwargs):
+            return self._waiting(twin, input_ids, attention_mask, whole, kwargs)
+        if not options["token_outputs"] or not whole:
+            count(self, "attention_mask hides tokens" + (" of last_hidden_state" if served else " before the one read"))
+            return self._original(input_ids, attention_mask, position_ids, **kwargs)
         tokens = twin.tokens(input_ids)
         rows = torch.arange(tokens.shape[0], device=tokens.device)
-        return _output(self, kwargs, tokens, tokens[rows, twin.read_positions(input_ids)])
+        return _output(self, kwargs, tokens, tokens[rows, read])
+
+    def _refusal(
+        self, twin: TwinText, input_ids: Any, attention_mask: Any, position_ids: Any, kwargs: dict[str, Any]
+    ) -> str | None:
+        """Return what a call asks for that the twin does not give, or None."""
+        if position_ids is not None:
+            return "position_ids"
+        if not twin.takes(input_ids):
+            return "input_ids are no ids [B, L] of int64 or int32"
+        if twin.eos_id != _read_id(self):
+            return "another eos_token_id"
+        if attention_mask is not None and not _can_be_read(attention_mask, input_ids):
+            return "an attention_mask that is not [B, L], or whose values cannot be read"
+        return _not_plain(self.config, kwargs, causal=True)
+
+    def _original(
+        self, input_ids: Any, attention_mask: Any, position_ids: Any, **kwargs: Any
+    ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+    def _can_wait(self, twin: TwinText, kwargs: dict[str, Any]) -> bool:
+        """Return whether tokens may be computed later: the model will be the same, and the pooled output takes less."""
+        return (
+            not torch.compiler.is_compiling()
+            and torch._C._len_torch_dispatch_stack() == 0
+            and torch._C._functorch.maybe_current_level() is None
+            and shortcuts_enabled()
+            and twin.is_causal
+            and _wants_dict(self, kwargs)
+            and can_wait(self)
+        )
+
+    def _waiting(
+        self, twin: TwinText, input_ids: Tensor, attention_mask: Tensor | None, whole: bool, kwargs: dict[str, Any]
+    ) -> BaseModelOutputWithPooling:
+        """Return an output whose tokens wait until they are read; who read those of the last call gets them at once."""
+        options = self._clipfast_options
+        ids, mask = input_ids.clone(), None if whole else attention_mask.clone()
+
+        def tokens() -> Tensor:
+            if mask is None:
+                return twin.tokens(ids)
+            # what those behind the mask are is left to transformers' code
+            count(self, "last_hidden_state was read behind an attention_mask")
+            return self._original(ids, mask, None, **kwargs | {"return_dict": True}).last_hidden_state
+
+        if options.get("tokens_are_read"):
+            # all at once costs less than twice
+            found = tokens()
+            pooled = found[torch.arange(found.shape[0], device=found.device), twin.read_positions(ids)]
+            later = lambda: found  # noqa: E731
+        else:
+            pooled = twin(input_ids)
+            later = Later(self, twin, tokens)
+        options["tokens_are_read"] = False
+
+        def first_read() -> Tensor:
+            result = later()
+            options["tokens_are_read"] = True
+            return result
+
+        return lazy(BaseModelOutputWithPooling(pooler_output=pooled), first_read)
 
 
 KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
@@ -130,7 +203,9 @@ def options_for(module: nn.Module, parent: nn.Module | None, *, token_outputs: b
     """Return what an accelerated tower has to know beside itself: whether its tokens are wanted."""
     # other models read the tokens of their towers, whatever the caller of the whole reads
     read_by_parent = isinstance(parent, PreTrainedModel) and not isinstance(parent, _READ_POOLED)
-    return {"token_outputs": token_outputs or read_by_parent}
+    # this one puts its tower's tokens into its own output
+    read_at_once = read_by_parent or isinstance(parent, modeling_clip.CLIPTextModelWithProjection)
+    return {"token_outputs": token_outputs or read_by_parent, "lazy": token_outputs and not read_at_once}
 
 
 def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
@@ -162,14 +237,29 @@ def _read_id(tower: nn.Module) -> int | None:
     return None if tower.eos_token_id == 2 else tower.eos_token_id
 
 
-def _is_plain(config: Any, kwargs: dict[str, Any], causal: bool) -> bool:
-    """Return whether a call asks for no more than tokens and the pooled output."""
+def _not_plain(config: Any, kwargs: dict[str, Any], causal: bool) -> str | None:
+    """Return what a call asks for beside tokens and the pooled output, or None."""
+    for name in ("output_hidden_states", "output_attentions"):
+        if getattr(config, name, False):
+            return f"{name} in the configuration"
+    if getattr(config, "is_causal", None) not in (None, causal):
+        return "is_causal in the configuration"
+    if config._attn_implementation not in _ATTENTIONS:
+        return f"the attention implementation {config._attn_implementation}"
+    for name, value in kwargs.items():
+        if not (value is None or value is False or name == "return_dict"):
+            return name
+    return None
+
+
+def _can_be_read(mask: Any, tokens: Tensor) -> bool:
+    """Return whether a mask has a value for every token, and it can be read now, as transformers reads it."""
     return (
-        not getattr(config, "output_hidden_states", False)
-        and not getattr(config, "output_attentions", False)
-        and getattr(config, "is_causal", None) in (None, causal)
-        and config._attn_implementation in _ATTENTIONS
-        and all(value is None or value is False or name == "return_dict" for name, value in kwargs.items())
+        not torch.compiler.is_compiling()
+        and isinstance(mask, Tensor)
+        and mask.shape == tokens.shape
+        and not mask.is_meta
+        and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     )
 
 
@@ -177,18 +267,18 @@ def _changes_nothing(mask: Tensor | None, read: Tensor | None, tokens: Tensor) -
     """Return whether a mask hides nothing; with ``read``, nothing up to those positions ``[B]``."""
     if mask is None:
         return True
-    # its values are read, as transformers reads them; they cannot be while compiling
-    if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.shape != tokens.shape or mask.is_meta:
-        return False
     shown = mask.bool()
     if read is not None:
         shown = shown | (torch.arange(mask.shape[1], device=mask.device) > read.to(mask.device)[:, None])
     return bool(shown.all())
 
 
+def _wants_dict(tower: nn.Module, kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("return_dict", getattr(tower.config, "return_dict", True)) is not False
+
+
 def _output(
     tower: nn.Module, kwargs: dict[str, Any], tokens: Tensor | None, pooled: Tensor
 ) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
     output = BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled)
-    wants = kwargs.get("return_dict", getattr(tower.config, "return_dict", True))
-    return output.to_tuple() if wants is False else output
+    return output if _wants_dict(tower, kwargs) else output.to_tuple()

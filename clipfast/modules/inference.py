@@ -12,23 +12,20 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from clipfast.ops import dispatch, encoder
+from clipfast.ops.fingerprint import Fingerprint, can_be_read
 
 T = TypeVar("T")
-
-# values of each parameter that are looked at again before what was made of it is used
-_SAMPLES = 16
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 class _Kept(NamedTuple):
     state: list[tuple[Tensor, int, int]]
-    samples: list[Tensor]
-    values: Tensor
+    fingerprint: Fingerprint
     made: Any
 
 
-# by the module that owns the weights, so that copying, pickling and moving a model know nothing of it
-_kept: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+# by the module that owns the weights, so that copying, pickling and moving a model know nothing of it; and by the dtype
+# that was computed in
+_kept: WeakKeyDictionary[nn.Module, dict[torch.dtype, _Kept]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -43,56 +40,102 @@ def _count_changes(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> 
 register_optimizer_step_post_hook(_count_changes)
 
 
-def applies(x: Tensor) -> bool:
-    """Return whether a call computes on the CPU, for its result alone: nobody derives, traces, casts or looks on."""
-    return (
+def product_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype that products with packed weights are taken in for ``x``, or None where the modules compute.
+
+    It is that of ``x``, or bfloat16 under autocast to it. Packed weights serve calls on the CPU that are made for their
+    result alone: nobody derives, traces or looks on.
+    """
+    if not (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
         and x.dtype in (torch.float32, torch.bfloat16)
         and not (torch.is_grad_enabled() and x.requires_grad)
-        and not torch.is_autocast_enabled("cpu")
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
-    )
+    ):
+        return None
+    if not torch.is_autocast_enabled("cpu"):
+        return x.dtype
+    return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
 
 
-def kept(owner: nn.Module, parameters: Iterable[Tensor], dtype: torch.dtype, make: Callable[[], T]) -> T | None:
+def kept(owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callable[[torch.dtype], T]) -> T | None:
     """Return what ``make`` made of an owner's parameters, made anew if they were written to, moved or replaced since.
 
-    Writes are known by PyTorch's count of them, and by some values of every parameter: what is written through
-    ``.data`` or NumPy is not counted.
+    Writes are known by PyTorch's count of them, and by a :class:`~clipfast.ops.fingerprint.Fingerprint`: what is
+    written through ``.data``, NumPy or DLPack is not counted.
 
-    None where it cannot be kept: a parameter wants a gradient, is of another dtype, is no plain tensor, or does not
-    count its changes (it was made in inference mode).
+    Args:
+        owner: What it is kept for; as long as this lives.
+        parameters: The owner's parameters.
+        x: What they are to be multiplied with.
+        make: Is given the dtype of the products. Only one thing is made for each owner and dtype.
+
+    Returns:
+        None where it cannot be kept: :func:`product_dtype` is None, a parameter wants a gradient, is of another dtype
+        (float32 serves under autocast), has gaps, is no plain tensor, or does not count its changes (it was made in
+        inference mode).
     """
+    dtype = product_dtype(x)
+    if dtype is None:
+        return None
     grad = torch.is_grad_enabled()
-    state = []
+    stored = {x.dtype, torch.float32} if torch.is_autocast_enabled("cpu") else {x.dtype}
+    state, dtypes = [], set()
     for p in parameters:
-        if p.dtype != dtype or (grad and p.requires_grad) or type(p) not in (nn.Parameter, Tensor) or p.is_inference():
+        dtypes.add(p.dtype)
+        if (grad and p.requires_grad) or type(p) not in (nn.Parameter, Tensor) or p.is_inference():
             return None
         state.append((p, p.data_ptr(), p._version))
+    if len(dtypes) != 1 or not dtypes <= stored:
+        return None
     with _lock:
-        found = _kept.get(owner)
+        found = _kept.get(owner, {}).get(dtype)
     if found is not None and len(found.state) == len(state):
         same = all(a is c and b == d and v == w for (a, b, v), (c, d, w) in zip(found.state, state, strict=True))
-        if same and torch.equal(torch.cat(found.samples), found.values):
+        if same and not found.fingerprint.changed():
             return found.made
-    samples = [_sample(p) for p, _, _ in state]
-    # before the weights are read: what is written meanwhile is seen the next time
-    values = torch.cat(samples)
-    made = make()
+    if not all(can_be_read(p) for p, _, _ in state):
+        return None
+    # before the weights are read: what is written meanwhile is seen later
+    fingerprint = Fingerprint([p for p, _, _ in state])
+    made = make(dtype)
     with _lock:
-        _kept[owner] = _Kept(state, samples, values, made)
+        _kept.setdefault(owner, {})[dtype] = _Kept(state, fingerprint, made)
     return made
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    """Return a view of some of a parameter's values, as bits."""
-    bits = parameter.detach().view(_BITS[parameter.dtype])
-    flat = bits.view(-1) if bits.is_contiguous() else bits[(0,) * (bits.dim() - 1)]
-    return flat[:: max(1, flat.shape[0] // _SAMPLES)]
+def uncounted_writes(owner: nn.Module) -> Callable[[], bool]:
+    """Return what tells later whether weights of an owner that are packed now were written to uncounted since."""
+    with _lock:
+        fingerprints = [one.fingerprint for one in _kept.get(owner, {}).values()]
+    return lambda: any(fingerprint.changed() for fingerprint in fingerprints)
+
+
+def forget_packed_weights(model: nn.Module) -> None:
+    """Drop what inference on the CPU made of a model's weights; the next call packs them anew.
+
+    Needed after writes of single values that PyTorch does not count (through ``.data``, NumPy or DLPack), to have them
+    count at the next call. Without it they count after 256 calls at most, and larger writes at once:
+    ``docs/inference.md`` says which.
+
+    Args:
+        model: A model of clipfast, one that it accelerated, or any module that holds the weights.
+
+    Raises:
+        TypeError: ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"forget_packed_weights(model): got {type(model).__name__}, expected a torch.nn.Module")
+    # what owns packed weights may be a twin, which is no part of the model
+    written = {id(p) for p in model.parameters()}
+    with _lock:
+        for owner, made in list(_kept.items()):
+            if any(id(p) in written for one in made.values() for p, _, _ in one.state):
+                del _kept[owner]
 
 
 def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor | None:
@@ -104,12 +147,13 @@ def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor],
         weight: The parameter.
         view: What makes ``[columns, terms]`` of it.
     """
-    if not applies(x) or x.shape[1] % 2 or encoder.prefers_onednn(x.dtype):
+    dtype = product_dtype(x)
+    if dtype is None or x.shape[1] % 2 or encoder.prefers_onednn(dtype) or encoder.native_unable(dtype) is not None:
         return None
-    if encoder.native_unable(x.dtype) is not None:
+    packed = kept(owner, (weight,), x, lambda dtype: _pack(view(weight.detach().to(dtype))))
+    if packed is None:
         return None
-    packed = kept(owner, (weight,), x.dtype, lambda: _pack(view(weight.detach())))
-    return None if packed is None else torch.ops.clipfast.packed_linear(x.contiguous(), packed[0], None, packed[1])
+    return torch.ops.clipfast.packed_linear(x.to(dtype).contiguous(), packed[0], None, packed[1])
 
 
 def project(owner: nn.Module, x: Tensor, projection: Tensor | None) -> Tensor:

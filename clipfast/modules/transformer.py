@@ -242,24 +242,34 @@ class Transformer(nn.Module):
 
     def packed_encoder(self, x: Tensor) -> PackedEncoder | None:
         """Return the packed weights that compute the blocks for ``x`` on the CPU, or None where the modules do."""
-        if not self.layers or not inference.applies(x) or not all(_is_plain_block(b) for b in self.resblocks):
+        if not self.layers or inference.product_dtype(x) is None:
+            return None
+        if not all(_is_plain_block(b) for b in self.resblocks):
             return None
         first = self.resblocks[0]
         made = inference.kept(
             self,
             self.parameters(),
-            x.dtype,
-            lambda: PackedEncoder(
+            x,
+            lambda dtype: PackedEncoder(
                 [b.weights() for b in self.resblocks],
                 first.attn.heads,
                 first.attn.causal,
                 first.mlp.approximate,
                 first.ln_1.eps,
+                dtype,
             ),
         )
         return None if made is None or refusal(made) is not None else made
 
     def _encode(self, encoder: PackedEncoder, x: Tensor, cu_seqlens: Tensor | None, read: Read | None) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return self._encode_packed(encoder, x, cu_seqlens, read)
+        # autocast leaves the residual stream in its dtype
+        with torch.autocast("cpu", enabled=False):
+            return self._encode_packed(encoder, x.to(encoder.dtype), cu_seqlens, read).to(x.dtype)
+
+    def _encode_packed(self, encoder: PackedEncoder, x: Tensor, cu_seqlens: Tensor | None, read: Read | None) -> Tensor:
         one = read is not None and shortcuts_enabled()
         if cu_seqlens is not None:
             out = encode(x, encoder, cu_seqlens=cu_seqlens, read=-1 if one else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -45,6 +46,13 @@ class BlockWeights:
         """Return all twelve."""
         return *self.ln_1, *self.qkv, *self.out, *self.ln_2, *self.fc, *self.proj
 
+    def to(self, dtype: torch.dtype) -> BlockWeights:
+        """Return the block with all twelve in a dtype; itself where they are."""
+        if all(t.dtype == dtype for t in self.tensors()):
+            return self
+        pairs = (self.ln_1, self.qkv, self.out, self.ln_2, self.fc, self.proj)
+        return BlockWeights(*((w.detach().to(dtype), b.detach().to(dtype)) for w, b in pairs))
+
 
 class PackedEncoder:
     """A transformer's weights, packed by the implementation that first needs them.
@@ -57,10 +65,20 @@ class PackedEncoder:
         causal: Whether a token attends to itself and those before it only.
         approximate: The GELU, as in :func:`clipfast.ops.bias_gelu`.
         eps: The LayerNorms'.
+        dtype: What is computed in; None for the weights' own. Biases and LayerNorms keep theirs where they can.
     """
 
-    def __init__(self, blocks: Sequence[BlockWeights], heads: int, causal: bool, approximate: str, eps: float) -> None:
-        self.blocks = tuple(blocks)
+    def __init__(
+        self,
+        blocks: Sequence[BlockWeights],
+        heads: int,
+        causal: bool,
+        approximate: str,
+        eps: float,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self._blocks = tuple(blocks)
+        self.dtype = dtype or self._blocks[0].ln_1[0].dtype
         self.heads = heads
         self.causal = causal
         self.approximate = approximate
@@ -71,12 +89,17 @@ class PackedEncoder:
     @property
     def width(self) -> int:
         """The width of tokens."""
-        return self.blocks[0].ln_1[0].shape[0]
+        return self._blocks[0].ln_1[0].shape[0]
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.blocks[0].ln_1[0].dtype
+    def hidden(self) -> int:
+        """The MLPs' width."""
+        return self._blocks[0].fc[0].shape[0]
+
+    @functools.cached_property
+    def blocks(self) -> tuple[BlockWeights, ...]:
+        """The blocks in the dtype that is computed in, first to last."""
+        return tuple(block.to(self.dtype) for block in self._blocks)
 
     def native_weights(self) -> list[Tensor]:
         """Return the weights as ``clipfast::encode`` takes them."""
@@ -84,11 +107,12 @@ class PackedEncoder:
         if self._native is None:
             pack = torch.ops.clipfast.pack_weight
             weights: list[Tensor] = []
-            for b in self.blocks:
+            for b in self._blocks:
                 for (weight, bias), packed in (
                     (b.ln_1, False), (b.qkv, True), (b.out, True), (b.ln_2, False), (b.fc, True), (b.proj, True)
                 ):  # fmt: skip
-                    weights.append(pack(weight.detach().contiguous()) if packed else weight.detach().float())
+                    weight = weight.detach()
+                    weights.append(pack(weight.to(self.dtype).contiguous()) if packed else weight.float())
                     weights.append(bias.detach().float().contiguous())
             self._native = weights
         return self._native
@@ -183,7 +207,7 @@ def _native_unable(encoder: PackedEncoder) -> str | None:
     reason = native_unable(encoder.dtype)
     if reason is not None:
         return reason
-    if encoder.width % 32 or encoder.width // encoder.heads % 2 or encoder.blocks[0].fc[0].shape[0] % 2:
+    if encoder.width % 32 or encoder.width // encoder.heads % 2 or encoder.hidden % 2:
         return f"width {encoder.width} with {encoder.heads} heads is not served (multiples of 32, even heads)"
     return None
 

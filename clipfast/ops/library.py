@@ -34,6 +34,8 @@ _OPS = (
     "encode",
     "release_workspace",
     "missing_cuda_entry_points",
+    "fingerprint",
+    "changed_weight",
 )
 
 

