@@ -123,8 +123,10 @@ def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
                 set_options(module, found[1])
             elif put:
                 put_on(module, *found)
-            elif not is_accelerated(module):
-                raise Refusal("it was not accelerated, or was changed since")
+            elif not isinstance(module, Accelerated):
+                raise Refusal("it was not accelerated")
+            elif (reason := module.why_not()) is not None:
+                raise Refusal(reason)
             accelerated.append(path)
         except Refusal as refusal:
             # a library that is not known is named once, not for each of its modules

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ _GELUS = {open_clip_transformer.QuickGELU: "quick"}
 class VisionTower(Accelerated):
     """open_clip's ``VisionTransformer``."""
 
+    replaced_methods = ("forward", "_embeds", "_pool", "_global_pool")
+
     def make_twin(self) -> Twin:
         """Return the twin of blocks and pooling; see :class:`~clipfast.models.accelerated.Accelerated`."""
         transformer = _transformer(self.transformer, causal=False)
@@ -73,6 +76,12 @@ class VisionTower(Accelerated):
 class TextTower(Accelerated):
     """open_clip's ``TextTransformer``."""
 
+    replaced_methods = ("forward", "_embeds")
+
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return the mask, and what makes it another one; see the base class."""
+        return self.cls_emb is None, self.use_pad_mask, *_mask_state(self.attn_mask)
+
     def make_twin(self) -> Twin:
         """Return the twin of embeddings, blocks and the last LayerNorm."""
         require(self.cls_emb is None, "it appends a class token with a mask of its own (cls_emb)")
@@ -96,6 +105,12 @@ class TextTower(Accelerated):
 class TextAtRoot(Accelerated):
     """open_clip's ``CLIP``, which holds the text tower's parts itself."""
 
+    replaced_methods = ("encode_text",)
+
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return the mask; see the base class."""
+        return _mask_state(self.attn_mask)
+
     def make_twin(self) -> Twin:
         """Return the twin of embeddings, blocks and the last LayerNorm of the text tower."""
         return _text_twin(self, self.text_pool_type, self.text_eos_id)
@@ -111,9 +126,9 @@ class TextAtRoot(Accelerated):
 
 # what is accelerated: the class, its accelerated form, and the methods that this file knows the insides of
 KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
-    (open_clip_transformer.VisionTransformer, VisionTower, ("forward", "_embeds", "_pool", "_global_pool")),
-    (open_clip_transformer.TextTransformer, TextTower, ("forward", "_embeds")),
-    (open_clip_model.CLIP, TextAtRoot, ("encode_text",)),
+    (open_clip_transformer.VisionTransformer, VisionTower, VisionTower.replaced_methods),
+    (open_clip_transformer.TextTransformer, TextTower, TextTower.replaced_methods),
+    (open_clip_model.CLIP, TextAtRoot, TextAtRoot.replaced_methods),
 )
 
 
@@ -135,6 +150,11 @@ def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> d
 
 def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
     of_type(source, open_clip_transformer.Transformer, "transformer")
+    of_type(source.resblocks, nn.ModuleList, "transformer.resblocks")
+    require(
+        source.batch_first == all(b.attn.batch_first for b in source.resblocks),
+        "transformer takes the batch second (batch_first)",
+    )
     blocks = [_block(block, f"block {i}", causal) for i, block in enumerate(source.resblocks)]
     return TwinTransformer(blocks, lambda: source.grad_checkpointing)
 
@@ -159,10 +179,7 @@ def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
 
 def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
     causal = owner.attn_mask is not None
-    if causal and not owner.attn_mask.is_meta:
-        mask = owner.attn_mask
-        expected = torch.full_like(mask, -torch.inf).triu(1)
-        require(torch.equal(mask, expected), "its attn_mask is not the causal one")
+    require(not causal or _is_causal(owner.attn_mask), "its attn_mask is not the causal one")
     weak = weakref.ref(owner)
     positions: Callable[[], Tensor] = lambda: weak().positional_embedding  # noqa: E731
     tower = TwinText(
@@ -173,6 +190,24 @@ def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
         eos_id if pool_type == "eos" else None,
     )
     return Twin(owner, tower, ["token_embedding", "transformer", "ln_final"])
+
+
+def _is_causal(mask: Tensor) -> bool:
+    return mask.is_meta or torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+
+
+def _mask_state(mask: Tensor | None) -> tuple[Any, ...]:
+    """Return what tells whether a mask is what it was: on the CPU its values, elsewhere PyTorch's count of writes."""
+    if mask is None or torch.compiler.is_compiling():
+        return (mask is None,)
+    if mask.device.type != "cpu" or mask.is_inference():
+        return False, id(mask), -1 if mask.is_inference() else mask._version
+    return False, mask.shape, mask.dtype, torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
+
+
+@lru_cache(maxsize=8)
+def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((tokens, tokens), -torch.inf, dtype=dtype, device="cpu").triu(1)
 
 
 def _pooled(twin: TwinText, text: Tensor, pool_type: str, eos_id: int | None) -> Tensor:

@@ -22,7 +22,9 @@ from clipfast.models.twins import (
     TwinLayerNorm,
     TwinTransformer,
     TwinViT,
+    base_of,
     gelu_of,
+    linear_of,
     of_type,
     require,
 )
@@ -33,6 +35,8 @@ _GELUS = {activations.GELU: "none", activations.GELUTanh: "tanh", activations.Qu
 
 class VisionTower(Accelerated):
     """timm's ``VisionTransformer``."""
+
+    replaced_methods = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
 
     def make_twin(self) -> Twin:
         """Return the twin of blocks and the last LayerNorm."""
@@ -66,7 +70,7 @@ KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
     (
         vision_transformer.VisionTransformer,
         VisionTower,
-        ("forward", "forward_features", "forward_head", "pool", "_pos_embed"),
+        VisionTower.replaced_methods,
     ),
 )
 
@@ -100,7 +104,14 @@ def _block(source: nn.Module, name: str) -> TwinBlock:
         of_type(getattr(attention, part, nn.Identity()), nn.Identity, f"{name}'s {part} in its attention")
     require(getattr(attention, "gate", None) is None, f"{name}'s attention has a gate")
     require(attention.scale == attention.head_dim**-0.5, f"{name} has a scale of its own")
-    of_type(attention.qkv, nn.Linear, f"{name}'s qkv")
+    linear_of(attention.qkv, f"{name}'s qkv")
+    width = 3 * attention.num_heads * attention.head_dim
+    require(
+        width == base_of(attention.qkv).weight.shape[0],
+        f"{name} has {attention.num_heads} heads of {attention.head_dim}, which are not its width",
+    )
+    for part in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
+        of_type(part, nn.Dropout, f"{name}'s dropout")
     return TwinBlock(
         TwinLayerNorm(source.norm1, _NORMS, f"{name}'s norm1"),
         TwinAttention([attention.qkv], attention.proj, attention.num_heads, name=f"{name}'s attention"),

@@ -30,10 +30,13 @@ _NORMS = (nn.LayerNorm,)
 class VisionTower(Accelerated):
     """torchvision's ``VisionTransformer``."""
 
+    replaced_methods = ("forward", "_process_input")
+
     def make_twin(self) -> Twin:
         """Return the twin of blocks and the last LayerNorm."""
         encoder = of_type(self.encoder, vision_transformer.Encoder, "encoder")
         of_type(encoder.layers, nn.Sequential, "encoder.layers")
+        of_type(encoder.dropout, nn.Dropout, "encoder.dropout")
         blocks = [_block(block, name) for name, block in encoder.layers.named_children()]
         tower = TwinViT(TwinTransformer(blocks, lambda: False), TwinLayerNorm(encoder.ln, _NORMS, "encoder.ln"))
         return Twin(self, tower, ["encoder"])
@@ -49,7 +52,7 @@ class VisionTower(Accelerated):
 
 
 KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
-    (vision_transformer.VisionTransformer, VisionTower, ("forward", "_process_input")),
+    (vision_transformer.VisionTransformer, VisionTower, VisionTower.replaced_methods),
 )
 
 
@@ -65,6 +68,7 @@ def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> d
 
 def _block(source: nn.Module, name: str) -> TwinBlock:
     of_type(source, vision_transformer.EncoderBlock, name)
+    of_type(source.dropout, nn.Dropout, f"{name}'s dropout")
     mlp = of_type(source.mlp, vision_transformer.MLPBlock, f"{name}'s MLP")
     kinds = [type(part) for part in mlp]
     require(

@@ -26,10 +26,13 @@ from clipfast.models.twins import (
     TwinText,
     TwinTransformer,
     TwinViT,
+    base_of,
     gelu_of,
+    linear_of,
     of_type,
     require,
 )
+from clipfast.modules import plainness
 
 _GELUS = {
     activations.GELUActivation: "none",
@@ -77,6 +80,7 @@ class TextTower(Accelerated):
         """Return the twin of embeddings, blocks and the last LayerNorm."""
         require(hasattr(self, "final_layer_norm"), "it is not laid out as in transformers 5")
         require(isinstance(self.eos_token_id, int), f"its eos_token_id is {self.eos_token_id}, expected one id")
+        of_type(self.embeddings, modeling_clip.CLIPTextEmbeddings, "embeddings")
         positions = of_type(self.embeddings.position_embedding, nn.Embedding, "position_embedding")
         twin = TwinText(
             self.embeddings.token_embedding,
@@ -135,6 +139,7 @@ def options_for(module: nn.Module, parent: nn.Module | None, *, token_outputs: b
 
 def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
     of_type(source, modeling_clip.CLIPEncoder, "encoder")
+    of_type(source.layers, nn.ModuleList, "encoder.layers")
     blocks = [_block(layer, f"layer {i}", causal) for i, layer in enumerate(source.layers)]
     layers = source.layers
     return TwinTransformer(blocks, lambda: layers[0].gradient_checkpointing and layers[0].training)
@@ -145,10 +150,13 @@ def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
     of_type(source.mlp, modeling_clip.CLIPMLP, f"{name}'s MLP")
     attention = of_type(source.self_attn, modeling_clip.CLIPAttention, f"{name}'s attention")
     require(attention.scale == attention.head_dim**-0.5, f"{name} has a scale of its own")
-    parts = [of_type(getattr(attention, p), nn.Linear, f"{name}'s {p}") for p in ("q_proj", "k_proj", "v_proj")]
+    parts = [linear_of(getattr(attention, p), f"{name}'s {p}") for p in ("q_proj", "k_proj", "v_proj")]
+    width = base_of(parts[0]).weight.shape[0]
+    # what transformers reads is head_dim
+    require(width % attention.head_dim == 0, f"{name} has heads of {attention.head_dim} for a width of {width}")
     return TwinBlock(
         TwinLayerNorm(source.layer_norm1, _NORMS, f"{name}'s layer_norm1"),
-        TwinAttention(parts, attention.out_proj, attention.num_heads, causal, name=f"{name}'s attention"),
+        TwinAttention(parts, attention.out_proj, width // attention.head_dim, causal, name=f"{name}'s attention"),
         TwinLayerNorm(source.layer_norm2, _NORMS, f"{name}'s layer_norm2"),
         source.mlp.fc1,
         source.mlp.fc2,
@@ -169,8 +177,15 @@ def _is_plain(config: Any, kwargs: dict[str, Any], causal: bool) -> bool:
         and not getattr(config, "output_attentions", False)
         and getattr(config, "is_causal", None) in (None, causal)
         and config._attn_implementation in _ATTENTIONS
+        and _is_known(config._attn_implementation)
         and all(value is None or value is False or name == "return_dict" for name, value in kwargs.items())
     )
+
+
+def _is_known(implementation: str | None) -> bool:
+    """Return whether an attention implementation is transformers' own: users register others under its names."""
+    function = modeling_clip.ALL_ATTENTION_FUNCTIONS.get(implementation)
+    return function is None or plainness.is_from(function, "transformers")
 
 
 def _changes_nothing(mask: Tensor | None, read: Tensor | None, tokens: Tensor) -> bool:

@@ -16,10 +16,14 @@ from torch import nn
 from torch.nn.modules import module as _global
 
 from clipfast.models.twins import Refusal
+from clipfast.modules import plainness
+from clipfast.modules.plainness import Watch, modules_in
 from clipfast.modules.shortcuts import has_hooks, hooks_of
 
 _TWIN = "_clipfast_twin"
 _OPTIONS = "_clipfast_options"
+# calls that a changed tower runs as it is before it is judged again, at most
+_PATIENCE = 64
 
 
 class AccelerateWarning(UserWarning):
@@ -33,34 +37,71 @@ class Twin:
         original: The module that it stands for.
         tower: The twin.
         replaced: The names of the original's children that the twin computes in the place of.
+
+    Raises:
+        Refusal: A module that it stands for, or the original's own code, was changed.
     """
 
-    def __init__(self, original: nn.Module, tower: nn.Module, replaced: Iterable[str]) -> None:
-        self.tower = tower
+    def __init__(self, original: Accelerated, tower: nn.Module, replaced: Iterable[str]) -> None:
+        self.tower: nn.Module | None = tower
+        self.refusal: str | None = None
         self._replaced = tuple((name, original._modules[name]) for name in replaced)
-        self._modules = tuple(m for _, child in self._replaced for m in child.modules())
-        self._classes = tuple(type(m) for m in self._modules)
-        self._children = tuple((m, tuple(m._modules.values())) for m in self._modules if m._modules)
+        self._paths = {
+            module: f"{name}.{path}" if path else name
+            for name, child in self._replaced
+            for module, path in modules_in(child).items()
+        }
+        for module, path in self._paths.items():
+            reason = plainness.departure(module)
+            if reason is not None:
+                raise Refusal(f"{path}: {reason}")
+        own = original.own_references()
+        self._names = frozenset(name for owner, name, _ in own if owner is original._original_class) - {"forward"}
+        reason = plainness.replaced_function(own) or original.changed_method(self._names)
+        if reason is not None:
+            raise Refusal(reason)
+        # under torch.compile the watch's comparison is made once, and these are guarded
+        self._guarded = tuple((m, type(m), tuple(m._modules.values())) for m in self._paths)
+        self._watch = Watch(self._paths, own)
         self._noisy = tuple(
-            (m, name) for m in self._modules for name in ("p", "drop_prob", "dropout") if _is_rate(m, name)
+            (m, name) for m in self._paths for name in ("p", "drop_prob", "dropout") if _is_rate(m, name)
         )
+        self._baked = original.baked_attributes()
 
-    def is_whole(self, original: nn.Module) -> bool:
-        """Return whether the original's modules are those that the twin was made of."""
+    def is_whole(self, original: Accelerated) -> bool:
+        """Return whether the original is as it was when the twin was made, its weights and hooks apart."""
         for name, child in self._replaced:
             if original._modules.get(name) is not child:
                 return False
-        for module, children in self._children:
+        return (
+            original.__dict__.keys().isdisjoint(self._names)
+            and _equal(original.baked_attributes(), self._baked)
+            and self._watch.holds()
+        )
+
+    def is_whole_while_compiling(self, original: Accelerated) -> bool:
+        """Return the same as :meth:`is_whole` to a compiler, which looks again when types, children or methods change."""
+        for name, child in self._replaced:
+            if original._modules.get(name) is not child:
+                return False
+        for module, kind, children in self._guarded:
+            if type(module) is not kind or not hasattr(module.forward, "__func__"):
+                return False
             if tuple(module._modules.values()) != children:
                 return False
-        return tuple(type(m) for m in self._modules) == self._classes
+        return self._holds_now()
 
-    def is_observed(self) -> bool:
-        """Return whether a hook waits for a module that the twin does not call as the original would."""
-        for m in self._modules:
-            if has_hooks(m) and not all(_is_idle(hook) for hook in hooks_of(m)):
-                return True
-        return _global._has_any_global_hook() and any(
+    @torch._dynamo.assume_constant_result
+    def _holds_now(self) -> bool:
+        return self._watch.holds()
+
+    def observer(self) -> str | None:
+        """Return which hook waits for a module that the twin does not call as the original would; None for none."""
+        if torch.compiler.is_compiling() or self._watch.is_hooked():
+            for m, path in self._paths.items():
+                if has_hooks(m) and not all(_is_idle(hook) for hook in hooks_of(m)):
+                    return f"a hook waits for {path}"
+        if _global._has_any_global_hook() and any(
             not _is_idle(hook)
             for kind in (
                 _global._global_forward_hooks,
@@ -69,11 +110,52 @@ class Twin:
                 _global._global_backward_pre_hooks,
             )
             for hook in kind.values()
+        ):
+            return "a hook waits for all modules"
+        return None
+
+    def noise(self) -> str | None:
+        """Return which module of the original would drop values at random now; None for none."""
+        for module, name in self._noisy:
+            if module.training and getattr(module, name):
+                return f"{self._paths[module]} drops values at random in training"
+        return None
+
+
+class Refused:
+    """Why a module that was accelerated runs its original code, until it is changed again."""
+
+    tower = None
+
+    def __init__(self, original: Accelerated, refusal: str, patience: int = 0) -> None:
+        self.refusal = refusal
+        self._patience, self._waited = patience, 0
+        self._children = tuple(original._modules.values())
+        self._watch = Watch(modules_in(*(c for c in self._children if c is not None)), original.own_references())
+        self._baked = original.baked_attributes()
+
+    def is_whole(self, original: Accelerated) -> bool:
+        """Return whether nothing changed, or it is too early to look again."""
+        if self._waited < self._patience:
+            # a module that changes at every call would be judged at every call
+            self._waited += 1
+            return True
+        return (
+            tuple(original._modules.values()) == self._children
+            and _equal(original.baked_attributes(), self._baked)
+            and self._watch.holds()
         )
 
-    def is_noisy(self) -> bool:
-        """Return whether the original would drop values at random now."""
-        return any(module.training and getattr(module, name) for module, name in self._noisy)
+    def next_patience(self) -> int:
+        """Return how many calls to wait after one more refusal."""
+        return min(_PATIENCE, 2 * self._patience + 1)
+
+
+def _equal(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    try:
+        return a == b
+    except Exception:  # tensors that are not the same
+        return False
 
 
 def _is_rate(module: nn.Module, name: str) -> bool:
@@ -91,10 +173,15 @@ def _is_idle(hook: object) -> bool:
 
 
 class Accelerated:
-    """The base of accelerated modules, before the original class in the order of method resolution."""
+    """The base of accelerated modules, before the original class in the order of method resolution.
+
+    Attributes:
+        replaced_methods: The methods of the library's class that the accelerated form computes in the place of.
+    """
 
     _original_class: type
     _mixin: type
+    replaced_methods: tuple[str, ...] = ("forward",)
 
     def make_twin(self) -> Twin:
         """Return the twin of this module.
@@ -104,30 +191,60 @@ class Accelerated:
         """
         raise NotImplementedError
 
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return those attributes of the module itself that its twin was made by, to be compared later."""
+        return ()
+
+    def own_references(self) -> list[plainness.Reference]:
+        """Return the methods and functions that the original's own code names."""
+        return plainness.references(self._original_class, self.replaced_methods)
+
+    def changed_method(self, names: Iterable[str]) -> str | None:
+        """Return which method was set on the instance, or None; what stands in ``forward``'s place calls on its own."""
+        for name in names:
+            if name in self.__dict__:
+                return f"its {name} was set on the instance"
+        return None
+
     def serving_twin(self) -> Any:
         """Return the twin that serves a call, or None where the original code must."""
         twin = self.__dict__.get(_TWIN)
         if twin is None or torch.jit.is_tracing() or torch.compiler.is_exporting():
             return None
-        if not twin.is_whole(self):
-            if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if twin.tower is None or not twin.is_whole_while_compiling(self):
                 return None
-            twin = self._make_again()
-        if twin is None or twin.is_observed() or twin.is_noisy():
+        elif plainness.is_transformed():
+            return None
+        elif not twin.is_whole(self):
+            twin = self._judge_again(twin)
+        if twin.tower is None or twin.observer() is not None or twin.noise() is not None:
             return None
         return twin.tower
 
-    def _make_again(self) -> Twin | None:
+    def why_not(self) -> str | None:
+        """Return why the original code would serve a call now, or None where the twin would."""
+        twin = self.__dict__.get(_TWIN)
+        if twin is None:
+            return "it was not accelerated, or was changed since"
+        if not twin.is_whole(self):
+            twin = self._judge_again(twin)
+        return twin.refusal or twin.observer() or twin.noise()
+
+    def _judge_again(self, last: Twin | Refused) -> Twin | Refused:
+        twin: Twin | Refused
         try:
             twin = self.make_twin()
         except Refusal as refusal:
-            twin = None
-            name = self._original_class.__name__
-            warnings.warn(
-                f"clipfast: a {name} was changed and runs its original code from now on: {refusal}",
-                AccelerateWarning,
-                stacklevel=4,
-            )
+            patience = last.next_patience() if isinstance(last, Refused) else 0
+            twin = Refused(self, str(refusal), patience)
+            if last.refusal != twin.refusal:
+                name = self._original_class.__name__
+                warnings.warn(
+                    f"clipfast: a {name} was changed and runs its original code as long as it is: {refusal}",
+                    AccelerateWarning,
+                    stacklevel=4,
+                )
         self.__dict__[_TWIN] = twin
         return twin
 
@@ -141,10 +258,12 @@ class Accelerated:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if _OPTIONS not in state:
+            return  # an instance that was made anew by its class
         try:
             self.__dict__[_TWIN] = self.make_twin()
-        except Refusal:
-            self.__dict__[_TWIN] = None
+        except Refusal as refusal:
+            self.__dict__[_TWIN] = Refused(self, str(refusal))
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # nn.DataParallel fills its replicas with tensors that are no Parameters of theirs
@@ -179,7 +298,8 @@ def _new(original: type, mixin: type) -> nn.Module:
 
 def is_accelerated(module: nn.Module) -> bool:
     """Return whether a module is accelerated and has its twin."""
-    return isinstance(module, Accelerated) and module.__dict__.get(_TWIN) is not None
+    twin = module.__dict__.get(_TWIN) if isinstance(module, Accelerated) else None
+    return twin is not None and twin.tower is not None
 
 
 def set_options(module: nn.Module, options: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ def applies(x: Tensor) -> bool:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 

@@ -61,12 +61,15 @@ class PackedEncoder:
 
     def __init__(self, blocks: Sequence[BlockWeights], heads: int, causal: bool, approximate: str, eps: float) -> None:
         self.blocks = tuple(blocks)
-        self.heads = heads
-        self.causal = causal
-        self.approximate = approximate
-        self.eps = eps
         self._native: list[Tensor] | None = None
         self._onednn: list[tuple[Tensor, ...]] | None = None
+        self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
+
+    def set_options(self, heads: int, causal: bool, approximate: str, eps: float) -> None:
+        """Take other options than those it was made with; the arguments are the constructor's."""
+        if (heads, causal, approximate, eps) != (self.heads, self.causal, self.approximate, self.eps):
+            self._native = self._onednn = None
+            self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
 
     @property
     def width(self) -> int:
