@@ -151,11 +151,9 @@ def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> d
 def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
     of_type(source, open_clip_transformer.Transformer, "transformer")
     of_type(source.resblocks, nn.ModuleList, "transformer.resblocks")
-    require(
-        source.batch_first == all(b.attn.batch_first for b in source.resblocks),
-        "transformer takes the batch second (batch_first)",
-    )
     blocks = [_block(block, f"block {i}", causal) for i, block in enumerate(source.resblocks)]
+    # each block's attention is known to take the batch first
+    require(source.batch_first, "transformer takes the batch second (batch_first)")
     return TwinTransformer(blocks, lambda: source.grad_checkpointing)
 
 

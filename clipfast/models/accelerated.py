@@ -80,12 +80,12 @@ class Twin:
         )
 
     def is_whole_while_compiling(self, original: Accelerated) -> bool:
-        """Return the same as :meth:`is_whole` to a compiler, which looks again when types, children or methods change."""
+        """Return as :meth:`is_whole` to a compiler, which looks again when types, children or methods change."""
         for name, child in self._replaced:
             if original._modules.get(name) is not child:
                 return False
         for module, kind, children in self._guarded:
-            if type(module) is not kind or not hasattr(module.forward, "__func__"):
+            if type(module) is not kind or not isinstance(module.forward, types.MethodType):
                 return False
             if tuple(module._modules.values()) != children:
                 return False
@@ -94,6 +94,10 @@ class Twin:
     @torch._dynamo.assume_constant_result
     def _holds_now(self) -> bool:
         return self._watch.holds()
+
+    def is_on_meta(self) -> bool:
+        """Return whether weights are elsewhere until the original's code asks for them."""
+        return self._watch.is_on_meta()
 
     def observer(self) -> str | None:
         """Return which hook waits for a module that the twin does not call as the original would; None for none."""
@@ -218,7 +222,7 @@ class Accelerated:
             return None
         elif not twin.is_whole(self):
             twin = self._judge_again(twin)
-        if twin.tower is None or twin.observer() is not None or twin.noise() is not None:
+        if twin.tower is None or twin.is_on_meta() or twin.observer() is not None or twin.noise() is not None:
             return None
         return twin.tower
 

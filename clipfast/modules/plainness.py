@@ -51,8 +51,6 @@ def departure(module: nn.Module, sharded: bool = False) -> str | None:
             continue
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
             return f"its {name} is a {type(parameter).__module__}.{type(parameter).__qualname__}, no plain Parameter"
-        if parameter is not None and parameter.is_meta:
-            return f"its {name} is on the meta device"
     return replaced_function(references(cls))
 
 
@@ -215,6 +213,7 @@ class Watch:
         self._inside = list(chain.from_iterable(map(dict.values, self._children)))
         self._parameters = [m._parameters for m in self.modules if m._parameters]
         self._kinds = self._kinds_now()
+        self._on_meta = any(p is not None and p.is_meta for table in self._parameters for p in table.values())
         self._hooks = tuple(chain.from_iterable(map(_hook_tables, self.modules)))
         found = {(id(o), n): (o, n, v) for o, n, v in references_too}
         for cls in dict.fromkeys(self._types):
@@ -239,6 +238,10 @@ class Watch:
             )
         except Exception:  # what cannot be compared is not the same
             return False
+
+    def is_on_meta(self) -> bool:
+        """Return whether a weight has no values, and the comparison holds."""
+        return self._on_meta
 
     def is_hooked(self) -> bool:
         """Return whether a hook waits for one of the modules."""
@@ -285,17 +288,17 @@ def modules_in(*roots: nn.Module) -> dict[nn.Module, str]:
     Some wrappers change themselves when they are asked for ``modules()``.
     """
     found: dict[nn.Module, str] = {}
-
-    def add(module: nn.Module, path: str) -> None:
-        if module not in found:
-            found[module] = path
-            for name, child in module._modules.items():
-                if child is not None:
-                    add(child, f"{path}.{name}" if path else name)
-
     for root in roots:
-        add(root, "")
+        _add(root, "", found)
     return found
+
+
+def _add(module: nn.Module, path: str, found: dict[nn.Module, str]) -> None:
+    if module not in found:
+        found[module] = path
+        for name, child in module._modules.items():
+            if child is not None:
+                _add(child, f"{path}.{name}" if path else name, found)
 
 
 def _hook_tables(module: nn.Module) -> tuple[dict, ...]:
@@ -324,7 +327,7 @@ def is_untouched(module: nn.Module, forwards: dict[type, Any]) -> bool:
     cls = type(module)
     return (
         cls in forwards
-        and hasattr(module.forward, "__func__")  # a function on the instance has none
+        and isinstance(module.forward, types.MethodType)  # not so if it was set on the instance
         and cls.forward is forwards[cls]
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -397,10 +398,10 @@ def _is_own(block: nn.Module) -> bool:
     return (
         isinstance(block, ResidualAttentionBlock)
         and type(block).forward is ResidualAttentionBlock.forward
-        and hasattr(block.forward, "__func__")
+        and isinstance(block.forward, MethodType)
         and isinstance(block.attn, SelfAttention)
         and type(block.attn).forward is SelfAttention.forward
         and type(block.attn).forward_one is SelfAttention.forward_one
-        and hasattr(block.attn.forward, "__func__")
-        and hasattr(block.mlp.forward, "__func__")
+        and isinstance(block.attn.forward, MethodType)
+        and isinstance(block.mlp.forward, MethodType)
     )
