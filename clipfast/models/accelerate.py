@@ -13,6 +13,7 @@ from torch import nn
 
 from clipfast.models.accelerated import Accelerated, AccelerateWarning, is_accelerated, put_on, set_options, take_off
 from clipfast.models.twins import Refusal
+from clipfast.modules import plainness
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -154,7 +155,7 @@ def _match(module: nn.Module, parent: nn.Module | None, wanted: dict[str, Any]) 
         if isinstance(module, original):
             base = module._original_class if isinstance(module, Accelerated) else type(module)
             for name in methods:
-                if name in module.__dict__ or getattr(base, name) is not getattr(original, name):
+                if plainness.is_shadowed(module, name) or getattr(base, name) is not getattr(original, name):
                     raise Refusal(f"its {name} is not that of {library}'s {original.__name__}")
             return mixin, family.options_for(module, parent, **wanted)
     reason = family.left_alone(module)

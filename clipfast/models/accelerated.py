@@ -6,9 +6,10 @@ The subclass is made on the fly and keeps the class's name and module, since lib
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -176,6 +177,18 @@ def _is_idle(hook: object) -> bool:
     return getattr(hook, "__module__", "") in ("transformers.utils.output_capturing", "torch.utils.module_tracker")
 
 
+def _also_when_restored(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method that somebody kept go on after the module was restored, by the class's own."""
+
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Accelerated):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), method.__name__)(self, *args, **kwargs)
+
+    return call
+
+
 class Accelerated:
     """The base of accelerated modules, before the original class in the order of method resolution.
 
@@ -186,6 +199,12 @@ class Accelerated:
     _original_class: type
     _mixin: type
     replaced_methods: tuple[str, ...] = ("forward",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in cls.replaced_methods:
+            if name in cls.__dict__ and cls.__module__.partition(".")[0] == "clipfast":
+                setattr(cls, name, _also_when_restored(cls.__dict__[name]))
 
     def make_twin(self) -> Twin:
         """Return the twin of this module.
@@ -206,7 +225,7 @@ class Accelerated:
     def changed_method(self, names: Iterable[str]) -> str | None:
         """Return which method was set on the instance, or None; what stands in ``forward``'s place calls on its own."""
         for name in names:
-            if name in self.__dict__:
+            if plainness.is_shadowed(self, name):
                 return f"its {name} was set on the instance"
         return None
 
@@ -350,4 +369,8 @@ def take_off(modules: Iterable[nn.Module]) -> None:
     for module in accelerated:
         for name in (_TWIN, _OPTIONS):
             module.__dict__.pop(name, None)
+        for name, value in list(module.__dict__.items()):
+            # what others put in a method's place and took back: the accelerated method, bound
+            if isinstance(value, types.MethodType) and value.__func__ is getattr(type(module)._mixin, name, None):
+                del module.__dict__[name]
         module.__class__ = type(module)._original_class

@@ -41,8 +41,7 @@ def departure(module: nn.Module, sharded: bool = False) -> str | None:
     """
     cls = type(module)
     for name in module.__dict__:
-        found = getattr(cls, name, None)
-        if isinstance(found, types.FunctionType | property) or name == "_compiled_call_impl":
+        if is_shadowed(module, name):
             return f"its {name} was set on the instance"
     if "parametrizations" in module._modules:
         return "it is parametrised"
@@ -52,6 +51,19 @@ def departure(module: nn.Module, sharded: bool = False) -> str | None:
         if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
             return f"its {name} is a {type(parameter).__module__}.{type(parameter).__qualname__}, no plain Parameter"
     return replaced_function(references(cls))
+
+
+def is_shadowed(module: nn.Module, name: str) -> bool:
+    """Return whether an instance has something else in the place of a method of its class.
+
+    What others put there and took back, such as offloading, is the class's own method, bound.
+    """
+    if name not in module.__dict__:
+        return False
+    found, method = getattr(type(module), name, None), module.__dict__[name]
+    if getattr(method, "__self__", None) is module and getattr(method, "__func__", None) is found:
+        return False
+    return isinstance(found, types.FunctionType | property) or name == "_compiled_call_impl"
 
 
 def references(cls: type, entries: Iterable[str] = _CALL) -> list[Reference]:
@@ -327,7 +339,8 @@ def is_untouched(module: nn.Module, forwards: dict[type, Any]) -> bool:
     cls = type(module)
     return (
         cls in forwards
-        and isinstance(module.forward, types.MethodType)  # not so if it was set on the instance
+        and isinstance(module.forward, types.MethodType)  # a compiler looks at no more than this
+        and (torch.compiler.is_compiling() or not is_shadowed(module, "forward"))
         and cls.forward is forwards[cls]
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
