@@ -150,6 +150,8 @@ def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
     of_type(source.mlp, modeling_clip.CLIPMLP, f"{name}'s MLP")
     attention = of_type(source.self_attn, modeling_clip.CLIPAttention, f"{name}'s attention")
     require(attention.scale == attention.head_dim**-0.5, f"{name} has a scale of its own")
+    # the text model tells its layers that they are causal, the vision model asks them
+    require(causal or not getattr(attention, "is_causal", False), f"{name} is causal (is_causal)")
     parts = [linear_of(getattr(attention, p), f"{name}'s {p}") for p in ("q_proj", "k_proj", "v_proj")]
     width = base_of(parts[0]).weight.shape[0]
     # what transformers reads is head_dim

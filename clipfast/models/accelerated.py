@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import module as _global
 
@@ -25,6 +26,8 @@ _TWIN = "_clipfast_twin"
 _OPTIONS = "_clipfast_options"
 # calls that a changed tower runs as it is before it is judged again, at most
 _PATIENCE = 64
+# PyTorch's functions within clipfast's ops: who replaced one did not mean those
+_CALLED = ("linear", "gelu", "layer_norm", "scaled_dot_product_attention", "softmax", "embedding")
 
 
 class AccelerateWarning(UserWarning):
@@ -219,8 +222,9 @@ class Accelerated:
         return ()
 
     def own_references(self) -> list[plainness.Reference]:
-        """Return the methods and functions that the original's own code names."""
-        return plainness.references(self._original_class, self.replaced_methods)
+        """Return the methods and functions that the original's own code names, and those that clipfast's calls."""
+        own = plainness.references(self._original_class, self.replaced_methods)
+        return own + [(F, name, getattr(F, name)) for name in _CALLED]
 
     def changed_method(self, names: Iterable[str]) -> str | None:
         """Return which method was set on the instance, or None; what stands in ``forward``'s place calls on its own."""

@@ -32,13 +32,17 @@ class BlockStates:
         self.blocks = tuple(judge(block) for block in self._roots)
         self.all_plain = all(state == PLAIN for state in self.blocks)
         self._watch = Watch(modules_in(container))
+        # an adapter's: what is drawn hangs on how many rows there are
+        self._dropouts = tuple(m for m in self._watch.modules if isinstance(m, nn.modules.dropout._DropoutNd))
 
     def holds(self, container: nn.Module) -> bool:
         """Return whether the blocks are as they were, hooks and the values of weights apart."""
         return self._watch.modules[0] is container and self._watch.holds()
 
     def is_observed(self, indices: Iterable[int]) -> bool:
-        """Return whether a hook waits for a module of these blocks."""
+        """Return whether a hook waits for a module of these blocks, or values are dropped at random in any."""
+        if any(m.training and m.p for m in self._dropouts):
+            return True
         return self._watch.is_hooked() and any(is_observed(self._roots[i]) for i in indices)
 
 

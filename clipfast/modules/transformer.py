@@ -241,7 +241,13 @@ class Transformer(nn.Module):
 
     def can_pack(self) -> bool:
         """Return whether the blocks take packed sequences: they are clipfast's, and nobody watches them."""
-        return shortcuts_enabled() and self._takes_rows(range(self.layers)) and "forward" not in self.__dict__
+        return (
+            shortcuts_enabled()
+            and "forward" not in self.__dict__
+            and self._takes_rows(range(self.layers))
+            # what lies behind the token that is read is hidden from it
+            and all(block.attn.causal for block in self.resblocks)
+        )
 
     def can_read_one(self) -> bool:
         """Return whether the last block may compute one token alone: it is clipfast's, and nobody watches it."""

@@ -11,8 +11,8 @@ from typing import Any
 
 import open_clip
 import pytest
-import tiny
 import timm
+import tiny
 import torch
 import user_actions
 from rivals import captions
@@ -23,6 +23,7 @@ from transformers.models.clip import modeling_clip
 from user_actions import COMMON_ATTRIBUTES, COMMON_FUNCTIONS, Subject
 
 import clipfast
+from clipfast.modules import transformer
 
 SEQUENCES = int(os.environ.get("CLIPFAST_ACTION_SEQUENCES", "2000"))
 FIRST = int(os.environ.get("CLIPFAST_ACTION_FIRST", "1000"))
@@ -46,7 +47,7 @@ def subject(
     other = copy.deepcopy(plain)
     if not isinstance(plain, clipfast.CLIP):
         clipfast.accelerate(other)
-    return Subject([plain, other], inputs, COMMON_FUNCTIONS + functions, COMMON_ATTRIBUTES | attributes, targets)
+    return Subject([plain, other], inputs, functions, COMMON_ATTRIBUTES | attributes, targets)
 
 
 def mask_of(old: torch.Tensor) -> torch.Tensor:
@@ -60,6 +61,7 @@ OPEN_CLIP = partial(
     tiny.open_clip_clip,
     lambda dtype: {"image": images(dtype), "text": captions(2, 16, 100)},
     [
+        *COMMON_FUNCTIONS,
         (open_clip.transformer, "text_global_pool"),
         (open_clip.transformer.ResidualAttentionBlock, "attention"),
         (open_clip.transformer.VisionTransformer, "_embeds"),
@@ -84,6 +86,7 @@ TRANSFORMERS = partial(
     tiny.transformers_clip,
     lambda dtype: {"pixel_values": images(dtype), "input_ids": captions(2, 16, 100)},
     [
+        *COMMON_FUNCTIONS,
         (modeling_clip, "eager_attention_forward"),
         (modeling_clip.CLIPAttention, "forward"),
         (modeling_clip.CLIPTextModel, "forward"),
@@ -110,6 +113,7 @@ TIMM = partial(
     tiny.timm_vit,
     lambda dtype: {"x": images(dtype)},
     [
+        *COMMON_FUNCTIONS,
         (timm.layers.Attention, "forward"),
         (timm.layers.Mlp, "forward"),
         (timm_vit.VisionTransformer, "_pos_embed"),
@@ -130,6 +134,7 @@ TORCHVISION = partial(
     lambda: tiny.drawn(torchvision_vit.VisionTransformer(32, 16, 2, 2, 64, 128, num_classes=8)),
     lambda dtype: {"x": images(dtype)},
     [
+        *COMMON_FUNCTIONS,
         (torchvision_vit.EncoderBlock, "forward"),
         (torchvision_vit.Encoder, "forward"),
         (torchvision_vit.VisionTransformer, "_process_input"),
@@ -145,8 +150,13 @@ OWN = partial(
     subject,
     tiny.clip,
     lambda dtype: {"image": images(dtype), "text": captions(2, 16, 100)},
-    [],
-    {clipfast.modules.transformer.SelfAttention: [("heads", 1), ("causal", lambda old: not old)]},
+    [
+        (transformer.SelfAttention, "qkv_parameters"),
+        (transformer.ResidualAttentionBlock, "forward"),
+        (transformer.LayerNorm, "forward"),
+        (transformer.MLP, "forward"),
+    ],
+    {transformer.SelfAttention: [("heads", 1), ("causal", lambda old: not old)]},
     ["out_proj", "c_fc", "c_proj"],
 )
 LIBRARIES = {

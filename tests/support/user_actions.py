@@ -207,7 +207,9 @@ def change_attribute(s: Subject, r: random.Random) -> str | None:
     for m in modules:
         setattr(m, name, value(getattr(m, name)) if callable(value) else value)
     if r.random() < 0.5:
-        s.undo.append((f"back {path}.{name}", lambda: [setattr(m, name, o) for m, o in zip(modules, olds)]))
+        s.undo.append(
+            (f"back {path}.{name}", lambda: [setattr(m, name, o) for m, o in zip(modules, olds, strict=True)])
+        )
     return f"set {path}.{name}"
 
 
