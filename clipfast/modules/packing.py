@@ -44,9 +44,9 @@ def pack(read: Tensor, context_length: int) -> Packing:
     """
     lengths, by_length = (read.cpu().long() + 1).sort(stable=True)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-    positions = torch.arange(int(cu_seqlens[-1])) - cu_seqlens[:-1].repeat_interleave(lengths)
+    positions = torch.arange(int(cu_seqlens[-1]), device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
     rows = positions + (by_length * context_length).repeat_interleave(lengths)
-    order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length)))
+    order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length), device="cpu"))
     rows, positions, ends, order = (t.to(read.device) for t in (rows, positions, cu_seqlens[1:] - 1, order))
     return Packing(rows, positions, cu_seqlens, ends, order)
 

@@ -293,7 +293,7 @@ class Transformer(nn.Module):
             out = encode(x, encoder, cu_seqlens=cu_seqlens, read=-1 if one else None)
             return out if one or read is None else take_tokens(out, read)
         batch, tokens = x.shape[:2]
-        offsets = torch.arange(0, (batch + 1) * tokens, tokens)
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, device="cpu")
         # a causal encoder is read at the last token, where that is the one that is asked for
         one = one and isinstance(read, int) and (not encoder.causal or read == tokens - 1)
         position = None if not one else -1 if encoder.causal else read

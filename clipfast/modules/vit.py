@@ -77,7 +77,7 @@ class PatchDropout(nn.Module):
         batch, patches = x.shape[0], x.shape[1] - 1
         kept = max(1, int(patches * (1 - self.prob)))
         # drawn on the CPU, as open_clip draws it: one seed keeps the same patches on every device
-        chosen = torch.randn(batch, patches).topk(kept, dim=-1).indices.to(x.device)
+        chosen = torch.randn(batch, patches, device="cpu").topk(kept, dim=-1).indices.to(x.device)
         rows = torch.arange(batch, device=x.device)[:, None]
         return torch.cat([x[:, :1], x[:, 1:][rows, chosen]], dim=1)
 

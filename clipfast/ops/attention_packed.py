@@ -81,16 +81,16 @@ def group_by_length(offsets: list[int], device: torch.device) -> Groups:
     counts = [(n, len(group)) for n, group in by_length.items()]
     if sorted_already:
         return Groups(counts, None, None)
-    sequences = torch.tensor([i for group in by_length.values() for i in group])
-    lengths = torch.tensor([n for n, count in counts for _ in range(count)])
+    sequences = torch.tensor([i for group in by_length.values() for i in group], device="cpu")
+    lengths = torch.tensor([n for n, count in counts for _ in range(count)], device="cpu")
     # from where a token goes to where it comes from is as far as for its sequence's first
-    moves = torch.tensor(starts)[sequences] - (lengths.cumsum(0) - lengths)
-    tokens = torch.arange(offsets[-1]) + moves.repeat_interleave(lengths)
+    moves = torch.tensor(starts, device="cpu")[sequences] - (lengths.cumsum(0) - lengths)
+    tokens = torch.arange(offsets[-1], device="cpu") + moves.repeat_interleave(lengths)
     return Groups(counts, _with_inverse(tokens, device), _with_inverse(sequences, device))
 
 
 def _with_inverse(order: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0]))
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     return order.to(device), inverse.to(device)
 
 

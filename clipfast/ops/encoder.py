@@ -283,7 +283,7 @@ def _attention(qkv: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor) -> Tenso
     sequences = cu_seqlens.shape[0] - 1
     tokens = qkv.shape[0] // sequences
     # sequences of one length, as images are, need no packing
-    if torch.equal(cu_seqlens, torch.arange(0, (sequences + 1) * tokens, tokens)):
+    if torch.equal(cu_seqlens, torch.arange(0, (sequences + 1) * tokens, tokens, device="cpu")):
         return attention(qkv.unflatten(0, (sequences, tokens)), encoder.heads, causal=encoder.causal).flatten(0, 1)
     return attention(qkv, encoder.heads, causal=encoder.causal, cu_seqlens=cu_seqlens)
 
