@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from clipfast.models.accelerated import Accelerated, AccelerateWarning, is_accelerated, put_on, set_options, take_off
+from clipfast.models.accelerated import (
+    Accelerated,
+    AccelerateWarning,
+    is_accelerated,
+    put_on,
+    refusal_of,
+    set_options,
+    take_off,
+)
 from clipfast.models.twins import Refusal
 from clipfast.modules import plainness
 
@@ -125,7 +133,7 @@ def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
             elif put:
                 put_on(module, *found)
             elif not isinstance(module, Accelerated):
-                raise Refusal("it was not accelerated")
+                raise Refusal(refusal_of(module, found[0]) or "it was not accelerated, and could be")
             elif (reason := module.why_not()) is not None:
                 raise Refusal(reason)
             accelerated.append(path)

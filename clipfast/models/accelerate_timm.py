@@ -88,7 +88,7 @@ def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> d
 def _masks(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     """Return the arguments that were given: older versions have none of them."""
     given = {} if attn_mask is None else {"attn_mask": attn_mask}
-    return given | ({"is_causal": is_causal} if is_causal else {})
+    return given if is_causal is False else given | {"is_causal": is_causal}
 
 
 def _block(source: nn.Module, name: str) -> TwinBlock:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import types
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -202,6 +202,8 @@ class Accelerated:
     _original_class: type
     _mixin: type
     replaced_methods: tuple[str, ...] = ("forward",)
+    # of those that the class itself makes, which have no twin until they are accelerated
+    _clipfast_options: Mapping[str, Any] = types.MappingProxyType({"token_outputs": True})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -216,6 +218,15 @@ class Accelerated:
             Refusal: There is none.
         """
         raise NotImplementedError
+
+    def judged_twin(self) -> Twin:
+        """Return :meth:`make_twin`'s, or refuse what that cannot make sense of."""
+        try:
+            return self.make_twin()
+        except Refusal:
+            raise
+        except Exception as error:
+            raise Refusal(f"its parts are not known ({type(error).__name__}: {error})") from error
 
     def baked_attributes(self) -> tuple[Any, ...]:
         """Return those attributes of the module itself that its twin was made by, to be compared later."""
@@ -261,7 +272,7 @@ class Accelerated:
     def _judge_again(self, last: Twin | Refused) -> Twin | Refused:
         twin: Twin | Refused
         try:
-            twin = self.make_twin()
+            twin = self.judged_twin()
         except Refusal as refusal:
             patience = last.next_patience() if isinstance(last, Refused) else 0
             twin = Refused(self, str(refusal), patience)
@@ -288,7 +299,7 @@ class Accelerated:
         if _OPTIONS not in state:
             return  # an instance that was made anew by its class
         try:
-            self.__dict__[_TWIN] = self.make_twin()
+            self.__dict__[_TWIN] = self.judged_twin()
         except Refusal as refusal:
             self.__dict__[_TWIN] = Refused(self, str(refusal))
 
@@ -343,17 +354,29 @@ def put_on(module: nn.Module, mixin: type, options: dict[str, Any]) -> None:
     if isinstance(module, Accelerated):
         # changed since, and then its twin was given up
         set_options(module, options)
-        module.__dict__[_TWIN] = module.make_twin()
+        module.__dict__[_TWIN] = module.judged_twin()
         return
     original = module.__class__
     module.__class__ = accelerated_class(original, mixin)
     set_options(module, options)
     try:
-        module.__dict__[_TWIN] = module.make_twin()
+        module.__dict__[_TWIN] = module.judged_twin()
     except BaseException:
         module.__class__ = original
         del module.__dict__[_OPTIONS]
         raise
+
+
+def refusal_of(module: nn.Module, mixin: type) -> str | None:
+    """Return why a module that is not accelerated could not be now, or None; it is left as it is."""
+    cls = accelerated_class(type(module), mixin)
+    probe = cls.__new__(cls)
+    object.__setattr__(probe, "__dict__", module.__dict__)
+    try:
+        probe.judged_twin()
+    except Refusal as refusal:
+        return str(refusal)
+    return None
 
 
 def take_off(modules: Iterable[nn.Module]) -> None:

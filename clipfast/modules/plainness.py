@@ -25,6 +25,7 @@ from torch.nn.modules import module as _global
 
 # how a call of a module gets to its forward
 _CALL = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__", "__getattribute__", "forward")
+_COMPILED = "_compiled_call_impl"
 _CONSTANTS = (int, float, str, bytes, tuple, frozenset, type(None))
 _dict_of = attrgetter("__dict__")
 _kind_of = attrgetter("shape", "is_meta")
@@ -58,12 +59,12 @@ def is_shadowed(module: nn.Module, name: str) -> bool:
 
     What others put there and took back, such as offloading, is the class's own method, bound.
     """
-    if name not in module.__dict__:
-        return False
+    if name not in module.__dict__ or (hasattr(nn.Module, name) and name not in (*_CALL, _COMPILED)):
+        return False  # or it moves, saves or prints modules
     found, method = getattr(type(module), name, None), module.__dict__[name]
     if getattr(method, "__self__", None) is module and getattr(method, "__func__", None) is found:
         return False
-    return isinstance(found, types.FunctionType | property) or name == "_compiled_call_impl"
+    return isinstance(found, types.FunctionType | property) or name == _COMPILED
 
 
 def references(cls: type, entries: Iterable[str] = _CALL) -> list[Reference]:
