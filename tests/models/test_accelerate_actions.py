@@ -129,9 +129,17 @@ TIMM = partial(
     },
     ["qkv", "attn.proj", "fc1", "fc2"],
 )
+
+
+def torchvision_model() -> nn.Module:
+    model = tiny.drawn(torchvision_vit.VisionTransformer(32, 16, 2, 2, 64, 128, num_classes=8))
+    nn.init.normal_(model.heads.head.weight)  # which starts at zero
+    return model
+
+
 TORCHVISION = partial(
     subject,
-    lambda: tiny.drawn(torchvision_vit.VisionTransformer(32, 16, 2, 2, 64, 128, num_classes=8)),
+    torchvision_model,
     lambda dtype: {"x": images(dtype)},
     [
         *COMMON_FUNCTIONS,

@@ -55,7 +55,8 @@ class Subject:
 def scaled(output: Any) -> Any:
     """Change what a function returns, whatever holds the tensors."""
     if isinstance(output, Tensor):
-        return output * 1.25 if output.is_floating_point() else output
+        # no normalisation takes this back
+        return output * 1.25 + 0.05 * output.roll(1, -1) if output.is_floating_point() else output
     if isinstance(output, tuple):
         return tuple(scaled(o) for o in output)
     return output
@@ -293,7 +294,8 @@ def reload(s: Subject, r: random.Random) -> str | None:
 
 @contextmanager
 def offloaded(s: Subject) -> Iterator[None]:
-    if s.adapters is not None or any("forward" in m.__dict__ for m in s.models[0].modules()):
+    # offloading keeps bound methods, which outlive a change of their class
+    if s.adapters is not None or s.undo or any("forward" in m.__dict__ for m in s.models[0].modules()):
         yield
         return
     grads = [[p.requires_grad for p in m.parameters()] for m in s.models]
@@ -410,7 +412,7 @@ def run(make: Callable[[], Subject], seed: int, steps: int = 8) -> list[bool]:
                 continue
             done.append(said)
             served.append(compare(s, seed, done, with_gradients=r.random() < 0.3))
-            if r.random() < 0.05:
+            if r.random() < 0.08:
                 with offloaded(s):
                     compare(s, seed, [*done, "offload"], with_gradients=False)
     finally:
