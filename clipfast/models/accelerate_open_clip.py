@@ -20,7 +20,8 @@ from open_clip import model as open_clip_model
 from open_clip import transformer as open_clip_transformer
 from torch import Tensor, nn
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinBlock,
     TwinLayerNorm,

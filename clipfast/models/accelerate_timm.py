@@ -15,7 +15,8 @@ from timm.layers import activations, norm
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinAttention,
     TwinBlock,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vision_transformer
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinBlock,
     TwinLayerNorm,

@@ -9,6 +9,7 @@ that changes what is returned, or arguments that only an attention implementatio
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.clip import modeling_clip
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinAttention,
     TwinBlock,
@@ -56,7 +58,9 @@ class VisionTower(Accelerated):
     def make_twin(self) -> Twin:
         """Return the twin of blocks and pooling."""
         require(hasattr(self, "post_layernorm"), "it is not laid out as in transformers 5")
-        twin = TwinViT(_transformer(self.encoder, False), TwinLayerNorm(self.post_layernorm, _NORMS, "post_layernorm"))
+        twin = TwinViT(
+            _transformer(self.encoder, False, self.config), TwinLayerNorm(self.post_layernorm, _NORMS, "post_layernorm")
+        )
         return Twin(self, twin, ["encoder", "post_layernorm"])
 
     def forward(
@@ -76,16 +80,25 @@ class VisionTower(Accelerated):
 class TextTower(Accelerated):
     """transformers' ``CLIPTextModel``."""
 
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return whether positions are counted from 0; see the base class."""
+        return _position_state(self.embeddings.position_ids)
+
     def make_twin(self) -> Twin:
         """Return the twin of embeddings, blocks and the last LayerNorm."""
         require(hasattr(self, "final_layer_norm"), "it is not laid out as in transformers 5")
         require(isinstance(self.eos_token_id, int), f"its eos_token_id is {self.eos_token_id}, expected one id")
         of_type(self.embeddings, modeling_clip.CLIPTextEmbeddings, "embeddings")
+        ids = self.embeddings.position_ids
+        require(
+            ids.is_meta or torch.equal(ids[0], torch.arange(ids.shape[1], device=ids.device)),
+            "embeddings: its position_ids do not count from 0",
+        )
         positions = of_type(self.embeddings.position_embedding, nn.Embedding, "position_embedding")
         twin = TwinText(
             self.embeddings.token_embedding,
             lambda: positions.weight,
-            _transformer(self.encoder, True),
+            _transformer(self.encoder, True, self.config),
             TwinLayerNorm(self.final_layer_norm, _NORMS, "final_layer_norm"),
             _read_id(self),
         )
@@ -137,10 +150,13 @@ def options_for(module: nn.Module, parent: nn.Module | None, *, token_outputs: b
     return {"token_outputs": token_outputs or read_by_parent}
 
 
-def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
+def _transformer(source: nn.Module, causal: bool, config: Any) -> TwinTransformer:
     of_type(source, modeling_clip.CLIPEncoder, "encoder")
     of_type(source.layers, nn.ModuleList, "encoder.layers")
     blocks = [_block(layer, f"layer {i}", causal) for i, layer in enumerate(source.layers)]
+    for i, layer in enumerate(source.layers):
+        # the tower's is asked which attention implementation is wanted
+        require(layer.self_attn.config is config, f"layer {i}'s attention has a configuration of its own")
     layers = source.layers
     return TwinTransformer(blocks, lambda: layers[0].gradient_checkpointing and layers[0].training)
 
@@ -182,6 +198,20 @@ def _is_plain(config: Any, kwargs: dict[str, Any], causal: bool) -> bool:
         and _is_known(config._attn_implementation)
         and all(value is None or value is False or name == "return_dict" for name, value in kwargs.items())
     )
+
+
+def _position_state(ids: Tensor) -> tuple[Any, ...]:
+    """Return what tells whether ids of positions are what they were: on the CPU their values."""
+    if torch.compiler.is_compiling() or ids.is_meta:
+        return ()
+    if ids.device.type != "cpu":
+        return id(ids), -1 if ids.is_inference() else ids._version
+    return (torch.equal(ids[0], _count(ids.shape[1])),)
+
+
+@lru_cache(maxsize=8)
+def _count(tokens: int) -> Tensor:
+    return torch.arange(tokens, device="cpu")
 
 
 def _is_known(implementation: str | None) -> bool:

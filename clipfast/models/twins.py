@@ -53,6 +53,11 @@ def gelu_of(module: object, kinds: dict[type, str], name: str) -> str:
     if type(module) is nn.GELU:
         return module.approximate
     require(type(module) in kinds, f"{name} is a {type(module).__qualname__}, expected a GELU")
+    for function in module.__dict__.values():
+        # transformers keeps the function that is called as an attribute
+        inner = getattr(function, "func", function)
+        own = getattr(inner, "__self__", None) is module or getattr(inner, "__name__", "gelu") == "gelu"
+        require(own or not callable(inner), f"{name} calls another function than its own")
     return kinds[type(module)]
 
 
