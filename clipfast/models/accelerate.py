@@ -163,7 +163,9 @@ def _match(module: nn.Module, parent: nn.Module | None, wanted: dict[str, Any]) 
         if isinstance(module, original):
             base = module._original_class if isinstance(module, Accelerated) else type(module)
             for name in methods:
-                if plainness.is_shadowed(module, name) or getattr(base, name) is not getattr(original, name):
+                # what wraps an accelerated method calls it
+                wrapped = not isinstance(module, Accelerated) and plainness.is_shadowed(module, name)
+                if wrapped or getattr(base, name) is not getattr(original, name):
                     raise Refusal(f"its {name} is not that of {library}'s {original.__name__}")
             return mixin, family.options_for(module, parent, **wanted)
     reason = family.left_alone(module)
