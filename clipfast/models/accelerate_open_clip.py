@@ -40,6 +40,7 @@ _LEFT_ALONE = {
     hf_model.HFTextEncoder: "its text model is not CLIP's",
     open_clip_transformer.MultimodalTransformer: "its blocks attend across modalities",
 }
+_TEXT = ("token_embedding", "transformer", "ln_final")
 _GELUS = {open_clip_transformer.QuickGELU: "quick"}
 
 
@@ -47,6 +48,7 @@ class VisionTower(Accelerated):
     """open_clip's ``VisionTransformer``."""
 
     replaced_methods = ("forward", "_embeds", "_pool", "_global_pool")
+    replaced_children = ("transformer", "ln_post")
 
     def make_twin(self) -> Twin:
         """Return the twin of blocks and pooling; see :class:`~clipfast.models.accelerated.Accelerated`."""
@@ -54,7 +56,7 @@ class VisionTower(Accelerated):
         if not self._reads_one():
             return Twin(self, TwinViT(transformer, nn.Identity()), ["transformer"])
         ln_post = TwinLayerNorm(self.ln_post, _NORMS, "ln_post")
-        return Twin(self, TwinViT(transformer, ln_post), ["transformer", "ln_post"])
+        return Twin(self, TwinViT(transformer, ln_post), self.replaced_children)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return pooled features ``[B, E]``, and the tokens too with ``output_tokens``."""
@@ -78,6 +80,7 @@ class TextTower(Accelerated):
     """open_clip's ``TextTransformer``."""
 
     replaced_methods = ("forward", "_embeds")
+    replaced_children = _TEXT
 
     def baked_attributes(self) -> tuple[Any, ...]:
         """Return the mask, and what makes it another one; see the base class."""
@@ -107,6 +110,7 @@ class TextAtRoot(Accelerated):
     """open_clip's ``CLIP``, which holds the text tower's parts itself."""
 
     replaced_methods = ("encode_text",)
+    replaced_children = _TEXT
 
     def baked_attributes(self) -> tuple[Any, ...]:
         """Return the mask; see the base class."""
@@ -188,7 +192,7 @@ def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
         TwinLayerNorm(owner.ln_final, _NORMS, "ln_final"),
         eos_id if pool_type == "eos" else None,
     )
-    return Twin(owner, tower, ["token_embedding", "transformer", "ln_final"])
+    return Twin(owner, tower, _TEXT)
 
 
 def _is_causal(mask: Tensor) -> bool:

@@ -38,6 +38,7 @@ class VisionTower(Accelerated):
     """timm's ``VisionTransformer``."""
 
     replaced_methods = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+    replaced_children = ("blocks", "norm")
 
     def make_twin(self) -> Twin:
         """Return the twin of blocks and the last LayerNorm."""
@@ -46,7 +47,7 @@ class VisionTower(Accelerated):
         blocks = [_block(block, f"block {i}") for i, block in enumerate(self.blocks)]
         ln_post = nn.Identity() if type(self.norm) is nn.Identity else TwinLayerNorm(self.norm, _NORMS, "norm")
         tower = TwinViT(TwinTransformer(blocks, lambda: weak().grad_checkpointing), ln_post)
-        return Twin(self, tower, ["blocks", "norm"])
+        return Twin(self, tower, self.replaced_children)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return all tokens, ``[B, N, W]``."""

@@ -32,6 +32,7 @@ class VisionTower(Accelerated):
     """torchvision's ``VisionTransformer``."""
 
     replaced_methods = ("forward", "_process_input")
+    replaced_children = ("encoder",)
 
     def make_twin(self) -> Twin:
         """Return the twin of blocks and the last LayerNorm."""
@@ -40,7 +41,7 @@ class VisionTower(Accelerated):
         of_type(encoder.dropout, nn.Dropout, "encoder.dropout")
         blocks = [_block(block, name) for name, block in encoder.layers.named_children()]
         tower = TwinViT(TwinTransformer(blocks, lambda: False), TwinLayerNorm(encoder.ln, _NORMS, "encoder.ln"))
-        return Twin(self, tower, ["encoder"])
+        return Twin(self, tower, self.replaced_children)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the heads give, ``[B, classes]``."""

@@ -55,13 +55,15 @@ _READ_POOLED = (
 class VisionTower(Accelerated):
     """transformers' ``CLIPVisionModel``."""
 
+    replaced_children = ("encoder", "post_layernorm")
+
     def make_twin(self) -> Twin:
         """Return the twin of blocks and pooling."""
         require(hasattr(self, "post_layernorm"), "it is not laid out as in transformers 5")
         twin = TwinViT(
             _transformer(self.encoder, False, self.config), TwinLayerNorm(self.post_layernorm, _NORMS, "post_layernorm")
         )
-        return Twin(self, twin, ["encoder", "post_layernorm"])
+        return Twin(self, twin, self.replaced_children)
 
     def forward(
         self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool | None = False, **kwargs: Any
@@ -79,6 +81,8 @@ class VisionTower(Accelerated):
 
 class TextTower(Accelerated):
     """transformers' ``CLIPTextModel``."""
+
+    replaced_children = ("embeddings", "encoder", "final_layer_norm")
 
     def baked_attributes(self) -> tuple[Any, ...]:
         """Return whether positions are counted from 0; see the base class."""
@@ -102,7 +106,7 @@ class TextTower(Accelerated):
             TwinLayerNorm(self.final_layer_norm, _NORMS, "final_layer_norm"),
             _read_id(self),
         )
-        return Twin(self, twin, ["embeddings", "encoder", "final_layer_norm"])
+        return Twin(self, twin, self.replaced_children)
 
     def forward(
         self,

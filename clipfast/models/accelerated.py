@@ -19,6 +19,7 @@ from torch import nn
 from clipfast.models.twin_state import Refused, Twin
 from clipfast.models.twins import Refusal
 from clipfast.modules import plainness
+from clipfast.modules.plainness import modules_in
 
 _TWIN = "_clipfast_twin"
 _OPTIONS = "_clipfast_options"
@@ -47,11 +48,13 @@ class Accelerated:
 
     Attributes:
         replaced_methods: The methods of the library's class that the accelerated form computes in the place of.
+        replaced_children: The children that it computes in the place of.
     """
 
     _original_class: type
     _mixin: type
     replaced_methods: tuple[str, ...] = ("forward",)
+    replaced_children: tuple[str, ...] = ()
     # of those that the class itself makes, which have no twin until they are accelerated
     _clipfast_options: Mapping[str, Any] = types.MappingProxyType({"token_outputs": True})
 
@@ -70,7 +73,13 @@ class Accelerated:
         raise NotImplementedError
 
     def judged_twin(self) -> Twin:
-        """Return :meth:`make_twin`'s, or refuse what that cannot make sense of."""
+        """Return :meth:`make_twin`'s, or refuse modules that were changed and what that cannot make sense of."""
+        for name in self.replaced_children:
+            child = self._modules.get(name)
+            for module, path in modules_in(child).items() if child is not None else ():
+                reason = plainness.departure(module)
+                if reason is not None:
+                    raise Refusal(f"{name}.{path}: {reason}" if path else f"{name}: {reason}")
         try:
             return self.make_twin()
         except Refusal:

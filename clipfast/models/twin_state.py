@@ -43,10 +43,6 @@ class Twin:
             for name, child in self._replaced
             for module, path in modules_in(child).items()
         }
-        for module, path in self._paths.items():
-            reason = plainness.departure(module)
-            if reason is not None:
-                raise Refusal(f"{path}: {reason}")
         own = original.own_references()
         self._names = frozenset(name for owner, name, _ in own if owner is original._original_class) - {"forward"}
         reason = plainness.replaced_function(own) or original.changed_method(self._names)

@@ -110,9 +110,6 @@ class TwinAttention(SelfAttention):
         self.out_proj = out_proj
         self._packed = len(source) == 1 and isinstance(source[0], nn.MultiheadAttention)
         self.is_adapted = any(is_lora(part) for part in source)
-        for i, part in enumerate(source):
-            reason = plainness.departure(base_of(part))
-            require(reason is None, f"{name}'s projection {i}: {reason}")
         weight, bias = (self._joined(kind) for kind in ("weight", "bias"))
         require(weight is not None and bias is not None, f"{name} has no joint projection with a bias")
         require(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from accelerate.hooks import remove_hook_from_submodules
 from acceleration import tensors_of
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
 import clipfast
 from clipfast.models.accelerated import Accelerated
@@ -59,6 +60,8 @@ def scaled(output: Any) -> Any:
         return output * 1.25 + 0.05 * output.roll(1, -1) if output.is_floating_point() else output
     if isinstance(output, tuple):
         return tuple(scaled(o) for o in output)
+    if isinstance(output, ModelOutput):
+        return type(output)(**{k: scaled(v) for k, v in output.items()})
     return output
 
 
