@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from open_clip import hf_model, modified_resnet, timm_model
 from open_clip import model as open_clip_model
 from open_clip import transformer as open_clip_transformer
+from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from clipfast.models.accelerated import Accelerated
@@ -99,7 +100,7 @@ class TextTower(Accelerated):
             return super().forward(text)
         if self.output_tokens:
             tokens = twin.tokens(text)
-            pooled = open_clip_transformer.text_global_pool(tokens, text, self.pool_type, self.eos_id)
+            pooled = text_global_pool(tokens, text, self.pool_type, self.eos_id)
         else:
             pooled, tokens = _pooled(twin, text, self.pool_type, self.eos_id), None
         pooled = _project(pooled, self.text_projection)
@@ -217,7 +218,7 @@ def _pooled(twin: TwinText, text: Tensor, pool_type: str, eos_id: int | None) ->
     reads_there = pool_type == twin.pooling and (pool_type == "argmax" or eos_id == twin.eos_id)
     if reads_there and twin.is_causal:
         return twin(text)
-    return open_clip_transformer.text_global_pool(twin.tokens(text), text, pool_type, eos_id)
+    return text_global_pool(twin.tokens(text), text, pool_type, eos_id)
 
 
 def _project(pooled: Tensor, projection: nn.Module | Tensor | None) -> Tensor:

@@ -101,7 +101,7 @@ CODE = [
     ("open_clip", open_clip.transformer.LayerNorm, "forward"),
     ("open_clip", open_clip.CLIP, "encode_text"),
     ("open_clip", open_clip.transformer.VisionTransformer, "forward"),
-    ("open_clip", open_clip.transformer, "text_global_pool"),
+    ("open_clip", open_clip.model, "text_global_pool"),
     ("open_clip", nn.ModuleList, "__iter__"),
     ("open_clip", F, "multi_head_attention_forward"),
     ("open_clip", F, "scaled_dot_product_attention"),
@@ -137,7 +137,8 @@ def test_patched_classes_and_functions_are_obeyed(library: str, owner: Any, name
         assert name in str(clipfast.acceleration(model))
     clipfast.accelerate(model)
     with counted() as calls:
-        assert_close(outputs(model, x), before, 1e-12)
+        # transformers' eager attention rounds its weights to float32
+        assert_close(outputs(model, x), before, 1e-6 if name == "eager_attention_forward" else 1e-12)
     assert calls
 
 

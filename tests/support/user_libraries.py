@@ -53,7 +53,7 @@ OPEN_CLIP = partial(
     lambda dtype: {"image": images(dtype), "text": captions(2, 16, 100)},
     [
         *COMMON_FUNCTIONS,
-        (open_clip.transformer, "text_global_pool"),
+        (open_clip.model, "text_global_pool"),
         (open_clip.transformer.ResidualAttentionBlock, "attention"),
         (open_clip.transformer.VisionTransformer, "_embeds"),
         (open_clip.transformer.VisionTransformer, "_pool"),
