@@ -297,7 +297,6 @@ def reload(s: Subject, r: random.Random) -> str | None:
 
 @contextmanager
 def offloaded(s: Subject) -> Iterator[None]:
-    # offloading keeps bound methods, which outlive a change of their class
     if s.adapters is not None or s.undo or any("forward" in m.__dict__ for m in s.models[0].modules()):
         yield
         return
@@ -310,6 +309,9 @@ def offloaded(s: Subject) -> Iterator[None]:
     finally:
         for m, state, wanted in zip(s.models, states, grads, strict=True):
             remove_hook_from_submodules(m)
+            for part in m.modules():
+                # a bound method stays behind, which would outlive a change of its class
+                part.__dict__.pop("forward", None)
             m.load_state_dict(state, assign=True)
             for p, w in zip(m.parameters(), wanted, strict=True):
                 p.requires_grad_(w)
