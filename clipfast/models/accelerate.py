@@ -11,9 +11,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from clipfast.models.accelerated import Accelerated, AccelerateWarning, is_accelerated, put_on, set_options, take_off
+from clipfast.models.accelerated import (
+    Accelerated,
+    AccelerateWarning,
+    is_accelerated,
+    put_on,
+    refusal_of,
+    set_options,
+    take_off,
+)
 from clipfast.models.fallbacks import counted
 from clipfast.models.twins import Refusal
+from clipfast.modules import plainness
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -133,8 +142,10 @@ def _walk(model: nn.Module, put: bool, **wanted: Any) -> Acceleration:
                 set_options(module, found[1])
             elif put:
                 put_on(module, *found)
-            elif not is_accelerated(module):
-                raise Refusal("it was not accelerated, or was changed since")
+            elif not isinstance(module, Accelerated):
+                raise Refusal(refusal_of(module, found[0]) or "it was not accelerated, and could be")
+            elif (reason := module.why_not()) is not None:
+                raise Refusal(reason)
             accelerated.append(path)
         except Refusal as refusal:
             # a library that is not known is named once, not for each of its modules
@@ -163,7 +174,9 @@ def _match(module: nn.Module, parent: nn.Module | None, wanted: dict[str, Any]) 
         if isinstance(module, original):
             base = module._original_class if isinstance(module, Accelerated) else type(module)
             for name in methods:
-                if name in module.__dict__ or getattr(base, name) is not getattr(original, name):
+                # what wraps an accelerated method calls it
+                wrapped = not isinstance(module, Accelerated) and plainness.is_shadowed(module, name)
+                if wrapped or getattr(base, name) is not getattr(original, name):
                     raise Refusal(f"its {name} is not that of {library}'s {original.__name__}")
             return mixin, family.options_for(module, parent, **wanted)
     reason = family.left_alone(module)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ import torch.nn.functional as F
 from open_clip import hf_model, modified_resnet, timm_model
 from open_clip import model as open_clip_model
 from open_clip import transformer as open_clip_transformer
+from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
 from clipfast.models.fallbacks import count
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinBlock,
     TwinLayerNorm,
@@ -39,11 +42,15 @@ _LEFT_ALONE = {
     hf_model.HFTextEncoder: "its text model is not CLIP's",
     open_clip_transformer.MultimodalTransformer: "its blocks attend across modalities",
 }
+_TEXT = ("token_embedding", "transformer", "ln_final")
 _GELUS = {open_clip_transformer.QuickGELU: "quick"}
 
 
 class VisionTower(Accelerated):
     """open_clip's ``VisionTransformer``."""
+
+    replaced_methods = ("forward", "_embeds", "_pool", "_global_pool")
+    replaced_children = ("transformer", "ln_post")
 
     def make_twin(self) -> Twin:
         """Return the twin of blocks and pooling; see :class:`~clipfast.models.accelerated.Accelerated`."""
@@ -51,7 +58,7 @@ class VisionTower(Accelerated):
         if not self._reads_one():
             return Twin(self, TwinViT(transformer, nn.Identity()), ["transformer"])
         ln_post = TwinLayerNorm(self.ln_post, _NORMS, "ln_post")
-        return Twin(self, TwinViT(transformer, ln_post), ["transformer", "ln_post"])
+        return Twin(self, TwinViT(transformer, ln_post), self.replaced_children)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Return pooled features ``[B, E]``, and the tokens too with ``output_tokens``."""
@@ -74,6 +81,13 @@ class VisionTower(Accelerated):
 class TextTower(Accelerated):
     """open_clip's ``TextTransformer``."""
 
+    replaced_methods = ("forward", "_embeds")
+    replaced_children = _TEXT
+
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return the mask, and what makes it another one; see the base class."""
+        return self.cls_emb is None, self.use_pad_mask, *_mask_state(self.attn_mask)
+
     def make_twin(self) -> Twin:
         """Return the twin of embeddings, blocks and the last LayerNorm."""
         require(self.cls_emb is None, "it appends a class token with a mask of its own (cls_emb)")
@@ -87,7 +101,7 @@ class TextTower(Accelerated):
             return super().forward(text)
         if self.output_tokens:
             tokens = twin.tokens(text)
-            pooled = open_clip_transformer.text_global_pool(tokens, text, self.pool_type, self.eos_id)
+            pooled = text_global_pool(tokens, text, self.pool_type, self.eos_id)
         else:
             pooled, tokens = _pooled(twin, text, self.pool_type, self.eos_id), None
         pooled = _project(pooled, self.text_projection)
@@ -96,6 +110,13 @@ class TextTower(Accelerated):
 
 class TextAtRoot(Accelerated):
     """open_clip's ``CLIP``, which holds the text tower's parts itself."""
+
+    replaced_methods = ("encode_text",)
+    replaced_children = _TEXT
+
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return the mask; see the base class."""
+        return _mask_state(self.attn_mask)
 
     def make_twin(self) -> Twin:
         """Return the twin of embeddings, blocks and the last LayerNorm of the text tower."""
@@ -112,9 +133,9 @@ class TextAtRoot(Accelerated):
 
 # what is accelerated: the class, its accelerated form, and the methods that this file knows the insides of
 KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
-    (open_clip_transformer.VisionTransformer, VisionTower, ("forward", "_embeds", "_pool", "_global_pool")),
-    (open_clip_transformer.TextTransformer, TextTower, ("forward", "_embeds")),
-    (open_clip_model.CLIP, TextAtRoot, ("encode_text",)),
+    (open_clip_transformer.VisionTransformer, VisionTower, VisionTower.replaced_methods),
+    (open_clip_transformer.TextTransformer, TextTower, TextTower.replaced_methods),
+    (open_clip_model.CLIP, TextAtRoot, TextAtRoot.replaced_methods),
 )
 
 
@@ -136,7 +157,10 @@ def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> d
 
 def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
     of_type(source, open_clip_transformer.Transformer, "transformer")
+    of_type(source.resblocks, nn.ModuleList, "transformer.resblocks")
     blocks = [_block(block, f"block {i}", causal) for i, block in enumerate(source.resblocks)]
+    # each block's attention is known to take the batch first
+    require(source.batch_first, "transformer takes the batch second (batch_first)")
     return TwinTransformer(blocks, lambda: source.grad_checkpointing)
 
 
@@ -160,10 +184,7 @@ def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
 
 def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
     causal = owner.attn_mask is not None
-    if causal and not owner.attn_mask.is_meta:
-        mask = owner.attn_mask
-        expected = torch.full_like(mask, -torch.inf).triu(1)
-        require(torch.equal(mask, expected), "its attn_mask is not the causal one")
+    require(not causal or _is_causal(owner.attn_mask), "its attn_mask is not the causal one")
     weak = weakref.ref(owner)
     positions: Callable[[], Tensor] = lambda: weak().positional_embedding  # noqa: E731
     tower = TwinText(
@@ -173,7 +194,25 @@ def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
         TwinLayerNorm(owner.ln_final, _NORMS, "ln_final"),
         eos_id if pool_type == "eos" else None,
     )
-    return Twin(owner, tower, ["token_embedding", "transformer", "ln_final"])
+    return Twin(owner, tower, _TEXT)
+
+
+def _is_causal(mask: Tensor) -> bool:
+    return mask.is_meta or torch.equal(mask, torch.full_like(mask, -torch.inf).triu(1))
+
+
+def _mask_state(mask: Tensor | None) -> tuple[Any, ...]:
+    """Return what tells whether a mask is what it was: on the CPU its values, elsewhere PyTorch's count of writes."""
+    if mask is None or torch.compiler.is_compiling():
+        return (mask is None,)
+    if mask.device.type != "cpu" or mask.is_inference():
+        return False, id(mask), -1 if mask.is_inference() else mask._version
+    return False, mask.shape, mask.dtype, torch.equal(mask, _causal_mask(mask.shape[0], mask.dtype))
+
+
+@lru_cache(maxsize=8)
+def _causal_mask(tokens: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((tokens, tokens), -torch.inf, dtype=dtype, device="cpu").triu(1)
 
 
 def _takes(tower: nn.Module, twin: TwinText, text: object) -> bool:
@@ -187,7 +226,7 @@ def _pooled(twin: TwinText, text: Tensor, pool_type: str, eos_id: int | None) ->
     reads_there = pool_type == twin.pooling and (pool_type == "argmax" or eos_id == twin.eos_id)
     if reads_there and twin.is_causal:
         return twin(text)
-    return open_clip_transformer.text_global_pool(twin.tokens(text), text, pool_type, eos_id)
+    return text_global_pool(twin.tokens(text), text, pool_type, eos_id)
 
 
 def _project(pooled: Tensor, projection: nn.Module | Tensor | None) -> Tensor:

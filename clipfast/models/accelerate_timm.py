@@ -15,15 +15,18 @@ from timm.layers import activations, norm
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
 from clipfast.models.fallbacks import count
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinAttention,
     TwinBlock,
     TwinLayerNorm,
     TwinTransformer,
     TwinViT,
+    base_of,
     gelu_of,
+    linear_of,
     of_type,
     require,
 )
@@ -35,6 +38,9 @@ _GELUS = {activations.GELU: "none", activations.GELUTanh: "tanh", activations.Qu
 class VisionTower(Accelerated):
     """timm's ``VisionTransformer``."""
 
+    replaced_methods = ("forward", "forward_features", "forward_head", "pool", "_pos_embed")
+    replaced_children = ("blocks", "norm")
+
     def make_twin(self) -> Twin:
         """Return the twin of blocks and the last LayerNorm."""
         of_type(self.blocks, nn.Sequential, "blocks")
@@ -42,7 +48,7 @@ class VisionTower(Accelerated):
         blocks = [_block(block, f"block {i}") for i, block in enumerate(self.blocks)]
         ln_post = nn.Identity() if type(self.norm) is nn.Identity else TwinLayerNorm(self.norm, _NORMS, "norm")
         tower = TwinViT(TwinTransformer(blocks, lambda: weak().grad_checkpointing), ln_post)
-        return Twin(self, tower, ["blocks", "norm"])
+        return Twin(self, tower, self.replaced_children)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Return all tokens, ``[B, N, W]``."""
@@ -68,7 +74,7 @@ KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
     (
         vision_transformer.VisionTransformer,
         VisionTower,
-        ("forward", "forward_features", "forward_head", "pool", "_pos_embed"),
+        VisionTower.replaced_methods,
     ),
 )
 
@@ -92,7 +98,7 @@ def _asks_for_a_mask(tower: nn.Module, attn_mask: Tensor | None, is_causal: bool
 def _masks(attn_mask: Tensor | None, is_causal: bool) -> dict[str, Any]:
     """Return the arguments that were given: older versions have none of them."""
     given = {} if attn_mask is None else {"attn_mask": attn_mask}
-    return given | ({"is_causal": is_causal} if is_causal else {})
+    return given if is_causal is False else given | {"is_causal": is_causal}
 
 
 def _block(source: nn.Module, name: str) -> TwinBlock:
@@ -108,7 +114,14 @@ def _block(source: nn.Module, name: str) -> TwinBlock:
         of_type(getattr(attention, part, nn.Identity()), nn.Identity, f"{name}'s {part} in its attention")
     require(getattr(attention, "gate", None) is None, f"{name}'s attention has a gate")
     require(attention.scale == attention.head_dim**-0.5, f"{name} has a scale of its own")
-    of_type(attention.qkv, nn.Linear, f"{name}'s qkv")
+    linear_of(attention.qkv, f"{name}'s qkv")
+    width = 3 * attention.num_heads * attention.head_dim
+    require(
+        width == base_of(attention.qkv).weight.shape[0],
+        f"{name} has {attention.num_heads} heads of {attention.head_dim}, which are not its width",
+    )
+    for part in (attention.attn_drop, attention.proj_drop, mlp.drop1, mlp.drop2):
+        of_type(part, nn.Dropout, f"{name}'s dropout")
     return TwinBlock(
         TwinLayerNorm(source.norm1, _NORMS, f"{name}'s norm1"),
         TwinAttention([attention.qkv], attention.proj, attention.num_heads, name=f"{name}'s attention"),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vision_transformer
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinBlock,
     TwinLayerNorm,
@@ -30,13 +31,17 @@ _NORMS = (nn.LayerNorm,)
 class VisionTower(Accelerated):
     """torchvision's ``VisionTransformer``."""
 
+    replaced_methods = ("forward", "_process_input")
+    replaced_children = ("encoder",)
+
     def make_twin(self) -> Twin:
         """Return the twin of blocks and the last LayerNorm."""
         encoder = of_type(self.encoder, vision_transformer.Encoder, "encoder")
         of_type(encoder.layers, nn.Sequential, "encoder.layers")
+        of_type(encoder.dropout, nn.Dropout, "encoder.dropout")
         blocks = [_block(block, name) for name, block in encoder.layers.named_children()]
         tower = TwinViT(TwinTransformer(blocks, lambda: False), TwinLayerNorm(encoder.ln, _NORMS, "encoder.ln"))
-        return Twin(self, tower, ["encoder"])
+        return Twin(self, tower, self.replaced_children)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the heads give, ``[B, classes]``."""
@@ -49,7 +54,7 @@ class VisionTower(Accelerated):
 
 
 KINDS: tuple[tuple[type, type, tuple[str, ...]], ...] = (
-    (vision_transformer.VisionTransformer, VisionTower, ("forward", "_process_input")),
+    (vision_transformer.VisionTransformer, VisionTower, VisionTower.replaced_methods),
 )
 
 
@@ -65,6 +70,7 @@ def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> d
 
 def _block(source: nn.Module, name: str) -> TwinBlock:
     of_type(source, vision_transformer.EncoderBlock, name)
+    of_type(source.dropout, nn.Dropout, f"{name}'s dropout")
     mlp = of_type(source.mlp, vision_transformer.MLPBlock, f"{name}'s MLP")
     kinds = [type(part) for part in mlp]
     require(

@@ -10,6 +10,7 @@ that changes what is returned, or arguments that only an attention implementatio
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.clip import modeling_clip
 
-from clipfast.models.accelerated import Accelerated, Twin
+from clipfast.models.accelerated import Accelerated
 from clipfast.models.fallbacks import count
 from clipfast.models.later import Later, can_wait
 from clipfast.models.lazy_output import lazy
+from clipfast.models.twin_state import Twin
 from clipfast.models.twins import (
     TwinAttention,
     TwinBlock,
@@ -30,10 +32,13 @@ from clipfast.models.twins import (
     TwinText,
     TwinTransformer,
     TwinViT,
+    base_of,
     gelu_of,
+    linear_of,
     of_type,
     require,
 )
+from clipfast.modules import plainness
 from clipfast.modules.shortcuts import shortcuts_enabled
 
 _GELUS = {
@@ -55,11 +60,15 @@ _READ_POOLED = (
 class VisionTower(Accelerated):
     """transformers' ``CLIPVisionModel``."""
 
+    replaced_children = ("encoder", "post_layernorm")
+
     def make_twin(self) -> Twin:
         """Return the twin of blocks and pooling."""
         require(hasattr(self, "post_layernorm"), "it is not laid out as in transformers 5")
-        twin = TwinViT(_transformer(self.encoder, False), TwinLayerNorm(self.post_layernorm, _NORMS, "post_layernorm"))
-        return Twin(self, twin, ["encoder", "post_layernorm"])
+        twin = TwinViT(
+            _transformer(self.encoder, False, self.config), TwinLayerNorm(self.post_layernorm, _NORMS, "post_layernorm")
+        )
+        return Twin(self, twin, self.replaced_children)
 
     def forward(
         self, pixel_values: Tensor | None = None, interpolate_pos_encoding: bool | None = False, **kwargs: Any
@@ -81,19 +90,31 @@ class VisionTower(Accelerated):
 class TextTower(Accelerated):
     """transformers' ``CLIPTextModel``."""
 
+    replaced_children = ("embeddings", "encoder", "final_layer_norm")
+
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return whether positions are counted from 0; see the base class."""
+        return _position_state(self.embeddings.position_ids)
+
     def make_twin(self) -> Twin:
         """Return the twin of embeddings, blocks and the last LayerNorm."""
         require(hasattr(self, "final_layer_norm"), "it is not laid out as in transformers 5")
         require(isinstance(self.eos_token_id, int), f"its eos_token_id is {self.eos_token_id}, expected one id")
+        of_type(self.embeddings, modeling_clip.CLIPTextEmbeddings, "embeddings")
+        ids = self.embeddings.position_ids
+        require(
+            ids.is_meta or torch.equal(ids[0], torch.arange(ids.shape[1], device=ids.device)),
+            "embeddings: its position_ids do not count from 0",
+        )
         positions = of_type(self.embeddings.position_embedding, nn.Embedding, "position_embedding")
         twin = TwinText(
             self.embeddings.token_embedding,
             lambda: positions.weight,
-            _transformer(self.encoder, True),
+            _transformer(self.encoder, True, self.config),
             TwinLayerNorm(self.final_layer_norm, _NORMS, "final_layer_norm"),
             _read_id(self),
         )
-        return Twin(self, twin, ["embeddings", "encoder", "final_layer_norm"])
+        return Twin(self, twin, self.replaced_children)
 
     def forward(
         self,
@@ -208,9 +229,13 @@ def options_for(module: nn.Module, parent: nn.Module | None, *, token_outputs: b
     return {"token_outputs": token_outputs or read_by_parent, "lazy": token_outputs and not read_at_once}
 
 
-def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
+def _transformer(source: nn.Module, causal: bool, config: Any) -> TwinTransformer:
     of_type(source, modeling_clip.CLIPEncoder, "encoder")
+    of_type(source.layers, nn.ModuleList, "encoder.layers")
     blocks = [_block(layer, f"layer {i}", causal) for i, layer in enumerate(source.layers)]
+    for i, layer in enumerate(source.layers):
+        # the tower's is asked which attention implementation is wanted
+        require(layer.self_attn.config is config, f"layer {i}'s attention has a configuration of its own")
     layers = source.layers
     return TwinTransformer(blocks, lambda: layers[0].gradient_checkpointing and layers[0].training)
 
@@ -220,10 +245,15 @@ def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
     of_type(source.mlp, modeling_clip.CLIPMLP, f"{name}'s MLP")
     attention = of_type(source.self_attn, modeling_clip.CLIPAttention, f"{name}'s attention")
     require(attention.scale == attention.head_dim**-0.5, f"{name} has a scale of its own")
-    parts = [of_type(getattr(attention, p), nn.Linear, f"{name}'s {p}") for p in ("q_proj", "k_proj", "v_proj")]
+    # the text model tells its layers that they are causal, the vision model asks them
+    require(causal or not getattr(attention, "is_causal", False), f"{name} is causal (is_causal)")
+    parts = [linear_of(getattr(attention, p), f"{name}'s {p}") for p in ("q_proj", "k_proj", "v_proj")]
+    width = base_of(parts[0]).weight.shape[0]
+    # what transformers reads is head_dim
+    require(width % attention.head_dim == 0, f"{name} has heads of {attention.head_dim} for a width of {width}")
     return TwinBlock(
         TwinLayerNorm(source.layer_norm1, _NORMS, f"{name}'s layer_norm1"),
-        TwinAttention(parts, attention.out_proj, attention.num_heads, causal, name=f"{name}'s attention"),
+        TwinAttention(parts, attention.out_proj, width // attention.head_dim, causal, name=f"{name}'s attention"),
         TwinLayerNorm(source.layer_norm2, _NORMS, f"{name}'s layer_norm2"),
         source.mlp.fc1,
         source.mlp.fc2,
@@ -246,6 +276,8 @@ def _not_plain(config: Any, kwargs: dict[str, Any], causal: bool) -> str | None:
         return "is_causal in the configuration"
     if config._attn_implementation not in _ATTENTIONS:
         return f"the attention implementation {config._attn_implementation}"
+    if not _is_known(config._attn_implementation):
+        return f"a patched attention implementation {config._attn_implementation}"
     for name, value in kwargs.items():
         if not (value is None or value is False or name == "return_dict"):
             return name
@@ -261,6 +293,26 @@ def _can_be_read(mask: Any, tokens: Tensor) -> bool:
         and not mask.is_meta
         and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
     )
+
+
+def _position_state(ids: Tensor) -> tuple[Any, ...]:
+    """Return what tells whether ids of positions are what they were: on the CPU their values."""
+    if torch.compiler.is_compiling() or ids.is_meta:
+        return ()
+    if ids.device.type != "cpu":
+        return id(ids), -1 if ids.is_inference() else ids._version
+    return (torch.equal(ids[0], _count(ids.shape[1])),)
+
+
+@lru_cache(maxsize=8)
+def _count(tokens: int) -> Tensor:
+    return torch.arange(tokens, device="cpu")
+
+
+def _is_known(implementation: str | None) -> bool:
+    """Return whether an attention implementation is transformers' own: users register others under its names."""
+    function = modeling_clip.ALL_ATTENTION_FUNCTIONS.get(implementation)
+    return function is None or plainness.is_from(function, "transformers")
 
 
 def _changes_nothing(mask: Tensor | None, read: Tensor | None, tokens: Tensor) -> bool:

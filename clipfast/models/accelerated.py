@@ -6,95 +6,63 @@ The subclass is made on the fly and keeps the class's name and module, since lib
 
 from __future__ import annotations
 
+import functools
 import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.modules import module as _global
 
+from clipfast.models.twin_state import Refused, Twin
 from clipfast.models.twins import Refusal
-from clipfast.modules.shortcuts import has_hooks, hooks_of
+from clipfast.modules import plainness
+from clipfast.modules.plainness import modules_in
 
 _TWIN = "_clipfast_twin"
 _OPTIONS = "_clipfast_options"
+# PyTorch's functions within clipfast's ops: who replaced one did not mean those
+_CALLED = ("linear", "gelu", "layer_norm", "scaled_dot_product_attention", "softmax", "embedding")
 
 
 class AccelerateWarning(UserWarning):
     """A part of a model is served by its original code."""
 
 
-class Twin:
-    """A twin and what it stands for; it keeps no reference to the original, which holds it.
+def _also_when_restored(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method that somebody kept go on after the module was restored, by the class's own."""
 
-    Args:
-        original: The module that it stands for.
-        tower: The twin.
-        replaced: The names of the original's children that the twin computes in the place of.
-    """
+    @functools.wraps(method)
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self, Accelerated):
+            return method(self, *args, **kwargs)
+        return getattr(type(self), method.__name__)(self, *args, **kwargs)
 
-    def __init__(self, original: nn.Module, tower: nn.Module, replaced: Iterable[str]) -> None:
-        self.tower = tower
-        self._replaced = tuple((name, original._modules[name]) for name in replaced)
-        self._modules = tuple(m for _, child in self._replaced for m in child.modules())
-        self._classes = tuple(type(m) for m in self._modules)
-        self._children = tuple((m, tuple(m._modules.values())) for m in self._modules if m._modules)
-        self._noisy = tuple(
-            (m, name) for m in self._modules for name in ("p", "drop_prob", "dropout") if _is_rate(m, name)
-        )
-
-    def is_whole(self, original: nn.Module) -> bool:
-        """Return whether the original's modules are those that the twin was made of."""
-        for name, child in self._replaced:
-            if original._modules.get(name) is not child:
-                return False
-        for module, children in self._children:
-            if tuple(module._modules.values()) != children:
-                return False
-        return tuple(type(m) for m in self._modules) == self._classes
-
-    def is_observed(self) -> bool:
-        """Return whether a hook waits for a module that the twin does not call as the original would."""
-        for m in self._modules:
-            if has_hooks(m) and not all(_is_idle(hook) for hook in hooks_of(m)):
-                return True
-        return _global._has_any_global_hook() and any(
-            not _is_idle(hook)
-            for kind in (
-                _global._global_forward_hooks,
-                _global._global_forward_pre_hooks,
-                _global._global_backward_hooks,
-                _global._global_backward_pre_hooks,
-            )
-            for hook in kind.values()
-        )
-
-    def is_noisy(self) -> bool:
-        """Return whether the original would drop values at random now."""
-        return any(module.training and getattr(module, name) for module, name in self._noisy)
-
-
-def _is_rate(module: nn.Module, name: str) -> bool:
-    value = getattr(module, name, None)
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_idle(hook: object) -> bool:
-    """Return whether a hook does not mind which modules compute.
-
-    transformers' hooks wait for calls that ask for hidden states or attention weights, which the original serves
-    anyway; the first such call leaves them behind for good. PyTorch's counter of operations asks where it is.
-    """
-    return getattr(hook, "__module__", "") in ("transformers.utils.output_capturing", "torch.utils.module_tracker")
+    return call
 
 
 class Accelerated:
-    """The base of accelerated modules, before the original class in the order of method resolution."""
+    """The base of accelerated modules, before the original class in the order of method resolution.
+
+    Attributes:
+        replaced_methods: The methods of the library's class that the accelerated form computes in the place of.
+        replaced_children: The children that it computes in the place of.
+    """
 
     _original_class: type
     _mixin: type
+    replaced_methods: tuple[str, ...] = ("forward",)
+    replaced_children: tuple[str, ...] = ()
+    # of those that the class itself makes, which have no twin until they are accelerated
+    _clipfast_options: Mapping[str, Any] = types.MappingProxyType({"token_outputs": True})
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in cls.replaced_methods:
+            if name in cls.__dict__ and cls.__module__.partition(".")[0] == "clipfast":
+                setattr(cls, name, _also_when_restored(cls.__dict__[name]))
 
     def make_twin(self) -> Twin:
         """Return the twin of this module.
@@ -104,30 +72,76 @@ class Accelerated:
         """
         raise NotImplementedError
 
+    def judged_twin(self) -> Twin:
+        """Return :meth:`make_twin`'s, or refuse modules that were changed and what that cannot make sense of."""
+        for name in self.replaced_children:
+            child = self._modules.get(name)
+            for module, path in modules_in(child).items() if child is not None else ():
+                reason = plainness.departure(module)
+                if reason is not None:
+                    raise Refusal(f"{name}.{path}: {reason}" if path else f"{name}: {reason}")
+        try:
+            return self.make_twin()
+        except Refusal:
+            raise
+        except Exception as error:
+            raise Refusal(f"its parts are not known ({type(error).__name__}: {error})") from error
+
+    def baked_attributes(self) -> tuple[Any, ...]:
+        """Return those attributes of the module itself that its twin was made by, to be compared later."""
+        return ()
+
+    def own_references(self) -> list[plainness.Reference]:
+        """Return the methods and functions that the original's own code names, and those that clipfast's calls."""
+        own = plainness.references(self._original_class, self.replaced_methods)
+        return own + [(F, name, getattr(F, name)) for name in _CALLED]
+
+    def changed_method(self, names: Iterable[str]) -> str | None:
+        """Return which method was set on the instance, or None; what stands in ``forward``'s place calls on its own."""
+        for name in names:
+            if plainness.is_shadowed(self, name):
+                return f"its {name} was set on the instance"
+        return None
+
     def serving_twin(self) -> Any:
         """Return the twin that serves a call, or None where the original code must."""
         twin = self.__dict__.get(_TWIN)
         if twin is None or torch.jit.is_tracing() or torch.compiler.is_exporting():
             return None
-        if not twin.is_whole(self):
-            if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if twin.tower is None or not twin.is_whole_while_compiling(self):
                 return None
-            twin = self._make_again()
-        if twin is None or twin.is_observed() or twin.is_noisy():
+        elif plainness.is_transformed():
+            return None
+        elif not twin.is_whole(self):
+            twin = self._judge_again(twin)
+        if twin.tower is None or twin.is_on_meta() or twin.observer() is not None or twin.noise() is not None:
             return None
         return twin.tower
 
-    def _make_again(self) -> Twin | None:
+    def why_not(self) -> str | None:
+        """Return why the original code would serve a call now, or None where the twin would."""
+        twin = self.__dict__.get(_TWIN)
+        if twin is None:
+            return "it was not accelerated, or was changed since"
+        if not twin.is_whole(self):
+            twin = self._judge_again(twin)
+        return twin.refusal or twin.observer() or twin.noise()
+
+    def _judge_again(self, last: Twin | Refused) -> Twin | Refused:
+        twin: Twin | Refused
         try:
-            twin = self.make_twin()
+            twin = self.judged_twin()
         except Refusal as refusal:
-            twin = None
-            name = self._original_class.__name__
-            warnings.warn(
-                f"clipfast: a {name} was changed and runs its original code from now on: {refusal}",
-                AccelerateWarning,
-                stacklevel=4,
-            )
+            patience = last.next_patience() if isinstance(last, Refused) else 0
+            twin = Refused(self, str(refusal), patience)
+            if last.refusal != twin.refusal:
+                name = self._original_class.__name__
+                warnings.warn(
+                    f"clipfast: a {name} was changed and runs its original code as long as it is: {refusal}",
+                    AccelerateWarning,
+                    stacklevel=4,
+                )
         self.__dict__[_TWIN] = twin
         return twin
 
@@ -141,10 +155,12 @@ class Accelerated:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if _OPTIONS not in state:
+            return  # an instance that was made anew by its class
         try:
-            self.__dict__[_TWIN] = self.make_twin()
-        except Refusal:
-            self.__dict__[_TWIN] = None
+            self.__dict__[_TWIN] = self.judged_twin()
+        except Refusal as refusal:
+            self.__dict__[_TWIN] = Refused(self, str(refusal))
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         # nn.DataParallel fills its replicas with tensors that are no Parameters of theirs
@@ -179,7 +195,8 @@ def _new(original: type, mixin: type) -> nn.Module:
 
 def is_accelerated(module: nn.Module) -> bool:
     """Return whether a module is accelerated and has its twin."""
-    return isinstance(module, Accelerated) and module.__dict__.get(_TWIN) is not None
+    twin = module.__dict__.get(_TWIN) if isinstance(module, Accelerated) else None
+    return twin is not None and twin.tower is not None
 
 
 def set_options(module: nn.Module, options: dict[str, Any]) -> None:
@@ -196,17 +213,29 @@ def put_on(module: nn.Module, mixin: type, options: dict[str, Any]) -> None:
     if isinstance(module, Accelerated):
         # changed since, and then its twin was given up
         set_options(module, options)
-        module.__dict__[_TWIN] = module.make_twin()
+        module.__dict__[_TWIN] = module.judged_twin()
         return
     original = module.__class__
     module.__class__ = accelerated_class(original, mixin)
     set_options(module, options)
     try:
-        module.__dict__[_TWIN] = module.make_twin()
+        module.__dict__[_TWIN] = module.judged_twin()
     except BaseException:
         module.__class__ = original
         del module.__dict__[_OPTIONS]
         raise
+
+
+def refusal_of(module: nn.Module, mixin: type) -> str | None:
+    """Return why a module that is not accelerated could not be now, or None; it is left as it is."""
+    cls = accelerated_class(type(module), mixin)
+    probe = cls.__new__(cls)
+    object.__setattr__(probe, "__dict__", module.__dict__)
+    try:
+        probe.judged_twin()
+    except Refusal as refusal:
+        return str(refusal)
+    return None
 
 
 def take_off(modules: Iterable[nn.Module]) -> None:
@@ -226,4 +255,8 @@ def take_off(modules: Iterable[nn.Module]) -> None:
     for module in accelerated:
         for name in (_TWIN, _OPTIONS):
             module.__dict__.pop(name, None)
+        for name, value in list(module.__dict__.items()):
+            # what others put in a method's place and took back: the accelerated method, bound
+            if isinstance(value, types.MethodType) and value.__func__ is getattr(type(module)._mixin, name, None):
+                del module.__dict__[name]
         module.__class__ = type(module)._original_class

@@ -10,10 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast import ops
+from clipfast.modules import plainness
+from clipfast.modules.block_states import is_lora
 from clipfast.modules.text import TextTransformer
-from clipfast.modules.transformer import MLP, LayerNorm, ResidualAttentionBlock, SelfAttention, Transformer
+from clipfast.modules.transformer import (
+    MLP,
+    LayerNorm,
+    Read,
+    ResidualAttentionBlock,
+    SelfAttention,
+    Transformer,
+    take_tokens,
+)
 from clipfast.modules.vit import ViT
 
 
@@ -41,6 +53,11 @@ def gelu_of(module: object, kinds: dict[type, str], name: str) -> str:
     if type(module) is nn.GELU:
         return module.approximate
     require(type(module) in kinds, f"{name} is a {type(module).__qualname__}, expected a GELU")
+    for function in module.__dict__.values():
+        # transformers keeps the function that is called as an attribute
+        inner = getattr(function, "func", function)
+        own = getattr(inner, "__self__", None) is module or getattr(inner, "__name__", "gelu") == "gelu"
+        require(own or not callable(inner), f"{name} calls another function than its own")
     return kinds[type(module)]
 
 
@@ -53,6 +70,11 @@ class TwinLayerNorm(LayerNorm):
         require(
             len(source.normalized_shape) == 1 and source.weight is not None and source.bias is not None,
             f"{name} has no weight, no bias, or more than one dimension",
+        )
+        require(
+            tuple(source.normalized_shape) == tuple(source.weight.shape) == tuple(source.bias.shape),
+            f"{name} is told to normalise {tuple(source.normalized_shape)} values, and its weight has "
+            f"{tuple(source.weight.shape)}",
         )
         self.normalized_shape, self.eps, self.elementwise_affine = source.normalized_shape, source.eps, True
 
@@ -72,7 +94,7 @@ class TwinAttention(SelfAttention):
 
     Args:
         source: What holds the projection of queries, keys and values: an ``nn.MultiheadAttention``, a linear layer for
-            all three, or one for each.
+            all three, or one for each. Linear layers that an adapter wraps are called.
         out_proj: The output projection.
         heads: The number of heads.
         causal: Whether a token attends to itself and those before it only.
@@ -87,34 +109,112 @@ class TwinAttention(SelfAttention):
         self.source = nn.ModuleList(source)
         self.out_proj = out_proj
         self._packed = len(source) == 1 and isinstance(source[0], nn.MultiheadAttention)
-        weight, bias = self.in_proj_weight, self.in_proj_bias
+        self.is_adapted = any(is_lora(part) for part in source)
+        weight, bias = (self._joined(kind) for kind in ("weight", "bias"))
         require(weight is not None and bias is not None, f"{name} has no joint projection with a bias")
         require(
-            weight.shape[0] == 3 * weight.shape[1] and weight.shape[1] % heads == 0,
+            weight.dim() == 2 and weight.shape[0] == 3 * weight.shape[1] and weight.shape[1] % heads == 0,
             f"{name} projects to {weight.shape[0]} values, expected three times the width {weight.shape[1]}",
         )
 
     @property
     def in_proj_weight(self) -> Tensor:
         """``[3W, W]``; made of three, it passes its gradient on to them."""
-        if self._packed:
-            return self.source[0].in_proj_weight
-        return self.source[0].weight if len(self.source) == 1 else torch.cat([part.weight for part in self.source])
+        return self._joined("weight")
 
     @property
     def in_proj_bias(self) -> Tensor | None:
         """``[3W]``."""
+        return self._joined("bias")
+
+    def _joined(self, kind: str) -> Tensor | None:
         if self._packed:
-            return self.source[0].in_proj_bias
-        if any(part.bias is None for part in self.source):
+            return getattr(self.source[0], f"in_proj_{kind}")
+        parts = [getattr(base_of(part), kind) for part in self.source]
+        if any(part is None for part in parts):
             return None
-        return self.source[0].bias if len(self.source) == 1 else torch.cat([part.bias for part in self.source])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        if not self.is_adapted:
+            return super()._qkv(x)
+        parts = [part(x) for part in self.source]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def _project_one(self, x: Tensor, query: Tensor, read: Read) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.is_adapted:
+            return super()._project_one(x, query, read)
+        if len(self.source) == 1:
+            asks, key, value = self.source[0](x).chunk(3, dim=-1)
+            return take_tokens(asks, read), key, value
+        return self.source[0](query), self.source[1](x), self.source[2](x)
+
+
+class TwinAdaptedAttention(TwinAttention):
+    """clipfast's attention with the Parameters of an ``nn.MultiheadAttention`` that peft's LoRA wraps.
+
+    Args:
+        wrapper: peft's module.
+        causal: Whether a token attends to itself and those before it only.
+        name: The attention's name, for refusals.
+    """
+
+    def __init__(self, wrapper: nn.Module, causal: bool, name: str) -> None:
+        attention = base_of(wrapper)
+        super().__init__([attention], base_of(attention.out_proj), attention.num_heads, causal, name=name)
+        self.wrapper, self.is_adapted = wrapper, True
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return what :meth:`SelfAttention.forward` does, of the weights with the active adapters' share."""
+        (weight, bias), out = self._effective()
+        return out(ops.attention(F.linear(x, weight, bias), self.heads, causal=self.causal, cu_seqlens=cu_seqlens))
+
+    def forward_one(self, x: Tensor, query: Tensor, read: Read, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return what :meth:`SelfAttention.forward_one` does, of the weights with the active adapters' share."""
+        y = self.forward(x, cu_seqlens)
+        return take_tokens(y, read)
+
+    def _effective(self) -> tuple[tuple[Tensor, Tensor], Callable[[Tensor], Tensor]]:
+        """Return the weights that peft would put into the attention for one call, and their gradients' way back."""
+        wrapper, attention = self.wrapper, base_of(self.wrapper)
+        merges = not wrapper.disable_adapters and not wrapper.merged
+        if wrapper.disable_adapters and wrapper.merged:
+            wrapper.unmerge()
+        if merges:
+            wrapper.merge(adapter_names=[name for name in wrapper.active_adapters if name in wrapper.lora_A])
+        linear = base_of(attention.out_proj)
+        weight, bias, out_weight, out_bias = (
+            attention.in_proj_weight, attention.in_proj_bias, linear.weight, linear.bias,
+        )  # fmt: skip
+        if merges and wrapper.merged:
+            wrapper.unmerge()
+        return (weight, bias), lambda y: F.linear(y, out_weight, out_bias)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return what an adapter wraps; a module that is no adapter is its own base."""
+    return module.base_layer if type(module).__module__.startswith("peft.") else module
+
+
+def linear_of(module: nn.Module, name: str) -> nn.Module:
+    """Return a linear layer, as it is or within peft's LoRA, or refuse it."""
+    return module if is_lora(module) else of_type(module, tuple(plainness.LINEARS), name)
 
 
 def attention_of_pytorch(source: nn.Module, name: str, causal: bool = False) -> TwinAttention:
     """Return the twin of an ``nn.MultiheadAttention`` that attends to its own input."""
-    of_type(source, nn.MultiheadAttention, name)
-    require(source.bias_k is None and not source.add_zero_attn, f"{name} adds keys of its own")
+    wrapped = type(source).__module__ == "peft.tuners.lora.layer" and type(source).__name__ == "MultiheadAttention"
+    attention = of_type(base_of(source) if wrapped else source, nn.MultiheadAttention, name)
+    require(attention.bias_k is None and not attention.add_zero_attn, f"{name} adds keys of its own")
+    require(attention.batch_first, f"{name} takes the batch second (batch_first)")
+    require(
+        attention._qkv_same_embed_dim and attention.head_dim * attention.num_heads == attention.embed_dim,
+        f"{name} has {attention.num_heads} heads of {attention.head_dim} for a width of {attention.embed_dim}",
+    )
+    if wrapped:
+        require(is_lora(attention.out_proj), f"{name}'s output projection is not adapted as the rest is")
+        return TwinAdaptedAttention(source, causal, name)
+    of_type(attention.out_proj, tuple(plainness.LINEARS), f"{name}'s output")
     return TwinAttention([source], source.out_proj, source.num_heads, causal, name=name)
 
 
@@ -142,13 +242,21 @@ class TwinBlock(ResidualAttentionBlock):
         name: str,
     ) -> None:
         nn.Module.__init__(self)
-        of_type(attention.out_proj, (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear), f"{name}'s output")
+        linear_of(attention.out_proj, f"{name}'s output")
         self.ln_1, self.attn, self.ln_2 = ln_1, attention, ln_2
         self.mlp = MLP.__new__(MLP)
         nn.Module.__init__(self.mlp)
         self.mlp.approximate = approximate
-        self.mlp.c_fc = of_type(c_fc, nn.Linear, f"{name}'s first linear layer")
-        self.mlp.c_proj = of_type(c_proj, nn.Linear, f"{name}'s second linear layer")
+        self.mlp.c_fc = linear_of(c_fc, f"{name}'s first linear layer")
+        self.mlp.c_proj = linear_of(c_proj, f"{name}'s second linear layer")
+        # its parameters say all that it computes
+        self.is_plain = not attention.is_adapted and not any(
+            is_lora(linear) for linear in (attention.out_proj, c_fc, c_proj)
+        )
+
+    def _adds_in_norm(self) -> bool:
+        """Return that it may: whoever watches or changes the other's LayerNorm is served by the other's code."""
+        return True
 
 
 class TwinTransformer(Transformer):
@@ -174,6 +282,14 @@ class TwinTransformer(Transformer):
     def grad_checkpointing(self) -> bool:
         """Whether blocks are computed again in the backward pass."""
         return self._checkpoints()
+
+    def _takes_rows(self, indices: Iterable[int]) -> bool:
+        """Return that blocks do: the twin is another one as soon as the blocks that it stands for are changed."""
+        return True
+
+    def _is_packable(self) -> bool:
+        """Return whether the blocks' parameters say all that they compute."""
+        return all(block.is_plain for block in self.resblocks)
 
 
 class TwinViT(ViT):
@@ -260,6 +376,10 @@ class TwinText(TextTransformer):
     def is_causal(self) -> bool:
         """Whether a token attends to itself and those before it only."""
         return self.transformer.resblocks[0].attn.causal
+
+    def _takes_packed_rows(self) -> bool:
+        """Return whether captions may be cut: nothing of the other's would notice."""
+        return self.transformer.can_pack()
 
     def takes(self, tokens: object) -> bool:
         """Return whether ``tokens`` are ids ``[B, L]``, of which nothing but the values can be wrong."""

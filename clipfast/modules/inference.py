@@ -55,6 +55,7 @@ def product_dtype(x: Tensor) -> torch.dtype | None:
         and not torch.jit.is_tracing()
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
+        and torch.autograd.forward_ad._current_level < 0
     ):
         return None
     if not torch.is_autocast_enabled("cpu"):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.modules import inference
+from clipfast.modules import inference, plainness
 from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.packing import pack
+from clipfast.modules.plainness import is_untouched
 from clipfast.modules.transformer import LayerNorm, Transformer, take_tokens
 
 POOLINGS = ("eos", "argmax")
@@ -122,7 +123,7 @@ class TextTower(nn.Module):
 
     def _features_of(self, tokens: Tensor) -> Tensor:
         read = self._read_positions(tokens)
-        if _cannot_read_values(tokens) or not self.transformer.can_pack():
+        if _cannot_read_values(tokens) or not self._takes_packed_rows():
             pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
         else:
             # the mask hides what lies behind the token that is read: it is left out
@@ -133,6 +134,10 @@ class TextTower(nn.Module):
             # LayerNorm works row by row: the rows that are read suffice
             pooled = self.ln_final(x)[packing.order]
         return inference.project(self, pooled, self.text_projection)
+
+    def _takes_packed_rows(self) -> bool:
+        """Return whether nothing would notice that captions are cut at the token that is read."""
+        return is_untouched(self.token_embedding, plainness.EMBEDDINGS) and self.transformer.can_pack()
 
     def _embed_tokens(self, tokens: Tensor) -> Tensor:
         return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfast import ops
-from clipfast.modules import inference
-from clipfast.modules.shortcuts import has_hooks, is_observed, shortcuts_enabled
+from clipfast.modules import inference, plainness
+from clipfast.modules.block_states import ADAPTED, CHANGED, PLAIN, BlockStates, is_as_defined, is_rowwise, states_of
+from clipfast.modules.plainness import is_untouched
+from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
 from clipfast.ops.dispatch import leaves_clipfast
@@ -27,6 +30,9 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., C]`` from ``[..., C]``."""
         return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+_NORMS = {LayerNorm: LayerNorm.forward}
 
 
 class SelfAttention(nn.Module):
@@ -63,17 +69,13 @@ class SelfAttention(nn.Module):
             read: Their positions, one for all or one each ``[S]``; packed sequences are asked by their last token.
             cu_seqlens: As for :meth:`forward`.
         """
-        width = x.shape[-1]
-        # two views by one split: their gradients come together without a sum over the whole
-        weights, biases = (t.split([width, 2 * width]) for t in self.qkv_parameters())
-        key, value = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
+        query, key, value = self._project_one(x, query, read)
         lengths = None
         if self.causal and cu_seqlens is None:
             if isinstance(read, int):
                 key, value = key[:, : read + 1], value[:, : read + 1]
             else:
                 lengths = read + 1
-        query = F.linear(query, weights[0], biases[0])
         return self.out_proj(
             ops.single_query_attention(query, key, value, self.heads, lengths=lengths, cu_seqlens=cu_seqlens)
         )
@@ -88,6 +90,14 @@ class SelfAttention(nn.Module):
 
     def _qkv(self, x: Tensor) -> Tensor:
         return F.linear(x, *self.qkv_parameters())
+
+    def _project_one(self, x: Tensor, query: Tensor, read: Read) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the queries ``[S, W]`` of the tokens that ask, and keys and values of all."""
+        width = x.shape[-1]
+        # two views by one split: their gradients come together without a sum over the whole
+        weights, biases = (t.split([width, 2 * width]) for t in self.qkv_parameters())
+        key, value = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
+        return F.linear(query, weights[0], biases[0]), key, value
 
 
 class MLP(nn.Module):
@@ -115,13 +125,8 @@ class MLP(nn.Module):
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    """Return whether nobody would notice that a layer's product is taken without calling the layer.
-
-    Layers that were hooked, wrapped, parametrised, quantised or adapted since they were made are called.
-    """
-    # nn.MultiheadAttention's output projection is a Linear under another name
-    plain = type(linear) in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return plain and linear.bias is not None and not has_hooks(linear)
+    """Return whether nobody would notice that a layer's product is taken without calling the layer."""
+    return is_untouched(linear, plainness.LINEARS) and linear.bias is not None
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -162,8 +167,16 @@ class ResidualAttentionBlock(nn.Module):
         else:
             x, query = take_tokens(x, read), take_tokens(y, read)
             y = self.attn.forward_one(y, query, read, cu_seqlens)
-        y, x = ops.add_layer_norm(y, x, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
+        if self._adds_in_norm():
+            y, x = ops.add_layer_norm(y, x, self.ln_2.weight, self.ln_2.bias, self.ln_2.eps)
+        else:
+            x = x + y
+            y = self.ln_2(x)
         return x + self.mlp(y)
+
+    def _adds_in_norm(self) -> bool:
+        """Return whether the second LayerNorm may be computed without a call of its own."""
+        return is_untouched(self.ln_2, _NORMS)
 
     def weights(self) -> BlockWeights:
         """Return the parameters as :class:`~clipfast.ops.encoder.PackedEncoder` takes them."""
@@ -229,38 +242,53 @@ class Transformer(nn.Module):
 
     def can_pack(self) -> bool:
         """Return whether the blocks take packed sequences: they are clipfast's, and nobody watches them."""
-        return shortcuts_enabled() and all(_is_own(b) and not is_observed(b) for b in self.resblocks)
+        return (
+            shortcuts_enabled()
+            and "forward" not in self.__dict__
+            and self._takes_rows(range(self.layers))
+            # what lies behind the token that is read is hidden from it
+            and all(block.attn.causal for block in self.resblocks)
+        )
 
     def can_read_one(self) -> bool:
         """Return whether the last block may compute one token alone: it is clipfast's, and nobody watches it."""
-        return (
-            shortcuts_enabled()
-            and self.layers > 0
-            and _is_own(self.resblocks[-1])
-            and not is_observed(self.resblocks[-1])
-        )
+        return shortcuts_enabled() and self.layers > 0 and self._takes_rows(range(self.layers - 1, self.layers))
 
     def packed_encoder(self, x: Tensor) -> PackedEncoder | None:
         """Return the packed weights that compute the blocks for ``x`` on the CPU, or None where the modules do."""
-        if not self.layers or inference.product_dtype(x) is None:
+        if not self.layers or inference.product_dtype(x) is None or plainness.is_transformed():
             return None
-        if not all(_is_plain_block(b) for b in self.resblocks):
+        if not self._is_packable():
             return None
         first = self.resblocks[0]
         made = inference.kept(
             self,
             self.parameters(),
             x,
-            lambda dtype: PackedEncoder(
-                [b.weights() for b in self.resblocks],
-                first.attn.heads,
-                first.attn.causal,
-                first.mlp.approximate,
-                first.ln_1.eps,
-                dtype,
-            ),
+            lambda dtype: PackedEncoder([b.weights() for b in self.resblocks], *_options_of(first)[:4], dtype),
         )
+        if made is not None:
+            made.set_options(*_options_of(first)[:4])
         return None if made is None or refusal(made) is not None else made
+
+    def _takes_rows(self, indices: Iterable[int]) -> bool:
+        """Return whether blocks compute what this file says, for whichever rows they are given."""
+        if torch.compiler.is_compiling():
+            return all(_is_own(b) and not is_observed(b) for b in (self.resblocks[i] for i in indices))
+        state = self._states()
+        return not state.is_observed(indices) and all(state.blocks[i] != CHANGED for i in indices)
+
+    def _is_packable(self) -> bool:
+        """Return whether the blocks' parameters say all that they compute, and nobody watches them compute."""
+        state = self._states()
+        return state.all_plain and not state.is_observed(range(self.layers)) and self._is_uniform()
+
+    def _is_uniform(self) -> bool:
+        """Return whether the first block's heads, mask, GELU and epsilon are those of all."""
+        return len({_options_of(b) for b in self.resblocks}) == 1 and len({*_options_of(self.resblocks[0])[3:]}) == 1
+
+    def _states(self) -> BlockStates:
+        return states_of(self, self.resblocks, _state_of)
 
     def _encode(self, encoder: PackedEncoder, x: Tensor, cu_seqlens: Tensor | None, read: Read | None) -> Tensor:
         if not torch.is_autocast_enabled("cpu"):
@@ -275,7 +303,7 @@ class Transformer(nn.Module):
             out = encode(x, encoder, cu_seqlens=cu_seqlens, read=-1 if one else None)
             return out if one or read is None else take_tokens(out, read)
         batch, tokens = x.shape[:2]
-        offsets = torch.arange(0, (batch + 1) * tokens, tokens)
+        offsets = torch.arange(0, (batch + 1) * tokens, tokens, device="cpu")
         # a causal encoder is read at the last token, where that is the one that is asked for
         one = one and isinstance(read, int) and (not encoder.causal or read == tokens - 1)
         position = None if not one else -1 if encoder.causal else read
@@ -371,24 +399,40 @@ def _rounds_worse_alone(x: Tensor, cu_seqlens: Tensor | None) -> bool:
     return sequences < 12 and sequences % 4 != 0
 
 
+def _options_of(block: nn.Module) -> tuple[int, bool, str, float, float]:
+    return block.attn.heads, block.attn.causal, block.mlp.approximate, block.ln_1.eps, block.ln_2.eps
+
+
+def _state_of(block: nn.Module) -> str:
+    """Return whether a block's parameters say all that it computes, or which of its parts have to be called."""
+    if not (
+        is_as_defined(block, ResidualAttentionBlock, weights=False)
+        and is_as_defined(block.attn, SelfAttention, weights=False)
+        and is_as_defined(block.mlp, MLP, weights=False)
+        and all(is_as_defined(norm, LayerNorm, weights=False) for norm in (block.ln_1, block.ln_2))
+    ):
+        return CHANGED
+    linears = (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)
+    parts = ((block, ResidualAttentionBlock), (block.attn, SelfAttention), (block.mlp, MLP))
+    norms = ((norm, LayerNorm) for norm in (block.ln_1, block.ln_2))
+    if all(is_as_defined(*part) for part in (*parts, *norms)) and all(_is_plain_now(linear) for linear in linears):
+        return PLAIN
+    return ADAPTED if all(is_rowwise(linear) for linear in linears) else CHANGED
+
+
+def _is_plain_now(linear: nn.Module) -> bool:
+    return type(linear) in plainness.LINEARS and linear.bias is not None and plainness.departure(linear) is None
+
+
 def _is_own(block: nn.Module) -> bool:
-    """Return whether a block and its attention compute what this file says."""
+    """Return to a compiler whether a block and its attention compute what this file says."""
     return (
         isinstance(block, ResidualAttentionBlock)
         and type(block).forward is ResidualAttentionBlock.forward
+        and isinstance(block.forward, MethodType)
         and isinstance(block.attn, SelfAttention)
         and type(block.attn).forward is SelfAttention.forward
         and type(block.attn).forward_one is SelfAttention.forward_one
-    )
-
-
-def _is_plain_block(block: nn.Module) -> bool:
-    """Return whether a block's parameters say all that it computes, and nobody watches it compute."""
-    return (
-        _is_own(block)
-        and type(block.ln_1).forward is LayerNorm.forward
-        and type(block.ln_2).forward is LayerNorm.forward
-        and type(block.mlp).forward is MLP.forward
-        and all(_is_plain(linear) for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj))
-        and not is_observed(block)
+        and isinstance(block.attn.forward, MethodType)
+        and isinstance(block.mlp.forward, MethodType)
     )

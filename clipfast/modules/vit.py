@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.modules import inference
+from clipfast.modules import inference, plainness
 from clipfast.modules.locking import set_trainable, unlock_last
+from clipfast.modules.plainness import is_untouched
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import LayerNorm, Transformer
 from clipfast.ops import transfer
@@ -271,7 +272,14 @@ class ViT(nn.Module):
 
     def _patches(self, images: Tensor) -> Tensor:
         """Return ``[B, patches, W]``: the convolution's patches do not overlap, so it is a product."""
-        if type(self.conv1) is nn.Conv2d and self.conv1.bias is None and not is_observed(self.conv1):
+        if (
+            is_untouched(self.conv1, plainness.CONVOLUTIONS)
+            and self.conv1.bias is None
+            and self.conv1.weight.shape[2:] == (self.patch_size, self.patch_size) == self.conv1.stride
+            and self.conv1.padding == (0, 0)
+            and self.conv1.dilation == (1, 1)
+            and self.conv1.groups == 1
+        ):
             size, (rows, columns) = self.patch_size, self.grid_size
             pixels = images.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
             x = inference.linear(self.conv1, pixels.flatten(3).flatten(0, 2), self.conv1.weight, lambda w: w.flatten(1))

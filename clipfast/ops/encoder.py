@@ -79,12 +79,15 @@ class PackedEncoder:
     ) -> None:
         self._blocks = tuple(blocks)
         self.dtype = dtype or self._blocks[0].ln_1[0].dtype
-        self.heads = heads
-        self.causal = causal
-        self.approximate = approximate
-        self.eps = eps
         self._native: list[Tensor] | None = None
         self._onednn: list[tuple[Tensor, ...]] | None = None
+        self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
+
+    def set_options(self, heads: int, causal: bool, approximate: str, eps: float) -> None:
+        """Take other options than those it was made with; the arguments are the constructor's."""
+        if (heads, causal, approximate, eps) != (self.heads, self.causal, self.approximate, self.eps):
+            self._native = self._onednn = None
+            self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
 
     @property
     def width(self) -> int:
@@ -304,7 +307,7 @@ def _attention(qkv: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor) -> Tenso
     sequences = cu_seqlens.shape[0] - 1
     tokens = qkv.shape[0] // sequences
     # sequences of one length, as images are, need no packing
-    if torch.equal(cu_seqlens, torch.arange(0, (sequences + 1) * tokens, tokens)):
+    if torch.equal(cu_seqlens, torch.arange(0, (sequences + 1) * tokens, tokens, device="cpu")):
         return attention(qkv.unflatten(0, (sequences, tokens)), encoder.heads, causal=encoder.causal).flatten(0, 1)
     return attention(qkv, encoder.heads, causal=encoder.causal, cu_seqlens=cu_seqlens)
 
