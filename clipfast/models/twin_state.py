@@ -79,9 +79,11 @@ class Twin:
                 return False
         return self._holds_now()
 
-    @torch._dynamo.assume_constant_result
     def _holds_now(self) -> bool:
         return self._watch.holds()
+
+    # what torch.compiler.assume_constant_result does, which imports the compiler
+    _holds_now._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def is_on_meta(self) -> bool:
         """Return whether weights are elsewhere until the original's code asks for them."""

@@ -98,7 +98,8 @@ def test_timms_feature_extractor() -> None:
 
 class _Gelu(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return function(*args, **(kwargs or {})) * (2 if function is torch.nn.functional.gelu else 1)
+        result = function(*args, **(kwargs or {}))
+        return result * 2 if function is torch.nn.functional.gelu else result
 
 
 class _Mode(TorchDispatchMode):
