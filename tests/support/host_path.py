@@ -150,9 +150,6 @@ def on_card(subject: str, model: nn.Module | None = None, compute: Any = results
     model = copy.deepcopy(made(subject) if model is None else model).to(CARD)
     inputs = inputs_of(subject, CARD, next(model.parameters()).dtype)
     with watching() as record:
-        embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding)]
-        for embedding in embeddings:
-            embedding.register_forward_pre_hook(lambda *_: record.mark("first layer"))
         found = compute(model, inputs)
     return record, {name: value.cpu() for name, value in found.items()}
 

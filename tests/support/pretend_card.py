@@ -73,6 +73,9 @@ def note(operator: str, wait: str | None = None, send: str | None = None) -> Non
     """Write down an operator, and why its host waits or what it sends without waiting."""
     if _record is None:
         return
+    if operator == "aten.index_select.default":
+        # the tokens' embeddings are looked up; a hook would not do: a layer that is watched gets whole captions
+        _record.mark("first layer")
     _record.operators.append(operator)
     if wait is not None:
         _record.waits.append(f"{operator} {wait}, {_place()}")
