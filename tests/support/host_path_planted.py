@@ -188,7 +188,6 @@ PLANTED = [
     ("text", add_layer_norm_backward),
     ("ViT", gelu),
     ("ViT", read_of_the_last_block),
-    ("text", read_of_the_last_block),
     ("patch dropout", patches_copied),
     ("patch dropout", pageable_memory),
     ("ModifiedResNet", batch_norm),
