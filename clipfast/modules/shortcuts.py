@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-
-def _from_environment() -> bool:
-    value = os.environ.get("CLIPFAST_EXACT_SHORTCUTS", "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"CLIPFAST_EXACT_SHORTCUTS: got {value!r}, expected '0' or '1'")
-    return value == "1"
-
+from clipfast.ops.dispatch import environment_switch
 
 # one for the process, as the backend is: the backward pass computes checkpointed blocks again in threads of its own
-_enabled = _from_environment()
+_enabled = environment_switch("CLIPFAST_EXACT_SHORTCUTS")
 
 
 @contextmanager

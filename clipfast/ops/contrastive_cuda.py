@@ -36,10 +36,8 @@ def _define(field: str) -> Any:
     op, name = _OPS[field], chunked.default._schema.name.partition("::")[2].replace("_chunked", "_on_card")
 
     def run(image: Tensor, *rest: Any) -> Any:
-        if trust.is_required(image.device) and trust.refusal(op, image.device, [trial(op, image)]) is not None:
-            return chunked(image, *rest)
         kernel = getattr(contrastive_kernels.native, field)
-        return fallback.serve(op, image.device, kernel, chunked, image, *rest)
+        return trust.serve(op, image.device, lambda image, *_: [trial(op, image)], kernel, chunked, image, *rest)
 
     schema = str(chunked.default._schema)
     _definitions.define(name + schema[schema.index("(") :])

@@ -34,6 +34,18 @@ def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+def environment_switch(name: str) -> bool:
+    """Return whether an environment variable leaves something on: ``1``, which is its default, or ``0``.
+
+    Raises:
+        ValueError: It is set to something else.
+    """
+    value = os.environ.get(name, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"{name}: got {value!r}, expected '0' or '1'")
+    return value == "1"
+
+
 class FallbackWarning(UserWarning):
     """The backend that was asked for cannot serve a call; another one does, with the same results."""
 

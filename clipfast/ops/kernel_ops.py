@@ -59,10 +59,7 @@ def define(
             return plain(*arguments)
 
     def run(first: Tensor, *rest: Any) -> Any:
-        device = first.device
-        if trust.is_required(device) and trust.refusal(op, device, trials(first, *rest)) is not None:
-            return in_pytorch(first, *rest)
-        return fallback.serve(op, device, launch, in_pytorch, first, *rest)
+        return trust.serve(op, first.device, trials, launch, in_pytorch, first, *rest)
 
     for device in ("CUDA", "CPU"):
         _library.impl(name, run, device)

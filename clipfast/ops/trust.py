@@ -22,14 +22,15 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import clipfast
 from clipfast.files import write_atomically
-from clipfast.ops import fallback, numerics
+from clipfast.ops import fallback, library, numerics
+from clipfast.ops.dispatch import environment_switch
 
 # launches of a probe, all of which have to give the same bits
 LAUNCHES = 8
@@ -75,14 +76,7 @@ _lock = threading.RLock()
 _UNKNOWN = object()
 
 
-def _from_environment() -> bool:
-    value = os.environ.get("CLIPFAST_CHECK", "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"CLIPFAST_CHECK: got {value!r}, expected '0' or '1'")
-    return value == "1"
-
-
-_enabled = _from_environment()
+_enabled = environment_switch("CLIPFAST_CHECK")
 
 
 def is_required(device: torch.device) -> bool:
@@ -116,6 +110,27 @@ def refusal(op: str, device: torch.device, trials: Iterable[Trial]) -> str | Non
         if verdict is not None:
             return verdict
     return None
+
+
+def serve(
+    op: str,
+    device: torch.device,
+    trials: Callable[..., Iterable[Trial]],
+    kernel: Callable[..., Any],
+    plain: Callable[..., Any],
+    *arguments: Any,
+) -> Any:
+    """Return what ``kernel`` gives for the arguments; what ``plain`` does where the kernel is not trusted, or fails.
+
+    Args:
+        op: The op that the kernel belongs to.
+        device: Where it runs.
+        trials: Gets the arguments and returns the configurations that serve them.
+        kernel, plain, *arguments: As for :func:`clipfast.ops.fallback.serve`, which says what passes through.
+    """
+    if is_required(device) and refusal(op, device, trials(*arguments)) is not None:
+        return plain(*arguments)
+    return fallback.serve(op, device, kernel, plain, *arguments)
 
 
 def checked(device: torch.device) -> list[str]:
@@ -260,21 +275,18 @@ def _versions(device: torch.device) -> dict[str, str]:
         card = torch.cuda.get_device_properties(device)
         versions |= {"card": card.name, "capability": f"{card.major}.{card.minor}"}
         versions["multiprocessors"] = str(card.multi_processor_count)
-        ask = getattr(torch._C, "_cuda_getDriverVersion", None)
-        versions["driver"] = str(ask() if ask is not None else "unknown")
+        versions["driver"] = str(library.driver_version())
     return versions
 
 
 def _sources() -> str:
     """Return a digest of the kernels' source and of the op library."""
-    package = Path(__file__).parent.parent
     with suppress(ImportError):
         import clipfast.kernels
 
         sources = sorted(Path(next(iter(clipfast.kernels.__path__))).glob("*.py"))
-        library = package / "libclipfast.so"
         digest = hashlib.sha256()
-        for file in [*sources, *([library] if library.exists() else [])]:
+        for file in [*sources, *([library.path()] if library.path().exists() else [])]:
             digest.update(file.read_bytes())
         return digest.hexdigest()
     return "unknown"

@@ -77,7 +77,7 @@ ERRORS = {
     "invalid argument": RuntimeError("Triton Error [CUDA]: invalid argument"),
     "ptxas": PTXASError("ptxas fatal: Unsupported .version 8.7; current version is 8.4"),
     "the launcher's compiler": subprocess.CalledProcessError(1, ["gcc", "main.c"]),
-    "no permission": PermissionError(errno.EACCES, "Permission denied", "/root/.triton"),
+    "no permission": PermissionError(errno.EACCES, "Permission denied", "/cache/triton"),
     "no space": OSError(errno.ENOSPC, "No space left on device"),
     "half an installation": ImportError("cannot import name 'libtriton'"),
     "another Triton": AttributeError("'JITFunction' object has no attribute 'run'"),

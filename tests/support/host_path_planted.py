@@ -113,9 +113,9 @@ def gelu(patch: Patch) -> None:
 
 
 def read_of_the_last_block(patch: Patch) -> None:
-    def by_mask(x: Tensor, read: int | Tensor) -> Tensor:
+    def by_mask(x: Tensor, read: int) -> Tensor:
         mask = torch.zeros(x.shape[:-1], dtype=torch.bool, device=x.device)
-        mask[(slice(None), read) if isinstance(read, int) else read] = True
+        mask[:, read] = True
         return x[mask]
 
     patch.setattr(transformer, "take_tokens", by_mask)
