@@ -9,6 +9,7 @@ import sys
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
+import compile_once
 import interpreter
 import pytest
 import torch
@@ -32,6 +33,16 @@ torchvision_on_cpu.enable()
 
 # before the rivals, which import Triton
 interpreter.enable()
+
+
+@pytest.fixture(scope="session")
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment in which a build without CUDA takes objects from the run's other builds; empty if it cannot."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent
+    command = compile_once.command(folder / "objects")
+    return {} if command is None else {"CXX": command}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -41,10 +41,10 @@ def run_installed(site: Path, code: str) -> str:
     return done.stdout
 
 
-def test_a_wheel_works_outside_the_tree(tmp_path: Path) -> None:
+def test_a_wheel_works_outside_the_tree(tmp_path: Path, compiled_once: dict[str, str]) -> None:
     if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         pytest.skip("no C++ compiler")
-    wheel = build_wheel(tmp_path, CLIPFAST_SKIP_CUDA="1")
+    wheel = build_wheel(tmp_path, CLIPFAST_SKIP_CUDA="1", **compiled_once)
     assert "-py3-none-" in wheel.name
     site = tmp_path / "site"
     with zipfile.ZipFile(wheel) as archive:
@@ -85,7 +85,9 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
         ("exit 1", {"CLIPFAST_SKIP_CUDA": "1"}, "CLIPFAST_SKIP_CUDA=1 was set"),
     ],
 )
-def test_without_cuda_the_rest_is_built(tmp_path: Path, nvcc: str | None, environment: dict, reason: str) -> None:
+def test_without_cuda_the_rest_is_built(
+    tmp_path: Path, compiled_once: dict[str, str], nvcc: str | None, environment: dict, reason: str
+) -> None:
     if not any(shutil.which(c) for c in (os.environ.get("CXX", "c++"), "g++", "clang++")):
         pytest.skip("no C++ compiler")
     home = tmp_path / "toolkit"
@@ -93,7 +95,7 @@ def test_without_cuda_the_rest_is_built(tmp_path: Path, nvcc: str | None, enviro
     if nvcc is not None:
         (home / "bin" / "nvcc").write_text(f"#!/bin/sh\n{nvcc}\n")
         (home / "bin" / "nvcc").chmod(0o755)
-    wheel = zipfile.ZipFile(build_wheel(tmp_path, CUDA_HOME=str(home), **environment))
+    wheel = zipfile.ZipFile(build_wheel(tmp_path, CUDA_HOME=str(home), **compiled_once, **environment))
     record = json.loads(wheel.read("clipfast/_build.json"))
     assert record["reason"] is None
     assert record["cuda"] is None
