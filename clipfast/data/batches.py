@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipfast.data.order import ShuffledOrder
-from clipfast.data.sources import PairError, PairSource
+from clipfast.data.pairs import PairError, PairSource
 from clipfast.data.transform import ImageError, ImageTransform, load_image
 
 # a pair is replaced by another this many times before the data as a whole are called unreadable
