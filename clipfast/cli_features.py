@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipfast.console import echo, make_console
+
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
@@ -124,7 +126,7 @@ def embed(
             console=_progress(),
         )
         words = "wrote {}: {} rows" if result.computed else "{} is complete: {} rows"
-        typer.echo(words.format(result.output, result.rows))
+        echo(words.format(result.output, result.rows))
         _tell_skipped([(name, reason) for _, name, reason in result.skipped])
 
 
@@ -191,7 +193,7 @@ def show(
             dark=dark,
         )
         for file in files:
-            typer.echo(file)
+            echo(file)
 
 
 def add_feature_commands(app: typer.Typer) -> None:
@@ -209,10 +211,10 @@ def _mistakes_told() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if error.name not in ("matplotlib", "sklearn", "webdataset", "braceexpand"):
             raise
-        typer.echo(f"error: this needs {error.name}, which is not installed: pip install 'clipfast[train]'", err=True)
+        echo(f"error: this needs {error.name}, which is not installed: pip install 'clipfast[train]'", err=True)
         raise typer.Exit(2) from error
     except (ImportError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -234,27 +236,23 @@ def _where(model: str, weights: Path | None) -> dict[str, str]:
 
 
 def _progress() -> Console:
-    from rich.console import Console
-
-    return Console(stderr=True)
+    return make_console(stderr=True)
 
 
 def _print_result(table: object, values: object, as_json: bool) -> None:
     import json
 
-    from rich.console import Console
-
     if as_json:
-        typer.echo(json.dumps(values, indent=1))
+        echo(json.dumps(values, indent=1))
     else:
-        Console().print(table)
+        make_console().print(table)
 
 
 def _tell_skipped(skipped: list[tuple[str, str]], shown: int = 5) -> None:
     if not skipped:
         return
-    typer.echo(f"skipped {len(skipped)} that cannot be read:", err=True)
+    echo(f"skipped {len(skipped)} that cannot be read:", err=True)
     for name, reason in skipped[:shown]:
-        typer.echo(f"  {name}: {reason}", err=True)
+        echo(f"  {name}: {reason}", err=True)
     if len(skipped) > shown:
-        typer.echo(f"  and {len(skipped) - shown} more", err=True)
+        echo(f"  and {len(skipped) - shown} more", err=True)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from clipfast.console import echo
 from clipfast.train.config import RunConfig
 
 
@@ -54,11 +55,11 @@ def train(
         settings = read_settings(config) if config else {}
         run_training(make_run_config(settings | {name: value for name, value in flags.items() if value is not None}))
     except ModuleNotFoundError as error:
-        typer.echo(f"error: training needs {error.name}: pip install 'clipfast[train]'", err=True)
+        echo(f"error: training needs {error.name}: pip install 'clipfast[train]'", err=True)
         raise typer.Exit(1) from error
     except (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        typer.echo(f"error: {rank}{error}", err=True)
+        echo(f"error: {rank}{error}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -84,12 +85,12 @@ def shards(
             pairs = open_pairs(source)
             written = write_shards((pairs.read(i) for i in range(len(pairs))), output, shard_size=shard_size)
     except ModuleNotFoundError as error:
-        typer.echo(f"error: shards need {error.name}: pip install 'clipfast[demo]'", err=True)
+        echo(f"error: shards need {error.name}: pip install 'clipfast[demo]'", err=True)
         raise typer.Exit(1) from error
     except (ImportError, ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
-    typer.echo(f"wrote {len(written)} shards to {output}")
+    echo(f"wrote {len(written)} shards to {output}")
 
 
 def add_train_commands(app: typer.Typer) -> None:

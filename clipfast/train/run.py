@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from clipfast.console import make_console, tell
 from clipfast.data.batches import Shares, training_batches
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     torch.manual_seed(config.seed)
     place = join_workplace(config.device, timeout=config.timeout)
     try:
-        return _Run(config, place, console or Console(quiet=not place.leads)).go()
+        return _Run(config, place, console or make_console(quiet=not place.leads)).go()
     except BaseException as error:
         if place.group is not None:  # the frames hold DDP, which holds the group that `leave` lets go of
             traceback.clear_frames(error.__traceback__)
@@ -261,7 +262,7 @@ class _Run:
 
     @property
     def _say(self) -> Callable[[str], None]:
-        return lambda words: self.console.print(words, highlight=False, soft_wrap=True)
+        return lambda words: tell(self.console, words)
 
 
 def _whole(value: Tensor) -> Tensor:
