@@ -48,7 +48,7 @@ def say(words: str) -> None:
     if process != os.getpid():
         # a worker that was forked while its parent drew: the bar is not the worker's
         tell(Console(file=sys.__stderr__, markup=False, emoji=False, highlight=False), words)
-    elif console.is_terminal and not _is_terminal(_notices.console.file):
+    elif console.is_terminal and not is_terminal(_notices.console.file):
         tell(_notices.console, words)  # the bar is on a terminal, and standard error goes elsewhere
     else:
         tell(console, words)
@@ -125,7 +125,8 @@ def _of_rank() -> str:
     return "" if rank == "0" else f"rank {rank}: "
 
 
-def _is_terminal(file: object) -> bool:
+def is_terminal(file: object) -> bool:
+    """Whether a stream is a terminal."""
     isatty = getattr(file, "isatty", None)
     try:
         return isatty is not None and isatty()

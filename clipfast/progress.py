@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from types import TracebackType
 
@@ -10,15 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from clipfast.console import tell
-from clipfast.notices import drawing_on
+from clipfast.notices import drawing_on, is_terminal
 
 
 def draws(console: Console | None) -> bool:
-    """Whether a bar can be drawn: on a terminal that moves its cursor, whatever FORCE_COLOR says of a file."""
+    """Whether a bar can be drawn: on a terminal that moves its cursor."""
     if console is None or not console.is_terminal or console.is_dumb_terminal:
         return False
-    isatty = getattr(console.file, "isatty", None)
-    return isatty is not None and isatty()
+    # with these rich takes a file for a terminal, which colours may be meant for but no cursor
+    forced = any(os.environ.get(name) for name in ("FORCE_COLOR", "TTY_COMPATIBLE"))
+    return not forced or is_terminal(console.file)
 
 
 def in_words(seconds: float) -> str:

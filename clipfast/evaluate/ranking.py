@@ -1,9 +1,9 @@
 """Where the right candidate stands among all, with an order for those that score the same.
 
 Of equal scores the candidate of the lower index goes first, as in ``argmax`` and in a stable sort; ``topk``, which the
-rivals rank with, leaves the order open. The place of a candidate so depends on scores and indices alone: not on batches,
-chunks, threads or the device. Scores are cosines, and two are equal where they are closer than eight roundings: the same
-product, computed at two places of a matrix, may differ in its last bits.
+rivals rank with, leaves the order open. The place of a candidate so depends on scores and indices alone, and not on
+batches, chunks, threads or the device. Scores are cosines. Two are equal where they are closer than eight roundings:
+the same product, computed at two places of a matrix, may differ in its last bits.
 """
 
 from __future__ import annotations
