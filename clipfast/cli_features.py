@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from clipfast.console import echo, make_console
+from clipfast.notices import error_console, say
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
 _Model = Annotated[
     str,
@@ -41,8 +41,23 @@ def eval_(
     ],
     task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear-probe, or auto: by the data.")] = "auto",
     weights: _Weights = None,
-    classes: Annotated[Path | None, typer.Option(help="A file with the names of classes, one a line or JSON.")] = None,
-    templates: Annotated[str, typer.Option(help="Prompts: name, photo, simple, or a file with one a line.")] = "simple",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="A file with the names of classes, one a line or JSON; or imagenet.", show_default="the folders'"
+        ),
+    ] = None,
+    templates: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts: name, photo, simple, imagenet, or a file with one a line.",
+            show_default="imagenet for ImageNet, else simple",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A .json file: each class' prompts, as CuPL has them, or a list of templates."),
+    ] = None,
     train_data: Annotated[
         str | None,
         typer.Option(help="What a linear probe learns from.", show_default="half of --data, which is not tested on"),
@@ -65,13 +80,14 @@ def eval_(
         from clipfast.evaluate.run import Reading, evaluate, metrics_table, write_evaluation
 
         clip = _open(model, weights, device, precision)
-        reading = Reading(batch_size, workers, _progress())
+        reading = Reading(batch_size, workers, error_console())
         result = evaluate(
             clip,
             data,
             task,  # type: ignore[arg-type]  # checked there
             class_names=classes,
             templates=templates,
+            prompts=prompts,
             train_data=train_data,
             c=SWEEP if c is None else c,
             reading=reading,
@@ -123,7 +139,7 @@ def embed(
             workers=workers,
             restart=restart,
             model_source=_where(model, weights),
-            console=_progress(),
+            console=error_console(),
         )
         words = "wrote {}: {} rows" if result.computed else "{} is complete: {} rows"
         echo(words.format(result.output, result.rows))
@@ -235,10 +251,6 @@ def _where(model: str, weights: Path | None) -> dict[str, str]:
     return where if weights is None else where | {"weights": str(weights.resolve())}
 
 
-def _progress() -> Console:
-    return make_console(stderr=True)
-
-
 def _print_result(table: object, values: object, as_json: bool) -> None:
     import json
 
@@ -251,8 +263,8 @@ def _print_result(table: object, values: object, as_json: bool) -> None:
 def _tell_skipped(skipped: list[tuple[str, str]], shown: int = 5) -> None:
     if not skipped:
         return
-    echo(f"skipped {len(skipped)} that cannot be read:", err=True)
+    say(f"skipped {len(skipped)} that cannot be read:")
     for name, reason in skipped[:shown]:
-        echo(f"  {name}: {reason}", err=True)
+        say(f"  {name}: {reason}")
     if len(skipped) > shown:
-        echo(f"  and {len(skipped) - shown} more", err=True)
+        say(f"  and {len(skipped) - shown} more")

@@ -52,7 +52,9 @@ class LabelledSource(Protocol):
         ...
 
 
-def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[str] | None = None) -> LabelledSource:
+def open_labelled(
+    path: str | os.PathLike[str], class_names: str | os.PathLike[str] | Sequence[str] | None = None
+) -> LabelledSource:
     """Find pictures with classes.
 
     Args:
@@ -64,8 +66,8 @@ def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[s
               number in a ``.cls``, the names in a ``classnames.txt`` beside them or one folder up (clip-benchmark's
               layout);
             - ``digits``: the 1,797 pictures of handwritten digits that scikit-learn ships.
-        class_names: A file with the names: one a line (or a JSON list) in the order of the numbers or folders, or a
-            JSON object of names by folder.
+        class_names: The names in the order of the numbers or folders, or a file with them: one a line (or a JSON
+            list) in that order, or a JSON object of names by folder.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -73,7 +75,10 @@ def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[s
         ValueError: No pictures, no names, or names that do not fit.
     """
     text = os.fspath(path)
-    names = None if class_names is None else _read_names(Path(class_names))
+    if isinstance(class_names, (str, os.PathLike)):
+        names: Sequence[str] | dict[str, str] | None = _read_names(Path(class_names))
+    else:
+        names = class_names
     shards = find_shards(text)
     if shards:
         return ShardClasses(shards, names)
@@ -282,7 +287,9 @@ def _names_beside(shard: Path) -> list[str]:
         for name in _CLASS_FILES:
             if (folder / name).is_file():
                 return list(_read_names(folder / name))
-    raise ValueError(f"class_names: got none for {shard}, expected a file of names, or {_CLASS_FILES[0]} beside it")
+    raise ValueError(
+        f"class_names: got none for {shard}, expected a file of names, 'imagenet', or {_CLASS_FILES[0]} beside it"
+    )
 
 
 def _fitting_names(names: Sequence[str] | dict[str, str] | None, own: list[str], place: Path) -> list[str]:

@@ -25,9 +25,9 @@ from clipfast.embed.writer import (
     remove_run,
 )
 from clipfast.evaluate.features import Encoder, encode_rows, picture_encoder, text_encoder
-from clipfast.evaluate.progress import RowProgress
 from clipfast.models.clip import CLIP
 from clipfast.models.open_model import weights_digest
+from clipfast.progress import RowProgress
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,18 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels, open_labelled
+from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels
 from clipfast.data.model_inputs import picture_loader
 from clipfast.data.sources import PairError, PairSource, open_pairs
 from clipfast.evaluate.class_cache import cached_classifier
+from clipfast.evaluate.classes import Classes, EvaluationWarning, effect_of_likeness, name_classes, open_classes
 from clipfast.evaluate.features import Encoded, encode_rows, picture_encoder, text_encoder
 from clipfast.evaluate.linear_probe import SWEEP, linear_probe, split_for_probe
-from clipfast.evaluate.progress import RowProgress
 from clipfast.evaluate.retrieval import retrieval_recall
-from clipfast.evaluate.templates import load_templates
 from clipfast.evaluate.zero_shot import zero_shot_accuracy
 from clipfast.files import write_atomically
 from clipfast.models.clip import CLIP
+from clipfast.progress import RowProgress
 
 Task = Literal["auto", "zero-shot", "retrieval", "linear-probe"]
 TASKS = ("auto", "zero-shot", "retrieval", "linear-probe")
@@ -81,7 +82,8 @@ def evaluate(
     task: Task = "auto",
     *,
     class_names: str | os.PathLike[str] | None = None,
-    templates: str | os.PathLike[str] = "simple",
+    templates: str | os.PathLike[str] | None = None,
+    prompts: str | os.PathLike[str] | None = None,
     train_data: str | os.PathLike[str] | None = None,
     c: float | Sequence[float] = SWEEP,
     reading: Reading | None = None,
@@ -93,14 +95,19 @@ def evaluate(
         data: Pictures with classes (:func:`clipfast.data.labelled.open_labelled`) or with captions
             (:func:`clipfast.data.sources.open_pairs`), ``digits`` or ``scikit-image``.
         task: ``"auto"`` is zero-shot for pictures with classes and retrieval for pictures with captions.
-        class_names: A file of names for the classes.
-        templates: A name of :data:`clipfast.evaluate.templates.TEMPLATES`, or a file.
+        class_names: A file of names for the classes, or ``"imagenet"``, which is known by its synsets, too.
+        templates: A name of :data:`clipfast.evaluate.templates.TEMPLATES`, or a file; ``"imagenet"`` for ImageNet's
+            names and ``"simple"`` for others by default.
+        prompts: A JSON file of each class' prompts, or of templates, in the place of ``templates``.
         train_data: What a linear probe is trained on; half of ``data``, of every class alike, where it is missing.
         c: Of the linear probe.
         reading: How to read.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: An argument that does not fit, or nothing that could be read.
+
+    Warns:
+        EvaluationWarning: Classes have the same prompts; the effect is named.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
@@ -111,25 +118,29 @@ def evaluate(
     if task == "retrieval":
         shipped = data == "scikit-image" and not Path(data).exists()
         return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data), reading)
-    source = open_labelled(data, class_names)
+    source = open_classes(data, class_names)
     if task == "zero-shot":
-        return _zero_shot(model, source, load_templates(templates), reading)
-    other = None if train_data is None else open_labelled(train_data, class_names)
+        return _zero_shot(model, source, name_classes(source, class_names, templates, prompts), reading)
+    other = None if train_data is None else open_classes(os.fspath(train_data), class_names)
     return _linear_probe(model, source, other, c, reading)
 
 
-def _zero_shot(model: CLIP, source: LabelledSource, templates: Sequence[str], reading: Reading) -> Evaluation:
+def _zero_shot(model: CLIP, source: LabelledSource, classes: Classes, reading: Reading) -> Evaluation:
     # the texts first: a model that cannot read them should not read a million pictures before
-    classifier = cached_classifier(model, source.class_names, templates)
+    with RowProgress("prompts", classes.prompt_count, reading.console, at_once=False) as progress:
+        classifier = cached_classifier(model, classes.keys, classes.templates, on_prompts=progress)
     images = _pictures(model, source, reading)
     labels = torch.tensor(source.labels)[images.rows]
-    classes = len(source.class_names)
-    metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if classes > 5 else (1,))
+    count = len(classes.names)
+    metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if count > 5 else (1,))
+    alike, words = effect_of_likeness(classes.names, images.features, classifier, labels, metrics["top1"])
+    if words:
+        warnings.warn(words, EvaluationWarning, stacklevel=3)
     return Evaluation(
         "zero-shot",
         metrics,
-        {"pictures": len(labels), "classes": classes},
-        {"templates": list(templates)},
+        {"pictures": len(labels), "classes": count},
+        classes.settings | alike,
         _by_name(images, source),
     )
 
@@ -175,7 +186,7 @@ def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
 
 
 def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
-    texts = text_encoder(model)
+    encoder = text_encoder(model)
     load = picture_loader(model)
     names: dict[int, str] = {}
     captions: dict[int, tuple[str, str]] = {}  # by row: which picture, and the caption
@@ -206,18 +217,22 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
     _require_some(images, names.get(0, "pair 0"))
     place = {row: index for index, row in enumerate(images.rows)}
     rows = [row for row in sorted(captions) if owner[captions[row][0]] in place]
-    with RowProgress("texts", len(rows), reading.console) as progress:
+    # a caption that comes twice is encoded once: equal texts score the same, whatever their batches
+    texts = list(dict.fromkeys(captions[row][1] for row in rows))
+    number = {text: index for index, text in enumerate(texts)}
+    with RowProgress("texts", len(texts), reading.console) as progress:
         encoded = encode_rows(
-            texts,
-            lambda row: captions[row][1],
-            rows,
+            encoder,
+            texts.__getitem__,
+            range(len(texts)),
             batch_size=reading.batch_size,
             workers=0,
             on_rows=progress,
         )
-    image_of_text = torch.tensor([place[owner[captions[row][0]]] for row in encoded.rows])
-    metrics = retrieval_recall(images.features, encoded.features, image_of_text=image_of_text)
-    counts = {"pictures": len(images.rows), "texts": len(encoded.rows)}
+    features = encoded.features[[number[captions[row][1]] for row in rows]]
+    image_of_text = torch.tensor([place[owner[captions[row][0]]] for row in rows])
+    metrics = retrieval_recall(images.features, features, image_of_text=image_of_text)
+    counts = {"pictures": len(images.rows), "texts": len(rows)}
     skipped = {names.get(row, f"pair {row}"): reason for row, reason in images.skipped.items()}
     return Evaluation("retrieval", metrics, counts, {}, skipped)
 

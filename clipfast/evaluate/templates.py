@@ -9,6 +9,9 @@ import json
 import os
 from pathlib import Path
 
+from clipfast.evaluate.imagenet import imagenet_templates
+from clipfast.evaluate.prompts import checked_templates
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
@@ -22,6 +25,8 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "art of the {}.",
         "a photo of the small {}.",
     ),
+    # all eighty, of which published figures on ImageNet are
+    "imagenet": imagenet_templates(),
 }
 
 
@@ -46,10 +51,4 @@ def load_templates(name_or_path: str | os.PathLike[str]) -> tuple[str, ...]:
         )
     text = path.read_text(encoding="utf-8")
     lines = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"templates: got {path} without templates, expected one a line, or a JSON list")
-    templates = tuple(line.replace("{c}", "{}") for line in lines)
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"templates: got {template!r} in {path}, expected a {{}} where the class name goes")
-    return templates
+    return checked_templates(lines, path)
