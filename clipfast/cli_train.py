@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from clipfast.cli_data import with_data_options
 from clipfast.console import echo
+from clipfast.data.options import DataOptions
 from clipfast.train.config import RunConfig
 
 
@@ -63,11 +65,14 @@ def train(
         raise typer.Exit(1) from error
 
 
+@with_data_options
 def shards(
-    source: Annotated[str, typer.Argument(help="'emoji' for the demo's pairs, a .csv or .tsv table, or a folder.")],
+    source: Annotated[str, typer.Argument(help="'emoji' for the demo's pairs, or what 'train' reads.")],
     output: Annotated[Path, typer.Argument(help="The folder for the shards; it may hold none yet.")],
     shard_size: Annotated[int, typer.Option(help="Pairs a shard.")] = 10_000,
     image_size: Annotated[int, typer.Option(help="Pixels a side of the emoji.")] = 64,
+    *,
+    data_options: Callable[[], DataOptions],
 ) -> None:
     """Write pictures and captions as WebDataset shards, which training reads.
 
@@ -82,7 +87,7 @@ def shards(
             from clipfast.data.shards import write_shards
             from clipfast.data.sources import open_pairs
 
-            pairs = open_pairs(source)
+            pairs = open_pairs(source, data_options())
             written = write_shards((pairs.read(i) for i in range(len(pairs))), output, shard_size=shard_size)
     except ModuleNotFoundError as error:
         echo(f"error: shards need {error.name}: pip install 'clipfast[demo]'", err=True)
