@@ -53,7 +53,7 @@ class ShardedPairs(Pairs):
     """
 
     def __init__(self, paths: Sequence[Path], options: DataOptions | None = None) -> None:
-        self.paths = list(paths)
+        self.paths = self.files = list(paths)
         options = options or DataOptions()
         self._names = shard_names(self.paths)
         pictures = alternatives(options.image_key) if options.image_key else [suffix[1:] for suffix in PICTURES]

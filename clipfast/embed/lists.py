@@ -21,9 +21,7 @@ Kind = Literal["image", "text"]
 class Files:
     """Files by their names; a name that is not absolute is below a folder, and one that is blank is none."""
 
-    def __init__(
-        self, names: Sequence[str], kind: Kind, base: Path, place: Path, encoding: str | None = None
-    ) -> None:
+    def __init__(self, names: Sequence[str], kind: Kind, base: Path, place: Path, encoding: str | None = None) -> None:
         if not any(name.strip() for name in names):
             what = f"pictures ({', '.join(PICTURES)})" if kind == "image" else "texts (.txt)"
             raise ValueError(f"input: got no {what} in {place}, expected at least one")

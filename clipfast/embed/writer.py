@@ -230,7 +230,7 @@ def _write_parquet(store: PartStore, about: dict[str, Any], width: int, file: Bi
 
 
 def _in_utf8(name: str) -> str:
-    """Return a name that Parquet can hold: lone surrogates, such as those of names that are not UTF-8, are spelt out."""
+    """Return a name that Parquet can hold: lone surrogates, as in names that are not UTF-8, are spelt out."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 

@@ -20,7 +20,8 @@ import clipfast
 from clipfast.data.model_inputs import picture_loader
 from clipfast.embed import embed as embedding
 from clipfast.embed.embed import embed
-from clipfast.embed.writer import read_about
+from clipfast.embed.search import search
+from clipfast.embed.writer import read_about, read_skipped
 from clipfast.evaluate.features import Encoder, picture_encoder
 
 
