@@ -48,7 +48,7 @@ def shards(
         from clipfast.data.input_facts import input_facts
         from clipfast.data.shard_writer import make_shards
         from clipfast.data.sources import open_pairs
-        from clipfast.evaluate.progress import RowProgress
+        from clipfast.progress import RowProgress
 
         options = data_options()
         facts = input_facts(source)

@@ -55,7 +55,9 @@ def degrade_streams() -> None:
 
 def _degrade(stream: TextIO) -> None:
     # streams of no encoding, such as StringIO, show everything
-    if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+    if getattr(stream, "errors", None) in ("strict", "surrogateescape", "backslashreplace") and hasattr(
+        stream, "reconfigure"
+    ):
         stream.reconfigure(errors=_HANDLER)
 
 

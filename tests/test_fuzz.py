@@ -27,7 +27,7 @@ from clipfast.cli import app
 COUNT = 8
 SECONDS = 30  # a command that takes longer hangs
 PICTURES = ["png", "jpg", "gif", "webp", "bmp", "tif", "jp2", "ppm", *(["avif"] if features.check("avif") else [])]
-PLACES = ["folder", "tar", "csv", "tsv", "parquet", "labels"]
+PLACES = ["folder", "tar", "csv", "tsv", "parquet", "labels", "classes"]
 
 
 def write_place(folder: Path, place: str, rng: np.random.Generator) -> tuple[str, list[Path]]:
@@ -58,11 +58,14 @@ def write_place(folder: Path, place: str, rng: np.random.Generator) -> tuple[str
                     "".join(f"{name}\t{caption}\n" for name, _, caption in [("filepath", b"", "title"), *stored])
                 )
         return str(table), [table] * 6 + [folder / name for name, _, _ in stored]
-    if place == "tar":
+    if place in ("tar", "classes"):
+        if place == "classes":
+            (folder / "classnames.txt").write_text("a cat\na dog\n")
         for half in range(2):
             with tarfile.open(folder / f"{half}.tar", "w") as tar:
                 for name, data, caption in stored[half::2]:
-                    for member, content in ((name, data), (name[:2] + ".txt", caption.encode())):
+                    beside = (".cls", b"1") if place == "classes" else (".txt", caption.encode())
+                    for member, content in ((name, data), (name[:2] + beside[0], beside[1])):
                         info = tarfile.TarInfo(member)
                         info.size = len(content)
                         if half:  # headers without a checksum
@@ -169,7 +172,7 @@ def try_damage(seed: int, model: Path, folder: Path) -> None:
 
     expected = pairs_left(source, place)
 
-    kind = "image" if place == "labels" or rng.random() < 0.6 else "text"
+    kind = "image" if place in ("labels", "classes") or rng.random() < 0.6 else "text"
     out = folder / ("f.npy" if rng.random() < 0.5 else "f.parquet")
     code, printed, said = run(f"embed {kind}, {what}", "embed", model, source, out, "--kind", kind, "--workers", 2)
     if not code:
@@ -189,7 +192,7 @@ def try_damage(seed: int, model: Path, folder: Path) -> None:
         kept = result["counts"]["texts" if place in ("csv", "tsv") else "pictures"]
         accounted(f"eval, {what}", kept, len(result["skipped"]), said, expected)
 
-    if place == "labels":
+    if place in ("labels", "classes"):
         return
     code, printed, said = run(f"shards, {what}", "shards", source, folder / "out", "--shard-size", 3)
     if not code:

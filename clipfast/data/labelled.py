@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -164,8 +165,12 @@ class ShardClasses:
         self._samples: list[tuple[int, ShardSample]] = []
         self.labels: list[int] = []
         for number, shard in enumerate(shards):
+            samples, problem = scan_shard(shard)
+            if problem:
+                words = f"data: a shard is broken, what is whole of it is used: {shard}: {problem}"
+                warnings.warn(words, stacklevel=3)
             with shard.open("rb") as file:
-                for sample in scan_shard(shard)[0]:
+                for sample in samples:
                     if sample.problem:
                         raise ValueError(f"data: {shard}: {sample.key}: {sample.problem}")
                     part = find_part(sample, ["cls"])
