@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
+from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
 from clipfast.console import degrade_streams, echo
 from clipfast.notices import warnings_as_notices
@@ -123,5 +124,6 @@ def doctor(
 
 
 _add_train_commands(app)
+_add_shards_command(app)
 _add_feature_commands(app)
 _add_export_command(app)
