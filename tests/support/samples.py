@@ -20,7 +20,7 @@ def png(seed: int, size: int = 8) -> bytes:
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes | str]]) -> Path:
-    """Write a tar file; a text as content is the target of a symbolic link, of a hard one where it begins with ``=``."""
+    """Write a tar file. A text as content is what a symbolic link names; a hard one where it begins with ``=``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for name, data in members:
