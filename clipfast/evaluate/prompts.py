@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipfast.data.text_files import read_text
+
 Template = str | Callable[[str], str]
 
 
@@ -39,12 +41,15 @@ def class_prompts(
     return [tuple(templates[name]) for name in class_names]
 
 
-def load_prompts(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]] | tuple[str, ...]:
+def load_prompts(
+    path: str | os.PathLike[str], encoding: str | None = None
+) -> dict[str, tuple[str, ...]] | tuple[str, ...]:
     """Read a JSON file of prompts.
 
     Args:
         path: An object with a list of prompts for each class, by its name (CuPL's files), or a list of templates for
             all classes.
+        encoding: Of the file; None is UTF-8.
 
     Returns:
         Prompts by class, or templates; ``{c}`` in a template is read as ``{}``.
@@ -57,9 +62,9 @@ def load_prompts(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]] | t
     if not place.is_file():
         raise FileNotFoundError(f"prompts: got {place}, expected a JSON file: none is there")
     try:
-        held = json.loads(place.read_bytes().decode("utf-8-sig"), object_pairs_hook=_once)
-    except ValueError as error:  # of JSON, of UTF-8, or of a class that comes twice
-        raise ValueError(f"prompts: got {place}, expected JSON in UTF-8: {error}") from error
+        held = json.loads(read_text(place, encoding), object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:  # of JSON, of the encoding, or of a class that comes twice
+        raise ValueError(f"prompts: got {place}, expected JSON: {error}") from error
     if isinstance(held, list):
         return checked_templates(held, place)
     if not isinstance(held, dict) or not held:
