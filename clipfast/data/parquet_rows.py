@@ -6,6 +6,7 @@ A row group is what lies together, so only as many of them are shuffled together
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from clipfast.data.shards import shard_names
 
 # bytes of decoded row groups that a process holds, and open files
 _HELD = 256 << 20
+_LARGE = 1 << 30
 _OPEN_FILES = 32
 
 
@@ -49,13 +51,20 @@ class ParquetRows:
         if not len(self):
             others = f" and {len(paths) - 1} files more" if len(paths) > 1 else ""
             raise ValueError(f"data: got no rows in {paths[0]}{others}, expected at least one")
+        largest = int(self._places[:, 3].max())
+        if largest > _LARGE:
+            warnings.warn(
+                f"data: {paths[0]} and its like have row groups of up to {largest / 2**30:.1f} GiB: every process that "
+                f"reads holds one in memory; write them with fewer rows a group",
+                stacklevel=3,
+            )
         self._forget()
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _facts(self, path: Path) -> tuple[tuple[int, ...], list[tuple[int, int, int]]]:
-        file = open_parquet(path)
+        file = open_parquet(path, mapped=False)
         schema = file.schema_arrow
         for name in self.columns:
             find_column(schema.names, name, (), path)
@@ -116,11 +125,10 @@ class ParquetRows:
         pyarrow, _ = require_pyarrow()
         try:
             if file not in self._files:
-                if identity(path) != self._identities[file]:
-                    raise PairError(f"{path}: it changed since its rows were counted")
+                self._check(file)
                 while len(self._files) >= _OPEN_FILES:
                     self._files.popitem(last=False)
-                self._files[file] = open_parquet(path)
+                self._files[file] = open_parquet(path, mapped=False)
             self._files.move_to_end(file)
             return self._files[file].read_row_group(number, columns=self.columns, use_threads=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -128,6 +136,16 @@ class ParquetRows:
                 raise
             reason = str(error).splitlines()[0]
             raise PairError(f"{path}: row group {number} cannot be read: {reason}") from error
+
+    def _check(self, file: int) -> None:
+        """Read a file anew that was rewritten, unless the number of its rows changed."""
+        path = self.paths[file]
+        if identity(path) == self._identities[file]:
+            return
+        found, groups = self._facts(path)
+        if [rows for _, rows, _ in groups] != self.groups[self._places[:, 0] == file].tolist():
+            raise PairError(f"{path}: it changed since its rows were counted")
+        self._identities[file] = found
 
     def _forget(self) -> None:
         self._files: OrderedDict[int, Any] = OrderedDict()

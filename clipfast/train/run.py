@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.console import make_console, tell
 from clipfast.data.batches import Shares, training_batches
+from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform, image_transform
@@ -112,7 +113,7 @@ class _Run:
             return None
         batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
         return Validation(
-            open_pairs(self.config.val_data, self.config.data_options()),
+            DistinctPictures(open_pairs(self.config.val_data, self.config.data_options()), self.config.val_pairs),
             self.config.val_pairs,
             self._transform(train=False),
             self._tokenizer(),
