@@ -6,22 +6,34 @@ Commands import what they need when they run: ``clipfast --help`` should not wai
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
+from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
+from clipfast.console import degrade_streams, echo
+from clipfast.notices import warnings_as_notices
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+
+class _Commands(TyperGroup):
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        degrade_streams()  # before help and errors of usage are printed too
+        with warnings_as_notices():
+            return super().main(*arguments, **options)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
         import clipfast
 
-        typer.echo(f"clipfast {clipfast.__version__}")
+        echo(f"clipfast {clipfast.__version__}")
         raise typer.Exit
 
 
@@ -65,10 +77,10 @@ def demo(
             output=output,
         )
     except ModuleNotFoundError as error:
-        typer.echo(f"error: the demo needs {error.name}: pip install 'clipfast[demo]'", err=True)
+        echo(f"error: the demo needs {error.name}: pip install 'clipfast[demo]'", err=True)
         raise typer.Exit(1) from error
     except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 
 
@@ -87,9 +99,9 @@ def convert(
 
         convert_weights(source, target, layout)
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(f"wrote {target} in the layout of {layout}")
+    echo(f"wrote {target} in the layout of {layout}")
 
 
 @app.command()
@@ -107,10 +119,11 @@ def doctor(
     from clipfast.doctor import diagnose, exit_code, render
 
     report = diagnose()
-    typer.echo(json.dumps(report, indent=1) if as_json else render(report))
+    echo(json.dumps(report, indent=1) if as_json else render(report))
     raise typer.Exit(exit_code(report, strict))
 
 
 _add_train_commands(app)
+_add_shards_command(app)
 _add_feature_commands(app)
 _add_export_command(app)

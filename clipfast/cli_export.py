@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from clipfast.console import echo
+
 
 def export(
     model: Annotated[
@@ -45,9 +47,9 @@ def export(
             tolerance=tolerance,
         )
     except (ImportError, ValueError, TypeError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
-    typer.echo(json.dumps(asdict(report) | {"path": str(report.path)}, indent=1) if as_json else str(report))
+    echo(json.dumps(asdict(report) | {"path": str(report.path)}, indent=1) if as_json else str(report))
 
 
 def add_export_command(app: typer.Typer) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from clipfast.console import make_console, tell
 from clipfast.data.emoji_classes import zero_shot_questions
 from clipfast.data.emoji_pairs import EmojiPairs, load_emoji_pairs
 from clipfast.data.tokenizer import Tokenizer
@@ -86,7 +87,7 @@ def run_demo(
         FloatingPointError: The loss is not finite.
     """
     started = time.perf_counter()
-    console = console or Console()
+    console = console or make_console()
     output = Path(output)
     training = TrainConfig(steps, learning_rate, warmup_steps=max(1, min(20, steps // 5)), precision=precision)
     config = _with_image_size(SMALL if model == "small" else get_config(model), image_size)
@@ -95,7 +96,7 @@ def run_demo(
     clip = create_model(config, device=torch_device)
     parameters = sum(parameter.numel() for parameter in clip.parameters())
     threads = f"{torch_device}, {torch.get_num_threads()} threads"
-    console.print(f"model {os.fspath(model)}: {parameters / 1e6:.1f} M parameters, {threads}", highlight=False)
+    tell(console, f"model {os.fspath(model)}: {parameters / 1e6:.1f} M parameters, {threads}")
 
     size = config.vision_cfg.image_size
     console.print(f"pictures: OpenMoji at {size}×{size} pixels (drawn once, then kept)", highlight=False)
@@ -140,7 +141,7 @@ def run_demo(
     report = output / "report.html"
     shown = HeldOutPairs(pairs.pictures[held_out], [pairs.captions[i] for i in held_out], images, texts)
     write_demo_report(report, clip, shown, metrics, result, batch_size, settings)
-    console.print(f"report: {report} · {time.perf_counter() - started:.0f} s in all", highlight=False, soft_wrap=True)
+    tell(console, f"report: {report} · {time.perf_counter() - started:.0f} s in all")
     return DemoResult(metrics, result, output)
 
 
@@ -162,9 +163,7 @@ def _zero_shot_metrics(clip: CLIP, pairs: EmojiPairs, image_features: Tensor) ->
             clip.encode_text, tokenizer, question.class_names, question.templates, device=clip.logit_scale.device
         )
         rows = [row_of[index] for index in question.indices.tolist()]
-        accuracy = zero_shot_accuracy(
-            image_features[rows], classifier.cpu(), torch.from_numpy(question.labels), ks=(1,)
-        )
+        accuracy = zero_shot_accuracy(image_features[rows], classifier, torch.from_numpy(question.labels), ks=(1,))
         metrics[f"zero_shot_{question.name}_accuracy"] = accuracy["top1"]
         metrics[f"zero_shot_{question.name}_chance"] = accuracy["chance1"]
         metrics[f"zero_shot_{question.name}_classes"] = len(question.class_names)

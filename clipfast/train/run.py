@@ -16,10 +16,12 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from clipfast.console import make_console, tell
 from clipfast.data.batches import Shares, training_batches
+from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
-from clipfast.data.transform import image_transform
+from clipfast.data.transform import ImageTransform, image_transform
 from clipfast.models.config import CLIPConfig, get_config
 from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
@@ -73,7 +75,7 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     torch.manual_seed(config.seed)
     place = join_workplace(config.device, timeout=config.timeout)
     try:
-        return _Run(config, place, console or Console(quiet=not place.leads)).go()
+        return _Run(config, place, console or make_console(quiet=not place.leads)).go()
     except BaseException as error:
         if place.group is not None:  # the frames hold DDP, which holds the group that `leave` lets go of
             traceback.clear_frames(error.__traceback__)
@@ -87,7 +89,7 @@ class _Run:
         self.config, self.place, self.console = config, place, console
         self.output = Path(config.output)
         place.agree("settings", self._settings())
-        self.source = place.together("data", lambda: open_pairs(config.data))
+        self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
@@ -111,12 +113,16 @@ class _Run:
             return None
         batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
         return Validation(
-            open_pairs(self.config.val_data),
+            DistinctPictures(open_pairs(self.config.val_data, self.config.data_options()), self.config.val_pairs),
             self.config.val_pairs,
-            image_transform(self.model_config.vision_cfg.image_size),
+            self._transform(train=False),
             self._tokenizer(),
             batch,
         )
+
+    def _transform(self, train: bool) -> ImageTransform:
+        size = self.model_config.vision_cfg.image_size
+        return image_transform(size, train, **self.config.data_options().of_pictures())
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(context_length=self.model_config.text_cfg.context_length)
@@ -129,7 +135,7 @@ class _Run:
         self.checkpoints.check_room(trainer.state())
         batches = training_batches(
             self.source,
-            image_transform(self.model_config.vision_cfg.image_size, train=True),
+            self._transform(train=True),
             self._tokenizer(),
             self.shares,
             seed=config.seed,
@@ -261,7 +267,7 @@ class _Run:
 
     @property
     def _say(self) -> Callable[[str], None]:
-        return lambda words: self.console.print(words, highlight=False, soft_wrap=True)
+        return lambda words: tell(self.console, words)
 
 
 def _whole(value: Tensor) -> Tensor:
