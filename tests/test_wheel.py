@@ -170,7 +170,13 @@ def test_its_bill_of_materials(wheel: Path) -> None:
         bill = json.loads(archive.read(name))
         built = hashlib.sha256(archive.read("clipfast/libclipfast.so")).hexdigest()
     parts = {part["name"]: part for part in bill["components"]}
-    names = {"bpe_simple_vocab_16e6", "imagenet-names", "clipfast/libclipfast.so", "torch-stable-abi-headers", "libstdc++"}
+    names = {
+        "bpe_simple_vocab_16e6",
+        "imagenet-names",
+        "clipfast/libclipfast.so",
+        "torch-stable-abi-headers",
+        "libstdc++",
+    }
     assert set(parts) == names  # and no CUDA runtime in a wheel for CPUs
     assert parts["clipfast/libclipfast.so"]["hashes"] == [{"alg": "SHA-256", "content": built}]
     assert parts["torch-stable-abi-headers"]["version"] == library.torch.__version__

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from clipfast.data.text_files import read_text
+
 Template = str | Callable[[str], str]
 
 
@@ -56,10 +58,7 @@ def load_prompts(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]] | t
     place = Path(path)
     if not place.is_file():
         raise FileNotFoundError(f"prompts: got {place}, expected a JSON file: none is there")
-    try:
-        held = json.loads(place.read_bytes().decode("utf-8-sig"), object_pairs_hook=_once)
-    except ValueError as error:  # of JSON, of UTF-8, or of a class that comes twice
-        raise ValueError(f"prompts: got {place}, expected JSON in UTF-8: {error}") from error
+    held = read_json(place, "prompts")
     if isinstance(held, list):
         return checked_templates(held, place)
     if not isinstance(held, dict) or not held:
@@ -87,6 +86,23 @@ def checked_templates(lines: Any, place: Path) -> tuple[str, ...]:
         if "{}" not in template:
             raise ValueError(f"templates: got {template!r} in {place}, expected a {{}} where the class name goes")
     return templates
+
+
+def read_json(place: Path, argument: str) -> Any:
+    """Read a JSON file of a user's.
+
+    Args:
+        place: The file.
+        argument: What an error calls it.
+
+    Raises:
+        ValueError: It is no JSON, or not UTF-8, or an object has a name twice.
+    """
+    text = read_text(place)
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: got {place}, expected JSON: {error}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

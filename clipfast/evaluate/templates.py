@@ -5,12 +5,12 @@ Source: ``notebooks/Prompt_Engineering_for_ImageNet.ipynb`` of OpenAI's CLIP (MI
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
+from clipfast.data.text_files import read_lines
 from clipfast.evaluate.imagenet import imagenet_templates
-from clipfast.evaluate.prompts import checked_templates
+from clipfast.evaluate.prompts import checked_templates, read_json
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
@@ -49,6 +49,6 @@ def load_templates(name_or_path: str | os.PathLike[str]) -> tuple[str, ...]:
         raise FileNotFoundError(
             f"templates: got {name!r}, expected one of {', '.join(TEMPLATES)}, or a file of templates"
         )
-    text = path.read_text(encoding="utf-8")
-    lines = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    return checked_templates(lines, path)
+    if path.suffix == ".json":
+        return checked_templates(read_json(path, "templates"), path)
+    return checked_templates([line for line in read_lines(path) if line.strip()], path)
