@@ -165,7 +165,9 @@ def _linear_probe(
         train_features, train_labels = seen.features, torch.tensor(train.labels)[seen.rows]
         test_features, test_labels = images.features, labels
         skipped |= _by_name(seen, train)
-    probe = linear_probe(train_features, train_labels, test_features, test_labels, c=c)
+    fits = 1 if isinstance(c, (int, float)) or len(c) == 1 else len(c) + 1
+    with RowProgress("fits", fits, reading.console) as progress:
+        probe = linear_probe(train_features, train_labels, test_features, test_labels, c=c, on_fit=progress)
     counts = {"pictures": len(test_labels), "trained_on": len(train_labels), "classes": len(source.class_names)}
     return Evaluation("linear-probe", probe.metrics, counts, {"C": probe.c, "converged": probe.converged}, skipped)
 
