@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipfast.data.captions import draw_caption
 from clipfast.data.order import ShuffledOrder
-from clipfast.data.sources import PairError, PairSource
+from clipfast.data.pairs import Pair, PairError, PairSource
 from clipfast.data.transform import ImageError, ImageTransform, load_image
 
 # a pair is replaced by another this many times before the data as a whole are called unreadable
@@ -87,25 +88,28 @@ def training_batches(
     """Yield this rank's batches of the steps from ``first_step`` up to, not including, ``last_step``.
 
     A pair that cannot be used (missing, corrupt or huge picture, empty caption) is replaced by one that is drawn from
-    all, and named in the batch. Batches never become smaller.
+    those shuffled with it, and named in the batch. Batches never become smaller. Of several captions of a picture an
+    epoch takes one (:func:`clipfast.data.captions.draw_caption`).
 
     Args:
         source: The pairs.
         transform: From picture to tensor; a random crop is drawn from a generator of its own for each pair.
         tokenizer: From captions to token ids ``[b, L]``.
         shares: Which part of every step is this rank's.
-        seed: Of the order, the crops and the replacements.
+        seed: Of the order, the crops, the captions and the replacements.
         first_step: Where to go on, counted from 0.
         last_step: Where to end.
         workers: Processes that read and decode; 0 does it in this one.
         pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
-        pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`.
+        pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`. Fewer, where the source cannot
+            hold so many in memory.
 
     Raises:
         ValueError: Fewer pairs than a batch holds, or none that can be read.
     """
     if len(source) < shares.batch_size:
         raise ValueError(f"batch_size: got {shares.batch_size}, expected at most {len(source)}, the pairs there are")
+    pool = min(pool, source.together or pool)
     reader = _Reader(source, ShuffledOrder(source.groups, seed, pool=pool), transform, tokenizer, seed)
     loader = DataLoader(
         reader,
@@ -131,6 +135,8 @@ def read_pairs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Read pairs in their order, for measuring: a batch of one size, whatever can be read of it.
 
+    Of several captions of a picture it is the first.
+
     Args:
         source: The pairs.
         indices: Which; those from ``count`` on are none.
@@ -149,7 +155,7 @@ def read_pairs(
         try:
             if index >= count:
                 raise _Unusable(f"pair {index}", "there is none")
-            rows.append(_usable_pair(source, index, transform))
+            rows.append(_usable_pair(_read(source, index), 0, transform))
             good.append(True)
         except _Unusable:
             rows.append(blank)
@@ -192,30 +198,38 @@ class _Reader(Dataset[Batch]):
     def _usable(self, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
         """Return the picture and caption at a position, or those that take its place."""
         for attempt in range(_ATTEMPTS):
-            index = self.order[position]
-            if attempt:
-                index = int(np.random.default_rng([self.seed, position, attempt]).integers(len(self.source)))
+            index = self.order.beside(position, attempt) if attempt else self.order[position]
             try:
-                return self._pair(index, position)
+                return self._pair(index, position, skipped)
             except _Unusable as error:
                 skipped.append((error.key, error.reason))
         raise ValueError(
             f"data: {_ATTEMPTS} pairs in a row cannot be used, the last is {skipped[-1][0]}: {skipped[-1][1]}"
         )
 
-    def _pair(self, index: int, position: int) -> tuple[Tensor, str]:
+    def _pair(self, index: int, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
+        pair = _read(self.source, index)
         generator = torch.Generator().manual_seed(_mixed(self.seed, position))
-        return _usable_pair(self.source, index, self.transform, generator)
+        epoch = position // len(self.order)
+        usable = _usable_pair(
+            pair, draw_caption(len(pair.captions), self.seed, epoch, index), self.transform, generator
+        )
+        # entries of its list of captions that are none are a loss too
+        skipped += [(pair.key, reason) for reason in pair.unusable]
+        return usable
+
+
+def _read(source: PairSource, index: int) -> Pair:
+    try:
+        return source.read(index)
+    except PairError as error:
+        raise _Unusable(f"pair {index}", str(error)) from error
 
 
 def _usable_pair(
-    source: PairSource, index: int, transform: ImageTransform, generator: torch.Generator | None = None
+    pair: Pair, chosen: int, transform: ImageTransform, generator: torch.Generator | None = None
 ) -> tuple[Tensor, str]:
-    try:
-        pair = source.read(index)
-    except PairError as error:
-        raise _Unusable(f"pair {index}", str(error)) from error
-    caption = pair.caption.strip()
+    caption = pair.captions[chosen].strip()
     if not caption:
         raise _Unusable(pair.key, "its caption is empty")
     try:

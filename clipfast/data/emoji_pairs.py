@@ -22,8 +22,8 @@ from PIL import Image
 
 from clipfast.data.cache import cache_folder
 from clipfast.data.composition import hold_out_compositions, parse_caption
+from clipfast.data.pairs import Pair
 from clipfast.data.shards import write_shards
-from clipfast.data.sources import Pair
 from clipfast.files import write_atomically
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"

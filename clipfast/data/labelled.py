@@ -12,8 +12,14 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from clipfast.data.shards import ShardSample, expand_shards, scan_shard
-from clipfast.data.sources import PICTURES, Pair, PairError
+from clipfast.data.options import DataOptions
+from clipfast.data.pairs import Captions, PairError, Pairs
+from clipfast.data.patterns import find_shards
+from clipfast.data.pictures import PICTURES
+from clipfast.data.shard_index import ShardSample, find_part, identity, scan_shard
+from clipfast.data.shards import shard_names
+from clipfast.data.sources import layouts_of_folder
+from clipfast.data.walk import files_below
 
 _CLASS_FILES = ("classnames.txt", "classes.txt")
 
@@ -84,24 +90,22 @@ def open_labelled(
     return FolderClasses(place, names)
 
 
-def find_shards(path: str) -> list[Path]:
-    """Return the shards that ``path`` names, none if it names something else."""
-    if "::" in path or "{" in path or path.endswith(".tar"):
-        return expand_shards(path)
-    return sorted(Path(path).glob("*.tar")) if Path(path).is_dir() else []
+def has_labels(path: str, options: DataOptions | None = None) -> bool:
+    """Whether ``path`` names pictures with classes, rather than with captions.
 
-
-def has_labels(path: str) -> bool:
-    """Whether ``path`` names pictures with classes, rather than with captions."""
+    Raises:
+        FileNotFoundError, ValueError: As :func:`clipfast.data.patterns.find_shards`.
+    """
     shards = find_shards(path)
     if shards:
         samples, _ = scan_shard(shards[0])
         return bool(samples) and any(extension == "cls" for extension, _, _ in samples[0].parts)
     place = Path(path)
     if not place.is_dir():
-        return path == "digits"
-    pictures = next((p for p in sorted(place.rglob("*")) if p.suffix.lower() in PICTURES), None)
-    return pictures is not None and pictures.parent != place and not pictures.with_suffix(".txt").is_file()
+        return path == "digits" and not place.exists()
+    if layouts_of_folder(place, options):
+        return False
+    return any(name.count("/") for name in files_below(place, PICTURES).files)
 
 
 class FolderClasses:
@@ -144,19 +148,23 @@ class ShardClasses:
         if isinstance(names, dict):
             raise ValueError("class_names: got names by folder, expected a list: shards have numbers for classes")
         self.class_names = list(names)
-        self._samples: list[tuple[Path, ShardSample]] = []
+        self._shards, self._names = list(shards), shard_names(shards)
+        self._identities = [identity(shard) for shard in shards]
+        self._samples: list[tuple[int, ShardSample]] = []
         self.labels: list[int] = []
-        for shard in shards:
+        for number, shard in enumerate(shards):
             with shard.open("rb") as file:
                 for sample in scan_shard(shard)[0]:
-                    parts = {extension: (first, length) for extension, first, length in sample.parts}
-                    if "cls" not in parts:
+                    if sample.problem:
+                        raise ValueError(f"data: {shard}: {sample.key}: {sample.problem}")
+                    part = find_part(sample, ["cls"])
+                    if part is None or part[1] < 0:
                         raise ValueError(
-                            f"data: got {', '.join(parts)} for {sample.key} in {shard}, expected a .cls with its class"
+                            f"data: got {sample.extensions} for {sample.key} in {shard}, expected a .cls with its class"
                         )
-                    file.seek(parts["cls"][0])
-                    self.labels.append(self._label(file.read(parts["cls"][1]), sample.key, shard))
-                    self._samples.append((shard, sample))
+                    file.seek(part[1])
+                    self.labels.append(self._label(file.read(part[2]), sample.key, shard))
+                    self._samples.append((number, sample))
         if not self._samples:
             raise ValueError(f"data: got no samples in {len(shards)} shards such as {shards[0]}")
 
@@ -166,17 +174,20 @@ class ShardClasses:
     def name(self, index: int) -> str:
         """See :class:`LabelledSource`."""
         shard, sample = self._samples[index]
-        return f"{shard.name}/{sample.key}"
+        return f"{self._names[shard]}/{sample.key}"
 
     def read(self, index: int) -> bytes:
         """See :class:`LabelledSource`."""
         shard, sample = self._samples[index]
-        for extension, first, length in sample.parts:
-            if f".{extension}" in PICTURES:
-                with shard.open("rb") as file:
-                    file.seek(first)
-                    return file.read(length)
-        raise PairError(f"{self.name(index)}: got {', '.join(e for e, _, _ in sample.parts)}, expected a picture")
+        path = self._shards[shard]
+        if identity(path) != self._identities[shard]:
+            raise PairError(f"{path}: it changed since its classes were read")
+        part = find_part(sample, [suffix[1:] for suffix in PICTURES])
+        if part is None or part[1] < 0:
+            raise PairError(f"{self.name(index)}: got {sample.extensions}, expected a picture")
+        with path.open("rb") as file:
+            file.seek(part[1])
+            return file.read(part[2])
 
     def _label(self, text: bytes, key: str, shard: Path) -> int:
         classes = len(self.class_names)
@@ -215,7 +226,7 @@ class Digits:
         return Image.fromarray(self._pictures[index])
 
 
-class ScikitImagePairs:
+class ScikitImagePairs(Pairs):
     """The eight pictures of scikit-image that OpenAI's notebook captions, and their captions.
 
     The library is looked for and not imported.
@@ -244,16 +255,20 @@ class ScikitImagePairs:
             raise ImportError("data: 'scikit-image' names pictures of that library: pip install scikit-image")
         self._folder = Path(next(iter(spec.submodule_search_locations))) / "data"
 
-    def __len__(self) -> int:
-        return len(self._CAPTIONS)
+    def key(self, index: int) -> str:
+        """See :class:`clipfast.data.pairs.PairSource`."""
+        return self._CAPTIONS[index][0]
 
-    def read(self, index: int) -> Pair:
-        """See :class:`clipfast.data.sources.PairSource`."""
-        name, caption = self._CAPTIONS[index]
+    def image(self, index: int) -> bytes:
+        """See :class:`clipfast.data.pairs.PairSource`."""
         try:
-            return Pair(name, (self._folder / name).read_bytes(), caption)
+            return (self._folder / self.key(index)).read_bytes()
         except OSError as error:
-            raise PairError(f"{name}: {error}") from error
+            raise PairError(f"{self.key(index)}: {error}") from error
+
+    def captions(self, index: int) -> Captions:
+        """See :class:`clipfast.data.pairs.PairSource`."""
+        return Captions((self._CAPTIONS[index][1],))
 
 
 def _read_names(path: Path) -> Sequence[str] | dict[str, str]:

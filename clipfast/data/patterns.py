@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from pathlib import Path
+
+from clipfast.data.walk import files_below
 
 
 def expand_pattern(pattern: str) -> list[str]:
@@ -12,7 +15,8 @@ def expand_pattern(pattern: str) -> list[str]:
     What exists is taken as it is: a path, or the folders that a pattern begins with, may hold ``{``, ``}`` and ``::``.
 
     Args:
-        pattern: A path; with braces as a shell's; or several joined by ``::``.
+        pattern: A path; with braces, ``*``, ``?`` and ``[]`` as a shell's; or several joined by ``::``. What matches is
+            in the order of names; a pattern that matches nothing stays as it is.
     """
     return [path for part in _split(pattern) for path in _expand(part)]
 
@@ -32,11 +36,19 @@ def _split(pattern: str) -> list[str]:
 def _expand(part: str) -> list[str]:
     folders = part if os.path.exists(part) else _existing(part)
     rest = part[len(folders) :]
-    if "{" not in rest:
-        return [part]
-    import braceexpand
+    names = [folders + rest]
+    if "{" in rest:
+        import braceexpand
 
-    return [folders + name for name in braceexpand.braceexpand(rest)]
+        names = [folders + name for name in braceexpand.braceexpand(rest)]
+    return [match for name in names for match in _matches(name, folders)]
+
+
+def _matches(name: str, folders: str) -> list[str]:
+    rest = name[len(folders) :]
+    if os.path.exists(name) or "://" in name or not any(sign in rest for sign in "*?["):
+        return [name]
+    return sorted(glob.glob(glob.escape(folders) + rest, recursive=True)) or [name]
 
 
 def _existing(path: str) -> str:
@@ -51,18 +63,45 @@ def _existing(path: str) -> str:
 def find_shards(path: str) -> list[Path]:
     """Return the shards that a path or a pattern names, none if it names something else.
 
+    A folder's are those in it; where there are none, those in its folders.
+
     Raises:
         FileNotFoundError: A shard is missing.
         ValueError: A shard is somewhere else than in a file.
     """
     place = Path(path)
     if place.is_dir():
-        return sorted(place.glob("*.tar"))
+        return sorted(place.glob("*.tar")) or sorted(place.glob("*/*.tar"))
     if place.is_file():
         return [place] if path.endswith(".tar") else []
+    if path.endswith(".parquet"):
+        return []
     if "::" in path or "{" in path or path.endswith(".tar"):
         return expand_shards(path)
     return []
+
+
+def find_parquet(path: str) -> list[Path]:
+    """Return the Parquet files that a path or a pattern names; of a folder, those below it, by their paths.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return [place / name for name in files_below(place, (".parquet",)).ordered()]
+    if place.is_file():
+        return [place] if path.endswith(".parquet") else []
+    if not path.endswith(".parquet"):
+        return []
+    names = expand_pattern(path)
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"data: {len(missing)} of {len(names)} Parquet files are missing, the first is {missing[0]}: correct the "
+            f"pattern"
+        )
+    return [Path(name) for name in names]
 
 
 def expand_shards(pattern: str) -> list[Path]:

@@ -11,9 +11,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from clipfast.data.labelled import find_shards
-from clipfast.data.sources import CAPTION_COLUMNS, PATH_COLUMNS, PICTURES, PairError, PairSource, open_pairs
-from clipfast.embed.parquet import find_column, open_parquet
+from clipfast.data.pairs import PairError, PairSource
+from clipfast.data.parquet import find_column, open_parquet
+from clipfast.data.patterns import find_shards
+from clipfast.data.pictures import PICTURES
+from clipfast.data.sources import open_pairs
+from clipfast.data.table_pairs import CAPTION_COLUMNS, PATH_COLUMNS
 
 Kind = Literal["image", "text"]
 KINDS = ("image", "text")

@@ -15,8 +15,8 @@ from rich.table import Table
 from torch import Tensor
 
 from clipfast.data.model_inputs import picture_loader
+from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.transform import load_image
-from clipfast.embed.parquet import find_column, open_parquet
 from clipfast.embed.writer import names_path, read_about
 from clipfast.evaluate.features import picture_encoder, text_encoder
 from clipfast.models.clip import CLIP

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from clipfast.embed.parquet import require_pyarrow
+from clipfast.data.parquet import require_pyarrow
 from clipfast.files import write_atomically
 
 FORMAT = "clipfast.features.1"
@@ -179,7 +179,7 @@ def read_about(output: Path) -> dict[str, Any]:
         ValueError: It is damaged, or has another ending.
     """
     if output.suffix == ".parquet":
-        from clipfast.embed.parquet import open_parquet
+        from clipfast.data.parquet import open_parquet
 
         metadata = open_parquet(output).schema_arrow.metadata or {}
         return json.loads(metadata.get(b"clipfast", b"{}"))
