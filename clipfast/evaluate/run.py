@@ -19,7 +19,14 @@ from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels
 from clipfast.data.model_inputs import picture_loader
 from clipfast.data.sources import PairError, PairSource, open_pairs
 from clipfast.evaluate.class_cache import cached_classifier
-from clipfast.evaluate.classes import Classes, EvaluationWarning, effect_of_likeness, name_classes, open_classes
+from clipfast.evaluate.classes import (
+    IMAGENET,
+    Classes,
+    EvaluationWarning,
+    effect_of_likeness,
+    name_classes,
+    open_classes,
+)
 from clipfast.evaluate.features import Encoded, encode_rows, picture_encoder, text_encoder
 from clipfast.evaluate.linear_probe import SWEEP, linear_probe, split_for_probe
 from clipfast.evaluate.retrieval import retrieval_recall
@@ -265,10 +272,22 @@ def metrics_table(evaluation: Evaluation) -> Table:
         chance = None if of_chance == name else metrics.get(of_chance)
         words = name.replace("_", " ").replace("to text", "→ text").replace("to image", "→ image")
         table.add_row(words, f"{value:.4f}", "" if chance is None else f"{chance:.4f}")
-    if "C" in evaluation.settings:
-        stopped = "" if evaluation.settings["converged"] else ", and the solver was stopped early"
-        table.caption = f"C = {evaluation.settings['C']:.4g}{stopped}"
+    table.caption = _about(evaluation.settings) or None
     return table
+
+
+def _about(settings: dict[str, Any]) -> str:
+    words = []
+    if "C" in settings:
+        stopped = "" if settings["converged"] else ", and the solver was stopped early"
+        words.append(f"C = {settings['C']:.4g}{stopped}")
+    if settings.get("class_names") == IMAGENET:
+        words.append("OpenAI's names of ImageNet's classes")
+    if "templates" in settings:
+        words.append(f"{len(settings['templates'])} templates")
+    if "prompts" in settings:
+        words.append(f"{settings['prompt_count']} prompts of {settings['prompts']}")
+    return ", ".join(words)
 
 
 def write_evaluation(evaluation: Evaluation, path: Path, **about: object) -> None:
