@@ -12,6 +12,7 @@ import typer
 
 from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
+from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
 from clipfast.commands import Commands
 from clipfast.console import echo
@@ -114,5 +115,6 @@ def doctor(
 
 
 _add_train_commands(app)
+_add_shards_command(app)
 _add_feature_commands(app)
 _add_export_command(app)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipfast.cli_data import with_data_options
 from clipfast.console import echo, make_console
+from clipfast.data.options import DataOptions
 from clipfast.notices import error_console, say
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ _Workers = Annotated[int, typer.Option(help="Threads that read and decode.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")]
 
 
+@with_data_options
 def eval_(
     model: _Model,
     data: Annotated[
@@ -72,6 +75,8 @@ def eval_(
     workers: _Workers = 2,
     precision: _Precision = "fp32",
     device: _Device = "auto",
+    *,
+    data_options: Callable[[], DataOptions],
 ) -> None:
     """Measure a model: zero-shot accuracy, retrieval recall, or a linear probe. Nothing is downloaded."""
     with _mistakes_told():
@@ -91,6 +96,7 @@ def eval_(
             train_data=train_data,
             c=SWEEP if c is None else c,
             reading=reading,
+            options=data_options(),
         )
         about = {"clipfast": __version__, "model": model, "data": data, "precision": precision}
         if output is not None:
@@ -99,6 +105,7 @@ def eval_(
         _tell_skipped(list(result.skipped.items()))
 
 
+@with_data_options
 def embed(
     model: _Model,
     source: Annotated[
@@ -121,6 +128,8 @@ def embed(
     workers: _Workers = 2,
     precision: _Precision = "fp32",
     device: _Device = "auto",
+    *,
+    data_options: Callable[[], DataOptions],
 ) -> None:
     """Write the features of many pictures or texts. A run that was killed goes on where it was, with the same bits."""
     with _mistakes_told():
@@ -133,6 +142,7 @@ def embed(
             output,
             kind=kind,  # type: ignore[arg-type]  # checked there
             column=column,
+            options=data_options(),
             dtype=dtype,  # type: ignore[arg-type]
             normalize=normalize,
             batch_size=batch_size,

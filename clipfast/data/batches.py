@@ -215,7 +215,7 @@ class _Reader(Dataset[Batch]):
             pair, draw_caption(len(pair.captions), self.seed, epoch, index), self.transform, generator
         )
         # entries of its list of captions that are none are a loss too
-        skipped += [(pair.key, reason) for reason in pair.unusable]
+        skipped += [(f"{pair.key}, {which}", reason) for which, reason in pair.unusable]
         return usable
 
 

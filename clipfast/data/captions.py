@@ -46,16 +46,16 @@ def captions_of_value(value: Any, name: str = "caption") -> Captions:
     if not isinstance(value, list | tuple):
         raise PairError(f"{name}: got {_described(value)}, expected a text or a list of texts")
     texts: list[str] = []
-    unusable: list[str] = []
+    unusable: list[tuple[str, str]] = []
     for number, entry in enumerate(value, 1):
         if isinstance(entry, dict):
             entry = next((entry[field] for field in _FIELDS_OF_SENTENCES if field in entry), entry)
         if isinstance(entry, str) and entry.strip():
             texts.append(entry)
         else:
-            unusable.append(f"{name} {number} is {_described(entry)}")
+            unusable.append((f"{name} {number}", f"got {_described(entry)}, expected a text"))
     if not texts:
-        raise PairError(f"{name}: got a list without a text ({', '.join(unusable[:3]) or 'no entries'})")
+        raise PairError(f"{name}: got {', '.join(_described(v) for v in value[:3]) or 'no entries'}, expected a text")
     return Captions(tuple(texts), tuple(unusable))
 
 
@@ -102,7 +102,7 @@ def _described(value: Any) -> str:
     if value is None:
         return "null"
     if isinstance(value, str):
-        return "empty"
+        return "an empty text"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, int | float):

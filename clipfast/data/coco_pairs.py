@@ -43,7 +43,7 @@ class AnnotatedPairs(Pairs):
             ) from error
         if not self._pictures:
             raise ValueError(f"data: got no picture with a caption in {path}, expected at least one")
-        self._path = path
+        self.files = (path,)
         names = [picture.name for picture in self._pictures]
         part = path.stem.removeprefix("captions_")  # captions_val2017.json is of val2017
         tops = (path.parent, path.parent.parent)

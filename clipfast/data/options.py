@@ -21,7 +21,7 @@ class DataOptions:
         encoding: Of texts; None is UTF-8.
     """
 
-    caption_key: Annotated[str | None, "Of shards: an extension, or a field of the .json."] = None
+    caption_key: Annotated[str | None, "Of shards: the extension of captions, or a field of the .json."] = None
     image_key: Annotated[str | None, "Of shards: the extension of pictures."] = None
     caption_column: Annotated[str | None, "Of tables and Parquet."] = None
     image_column: Annotated[str | None, "Of tables and Parquet."] = None

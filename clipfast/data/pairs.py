@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 
@@ -15,11 +16,11 @@ class Captions(NamedTuple):
 
     Attributes:
         texts: One or more; a blank text stands for an empty file or field.
-        unusable: Why other entries of a list are no captions, such as ``"caption 2 is null"``.
+        unusable: Which other entries of a list are no captions, and why: ``("caption 2", "got null …")``.
     """
 
     texts: tuple[str, ...]
-    unusable: tuple[str, ...] = ()
+    unusable: tuple[tuple[str, str], ...] = ()
 
 
 class Pair(NamedTuple):
@@ -30,14 +31,14 @@ class Pair(NamedTuple):
         image: The bytes of the picture's file.
         caption: Its text, or the first of several.
         others: The other captions of this picture.
-        unusable: Why further entries of a list of captions are no captions.
+        unusable: Which entries of its list of captions are none, and why.
     """
 
     key: str
     image: bytes
     caption: str
     others: tuple[str, ...] = ()
-    unusable: tuple[str, ...] = ()
+    unusable: tuple[tuple[str, str], ...] = ()
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -53,10 +54,12 @@ class PairSource(Protocol):
             others.
         together: The most pairs that are to be shuffled together, or None: what must be in memory to read them is
             large.
+        files: The files that say which pairs there are, and where; none for a folder's.
     """
 
     groups: Sequence[int]
     together: int | None
+    files: Sequence[Path]
 
     def __len__(self) -> int:
         """Return N."""
@@ -97,6 +100,7 @@ class Pairs:
 
     groups: Sequence[int]
     together: int | None = None
+    files: Sequence[Path] = ()
 
     def __len__(self) -> int:
         return sum(self.groups)

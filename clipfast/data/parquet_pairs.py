@@ -121,6 +121,7 @@ class ParquetPictures:
     def __init__(self, rows: ParquetRows, column: ParquetColumn) -> None:
         self._rows, self._column = rows, column
         self._bases: dict[Path, Path] = {}
+        self._one_folder = len({path.parent for path in rows.paths}) == 1
         if column.kind == "path":
             first = [value for row in range(min(20, len(rows))) if (value := rows.value(row, column.name))]
             refuse_urls(first, f"the column {column.name!r} of {rows.paths[0]}")
@@ -128,6 +129,11 @@ class ParquetPictures:
             base = find_base(near, first, [near.parent])
             if base != near:
                 self._bases = dict.fromkeys({path.parent for path in rows.paths}, base)
+
+    def short_key(self, row: int) -> str:
+        """Return :meth:`key`; or a path as the column has it, where all files lie in one folder."""
+        path = self._rows.value(row, self._column.name) if self._column.kind == "path" else None
+        return path if path and self._one_folder else self.key(row)
 
     def key(self, row: int) -> str:
         """Return where a picture is: its path, or the file and its row where it is in there."""
@@ -175,6 +181,7 @@ class ParquetPairs(Pairs):
         self._rows = ParquetRows(paths, [picture.name, caption.name])
         self._pictures = ParquetPictures(self._rows, picture)
         self._caption = caption.name
+        self.files = self._rows.paths
         self.groups = self._rows.groups.tolist()
         self.together = self._rows.together
 

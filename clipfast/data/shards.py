@@ -15,10 +15,9 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,11 @@ from clipfast.data.options import DataOptions, alternatives
 from clipfast.data.pairs import Captions, Pair, PairError, Pairs
 from clipfast.data.pictures import PICTURES
 from clipfast.data.shard_index import LAYOUT, ShardSample, find_part, identity, samples_of, scan_shard
+from clipfast.data.shard_writer import write_shards
 from clipfast.data.text_files import decode
 from clipfast.files import write_atomically
+
+__all__ = ["ShardedPairs", "scan_shard", "shard_names", "write_shards"]
 
 
 def shard_names(paths: Sequence[Path]) -> list[str]:
@@ -51,7 +53,7 @@ class ShardedPairs(Pairs):
     """
 
     def __init__(self, paths: Sequence[Path], options: DataOptions | None = None) -> None:
-        self.paths = list(paths)
+        self.paths = self.files = list(paths)
         options = options or DataOptions()
         self._names = shard_names(self.paths)
         pictures = alternatives(options.image_key) if options.image_key else [suffix[1:] for suffix in PICTURES]
@@ -161,54 +163,3 @@ def _count_samples(paths: Sequence[Path]) -> list[int]:
         with contextlib.suppress(OSError, UnboundLocalError):
             write_atomically(kept, lambda file: file.write(json.dumps(counts).encode()))
     return counts
-
-
-def write_shards(pairs: Iterable[Pair], folder: str | os.PathLike[str], *, shard_size: int = 10_000) -> list[Path]:
-    """Write pairs as WebDataset shards ``00000.tar``, ``00001.tar`` and so on.
-
-    Args:
-        pairs: What to write, in order. Keys are numbered; a pair's own key goes into its ``.json``.
-        folder: Where to; made if it is missing, and it may hold no ``.tar`` yet.
-        shard_size: Pairs a shard.
-
-    Returns:
-        The shards, each written whole before it gets its name.
-
-    Raises:
-        ValueError: ``folder`` holds shards, ``shard_size`` is not positive, or a pair's picture is of no known kind.
-    """
-    folder = Path(folder)
-    if shard_size < 1:
-        raise ValueError(f"shard_size: got {shard_size}, expected at least 1")
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.glob("*.tar")):
-        raise ValueError(f"folder: got {folder}, which holds shards already, expected a folder without")
-    shards: list[Path] = []
-    numbered = enumerate(pairs)
-    while chunk := list(islice(numbered, shard_size)):
-        path = folder / f"{len(shards):05d}.tar"
-        write_atomically(path, partial(_write_shard, chunk))
-        shards.append(path)
-    return shards
-
-
-def _write_shard(chunk: list[tuple[int, Pair]], file: io.BufferedWriter) -> None:
-    from webdataset import TarWriter
-
-    with TarWriter(file, encoder=False, mtime=0) as tar:
-        for index, pair in chunk:
-            fields = json.dumps({"key": pair.key, "caption": list(pair.captions) if pair.others else pair.caption})
-            text = "\n".join(pair.captions)
-            sample = {_kind(pair): pair.image, "txt": text.encode(), "json": fields.encode()}
-            tar.write({"__key__": f"{index:09d}"} | sample)
-
-
-def _kind(pair: Pair) -> str:
-    for magic, kind in ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp")):
-        if pair.image.startswith(magic):
-            return kind
-    if pair.image[:4] == b"RIFF" and pair.image[8:12] == b"WEBP":
-        return "webp"
-    raise ValueError(
-        f"{pair.key}: got bytes that start with {pair.image[:8]!r}, expected a JPEG, PNG, WebP, GIF or BMP"
-    )

@@ -69,10 +69,12 @@ class Layout(NamedTuple):
     Attributes:
         words: What they are.
         open: Opens them.
+        listed: Whether a file says which pairs there are.
     """
 
     words: str
     open: Callable[[], PairSource]
+    listed: bool = True
 
 
 def layouts_of_folder(folder: Path, options: DataOptions | None = None) -> list[Layout]:
@@ -87,7 +89,7 @@ def layouts_of_folder(folder: Path, options: DataOptions | None = None) -> list[
     for path in sorted(annotations):
         found.append(Layout(f"annotations {path.relative_to(folder)}", lambda p=path: AnnotatedPairs(p, options)))
     for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLES and p.is_file()):
-        if _is_table(path, options):
+        if is_table(path, options):
             found.append(Layout(f"a table {path.name}", lambda p=path: TablePairs(p, options)))
     below = files_below(folder, (*PICTURES, *caption_endings(options), ".parquet"))
     parquet = [folder / name for name in below.ordered() if name.lower().endswith(".parquet")]
@@ -95,7 +97,7 @@ def layouts_of_folder(folder: Path, options: DataOptions | None = None) -> list[
         found.append(Layout(f"Parquet {parquet[0].relative_to(folder)}", lambda: ParquetPairs(parquet, options)))
     below.files = [name for name in below.files if not name.lower().endswith(".parquet")]
     if with_captions(below, options):
-        found.append(Layout("pictures with captions beside them", lambda: FolderPairs(folder, options, below)))
+        found.append(Layout("pictures with captions beside them", lambda: FolderPairs(folder, options, below), False))
     return found
 
 
@@ -110,7 +112,8 @@ def _open_folder(folder: Path, options: DataOptions) -> PairSource:
     return found[0].open() if found else FolderPairs(folder, options)
 
 
-def _is_table(path: Path, options: DataOptions) -> bool:
+def is_table(path: Path, options: DataOptions) -> bool:
+    """Whether a text file's first line is that of a table of pictures and captions."""
     try:
         return table_layout(path, options) is not None
     except (OSError, ValueError):

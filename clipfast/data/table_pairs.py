@@ -112,6 +112,7 @@ class TablePairs(Pairs):
         names = [row.name for row in rows if not row.problem]
         refuse_urls(names, str(table))
         self._table = table
+        self.files = (table,)
         self._base = find_base(table.parent, names)
         self._rows = _grouped(rows) if layout.grouped else [[row] for row in rows]
         self.groups = (len(self._rows),)
@@ -137,7 +138,7 @@ class TablePairs(Pairs):
         if rows[0].problem:
             raise PairError(f"{self.key(index)}: {rows[0].problem}")
         texts = [row.caption for row in rows if row.caption.strip()]
-        blank = [f"line {row.line} has no caption" for row in rows if not row.caption.strip()]
+        blank = [(f"line {row.line}", "its caption is empty") for row in rows if not row.caption.strip()]
         return Captions(tuple(texts), tuple(blank)) if texts else Captions(("",))
 
 

@@ -96,6 +96,14 @@ def _wrong(name: str, codec: str, offset: int, byte: bytes) -> EncodingError:
     )
 
 
+def without_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can hold: halves of a pair are joined, and one that is alone becomes U+FFFD.
+
+    JSON gives lone surrogates for ``"\\ud83d"``, the system for names that are not UTF-8. The tokenizer reads them so.
+    """
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def split_lines(text: str) -> list[str]:
     """Return the lines of a text, which end with ``\\n`` or ``\\r\\n``; the last one may have no end."""
     lines = text.split("\n")

@@ -50,7 +50,7 @@ def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels:
     """
     data, name = _read(source)
     try:
-        image = _identify(data)
+        image = identify(data)
     except Exception as error:  # a corrupt header can make a decoder raise anything
         raise ImageError(f"{name} has a corrupt header: {error}") from error
     if image is None:
@@ -72,8 +72,14 @@ def _read(source: str | os.PathLike[str] | bytes | BinaryIO) -> tuple[bytes, str
     return data, repr(name) if isinstance(name, str) else f"the given {type(source).__name__}"
 
 
-def _identify(data: bytes) -> Image.Image | None:
-    """``Image.open`` without its own check of the size, which warns once for the process and does not say the size."""
+def identify(data: bytes) -> Image.Image | None:
+    """Return a picture that is not decoded yet, None where no format knows it.
+
+    ``Image.open`` without its own check of the size, which warns once for the process and does not say the size.
+
+    Raises:
+        Exception: Of any kind; its header is corrupt.
+    """
     for find_formats in (Image.preinit, Image.init):  # the common formats, then all
         find_formats()
         for name in list(Image.ID):

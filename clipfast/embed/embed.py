@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from clipfast.data.model_inputs import picture_loader
+from clipfast.data.options import DataOptions
 from clipfast.embed.reader import Inputs, open_inputs
 from clipfast.embed.writer import (
     DTYPES,
@@ -54,6 +55,7 @@ def embed(
     *,
     kind: Literal["image", "text"] = "image",
     column: str | None = None,
+    options: DataOptions | None = None,
     dtype: Literal["float32", "float16"] = "float32",
     normalize: bool = True,
     batch_size: int = 64,
@@ -75,7 +77,8 @@ def embed(
             array ``[n, E]``, with ``row`` and name of each in the ``.names.jsonl`` beside it. Rows that could not be
             read are left out, and listed in a ``.skipped.jsonl``.
         kind: ``"image"`` or ``"text"``.
-        column: Of a Parquet source.
+        column: Of a table or of Parquet.
+        options: What of the source is the picture and what the caption.
         dtype: Of the features in the file.
         normalize: Whether they get unit length.
         batch_size: Rows a batch.
@@ -94,7 +97,7 @@ def embed(
         raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
     if batch_size < 1 or batches_per_part < 1:
         raise ValueError(f"batch_size, batches_per_part: got {batch_size} and {batches_per_part}, expected at least 1")
-    inputs = open_inputs(source, kind, column)
+    inputs = open_inputs(source, kind, column, options)
     about = _about(model, inputs, dtype, normalize, batch_size, model_source)
     check_writable(output.parent)
     if restart:

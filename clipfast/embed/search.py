@@ -14,6 +14,7 @@ import numpy as np
 from rich.table import Table
 from torch import Tensor
 
+from clipfast.console import visible
 from clipfast.data.model_inputs import picture_loader
 from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.transform import load_image
@@ -137,11 +138,11 @@ def model_of(features: str | os.PathLike[str]) -> dict[str, str]:
 
 def hits_table(hits: list[Hit], query: str) -> Table:
     """Set what was found as a table for the terminal."""
-    table = Table("rank", "cosine", "row", "name", title=query, title_justify="left")
+    table = Table("rank", "cosine", "row", "name", title=visible(query), title_justify="left")
     for column in table.columns[:3]:
         column.justify = "right"
     for hit in hits:
-        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", str(hit.row), hit.name)
+        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", str(hit.row), visible(hit.name))
     return table
 
 

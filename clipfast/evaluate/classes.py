@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast.data.labelled import LabelledSource, find_shards, open_labelled
+from clipfast.data.labelled import LabelledSource, open_labelled
+from clipfast.data.patterns import find_shards
 from clipfast.evaluate.imagenet import imagenet_names, imagenet_names_of
 from clipfast.evaluate.prompts import class_prompts, load_prompts
 from clipfast.evaluate.templates import load_templates

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels
 from clipfast.data.model_inputs import picture_loader
-from clipfast.data.sources import PairError, PairSource, open_pairs
+from clipfast.data.options import DataOptions
+from clipfast.data.pairs import PairError, PairSource
+from clipfast.data.sources import open_pairs
 from clipfast.evaluate.class_cache import cached_classifier
 from clipfast.evaluate.classes import (
     IMAGENET,
@@ -94,6 +96,7 @@ def evaluate(
     train_data: str | os.PathLike[str] | None = None,
     c: float | Sequence[float] = SWEEP,
     reading: Reading | None = None,
+    options: DataOptions | None = None,
 ) -> Evaluation:
     """Measure a model.
 
@@ -109,6 +112,7 @@ def evaluate(
         train_data: What a linear probe is trained on; half of ``data``, of every class alike, where it is missing.
         c: Of the linear probe.
         reading: How to read.
+        options: What is the picture and what the caption in data with captions.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: An argument that does not fit, or nothing that could be read.
@@ -121,10 +125,10 @@ def evaluate(
     data = os.fspath(data)
     reading = reading or Reading()
     if task == "auto":
-        task = "zero-shot" if has_labels(data) else "retrieval"
+        task = "zero-shot" if has_labels(data, options) else "retrieval"
     if task == "retrieval":
         shipped = data == "scikit-image" and not Path(data).exists()
-        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data), reading)
+        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data, options), reading)
     source = open_classes(data, class_names)
     if task == "zero-shot":
         return _zero_shot(model, source, name_classes(source, class_names, templates, prompts), reading)
@@ -197,21 +201,19 @@ def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
 def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
     encoder = text_encoder(model)
     load = picture_loader(model)
-    names: dict[int, str] = {}
-    captions: dict[int, tuple[str, str]] = {}  # by row: which picture, and the caption
+    captions: dict[int, tuple[str, list[str]]] = {}  # by row: which picture, and its captions
+    unusable: dict[str, str] = {}
     owner: dict[str, int] = {}  # the row whose picture is encoded for all that share it
 
     def load_pair(row: int) -> Tensor | None:
-        pair = source.read(row)
-        names[row] = pair.key
-        if not pair.caption.strip():
-            raise PairError(f"{pair.key}: got an empty caption")
+        key, found = source.key(row), source.captions(row)
+        texts = [text for text in found.texts if text.strip()]
+        if not texts:
+            raise PairError(f"{key}: got an empty caption")
         # a table that lists a picture with five captions means one picture
-        if owner.setdefault(pair.key, row) == row:
-            pixels = load(pair.image)
-        else:
-            pixels = None
-        captions[row] = (pair.key, pair.caption)
+        pixels = load(source.image(row)) if owner.setdefault(key, row) == row else None
+        captions[row] = (key, texts)
+        unusable.update((f"{key}, {which}", reason) for which, reason in found.unusable)
         return pixels
 
     with RowProgress("pictures", len(source), reading.console) as progress:
@@ -223,11 +225,17 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
             workers=reading.workers,
             on_rows=progress,
         )
-    _require_some(images, names.get(0, "pair 0"))
+    skipped = _skipped_pairs(images, source) | unusable
+    _require_some(images, next(iter(skipped), "pair 0"))
     place = {row: index for index, row in enumerate(images.rows)}
-    rows = [row for row in sorted(captions) if owner[captions[row][0]] in place]
+    pairs = [
+        (place[owner[key]], text)
+        for key, of_row in (captions[row] for row in sorted(captions))
+        if owner[key] in place
+        for text in of_row
+    ]
     # a caption that comes twice is encoded once: equal texts score the same, whatever their batches
-    texts = list(dict.fromkeys(captions[row][1] for row in rows))
+    texts = list(dict.fromkeys(text for _, text in pairs))
     number = {text: index for index, text in enumerate(texts)}
     with RowProgress("texts", len(texts), reading.console) as progress:
         encoded = encode_rows(
@@ -238,12 +246,23 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
             workers=0,
             on_rows=progress,
         )
-    features = encoded.features[[number[captions[row][1]] for row in rows]]
-    image_of_text = torch.tensor([place[owner[captions[row][0]]] for row in rows])
+    features = encoded.features[[number[text] for _, text in pairs]]
+    image_of_text = torch.tensor([picture for picture, _ in pairs])
     metrics = retrieval_recall(images.features, features, image_of_text=image_of_text)
-    counts = {"pictures": len(images.rows), "texts": len(rows)}
-    skipped = {names.get(row, f"pair {row}"): reason for row, reason in images.skipped.items()}
+    counts = {"pictures": len(images.rows), "texts": len(pairs)}
     return Evaluation("retrieval", metrics, counts, {}, skipped)
+
+
+def _skipped_pairs(images: Encoded, source: PairSource) -> dict[str, str]:
+    """Name what was left out; rows that name one picture stay two."""
+    skipped: dict[str, str] = {}
+    for row, reason in images.skipped.items():
+        try:
+            name = source.key(row)
+        except PairError:
+            name = f"pair {row}"
+        skipped[f"{name}, pair {row}" if name in skipped else name] = reason
+    return skipped
 
 
 def _by_name(images: Encoded, source: LabelledSource) -> dict[str, str]:

@@ -88,7 +88,7 @@ class _Run:
         self.config, self.place, self.console = config, place, console
         self.output = Path(config.output)
         place.agree("settings", self._settings())
-        self.source = place.together("data", lambda: open_pairs(config.data))
+        self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
@@ -112,7 +112,7 @@ class _Run:
             return None
         batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
         return Validation(
-            open_pairs(self.config.val_data),
+            open_pairs(self.config.val_data, self.config.data_options()),
             self.config.val_pairs,
             image_transform(self.model_config.vision_cfg.image_size),
             self._tokenizer(),

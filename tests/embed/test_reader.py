@@ -8,6 +8,7 @@ import pyarrow.parquet as parquet
 import pytest
 import small
 
+from clipfast.data.options import DataOptions
 from clipfast.data.shards import write_shards
 from clipfast.data.sources import PairError, open_pairs
 from clipfast.embed.reader import open_inputs
@@ -93,8 +94,11 @@ def test_shards_and_tables(folder):
     with (folder / "t.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("filepath", "title"), ("02.png", "two")])
     assert contents(open_inputs(folder / "t.csv", "text")) == [("two", "two")]
-    with pytest.raises(ValueError, match="only Parquet's columns can be chosen"):
-        open_inputs(folder / "t.csv", column="title")
+    (folder / "u.csv").write_text("picture,words\n02.png,two\n")
+    with pytest.raises(ValueError, match=r"got the columns picture, words in .*u\.csv, expected 'photo' and one of"):
+        open_inputs(folder / "u.csv", column="photo")
+    options = DataOptions(image_column="picture")
+    assert contents(open_inputs(folder / "u.csv", "text", "words", options)) == [("two", "two")]
 
 
 def test_a_fingerprint_sees_what_moves_rows(folder):
