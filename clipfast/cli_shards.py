@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from clipfast.console import echo, make_console
+from clipfast.console import echo
+from clipfast.notices import error_console
 
 _NAMED = 5
 
@@ -54,7 +55,7 @@ def shards(
         options = DataOptions(caption_key, image_key, caption_column, image_column, separator, quotes, encoding)
         facts = input_facts(source)
         pairs = open_pairs(source, options)
-        with RowProgress("pairs", len(pairs), make_console(stderr=True)) as progress:
+        with RowProgress("pairs", len(pairs), error_console()) as progress:
             done = make_shards(
                 pairs,
                 output,

@@ -227,11 +227,16 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
         )
     skipped = _skipped_pairs(images, source) | unusable
     _require_some(images, next(iter(skipped), "pair 0"))
-    place = {row: index for index, row in enumerate(images.rows)}
+    # which of a picture's rows was read first is the threads' choice; its place among the others is not
+    first: dict[str, int] = {}
+    for row in sorted(captions):
+        first.setdefault(captions[row][0], row)
+    order = sorted(range(len(images.rows)), key=lambda index: first[captions[images.rows[index]][0]])
+    place = {captions[images.rows[index]][0]: number for number, index in enumerate(order)}
     pairs = [
-        (place[owner[key]], text)
+        (place[key], text)
         for key, of_row in (captions[row] for row in sorted(captions))
-        if owner[key] in place
+        if key in place
         for text in of_row
     ]
     # a caption that comes twice is encoded once: equal texts score the same, whatever their batches
@@ -248,7 +253,7 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
         )
     features = encoded.features[[number[text] for _, text in pairs]]
     image_of_text = torch.tensor([picture for picture, _ in pairs])
-    metrics = retrieval_recall(images.features, features, image_of_text=image_of_text)
+    metrics = retrieval_recall(images.features[order], features, image_of_text=image_of_text)
     counts = {"pictures": len(images.rows), "texts": len(pairs)}
     return Evaluation("retrieval", metrics, counts, {}, skipped)
 
