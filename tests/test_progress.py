@@ -4,10 +4,14 @@ import contextlib
 import io
 
 import pytest
+import small
+import torch
 from rich.console import Console
 
 from clipfast import progress as module
 from clipfast.console import PlainConsole
+from clipfast.embed.embed import embed
+from clipfast.evaluate.run import Reading, evaluate
 from clipfast.progress import RowProgress, draws, in_words, rate_in_words
 
 
@@ -122,3 +126,31 @@ def test_rates_in_words():
     assert [rate_in_words(rate) for rate in (0, 0.031, 7.25, 9.99, 1204.4)] == [
         "0 a second", "0.031 a second", "7.2 a second", "10 a second", "1204 a second"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["eval", "embed"])
+def test_commands_of_many_rows_write_a_line_a_minute(command, tmp_path, clock, monkeypatch):
+    """With the rate and the time left, counted by rows that are computed; rows of an earlier run cost no time."""
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
+    small.write_pictures(tmp_path / "pictures", 12)
+    model, file = small.model(), io.StringIO()
+    console = PlainConsole(file=file, width=40)
+    encode = model.encode_image
+
+    def encode_slowly(images: torch.Tensor) -> torch.Tensor:
+        clock.now += 20 * len(images)
+        return encode(images)
+
+    monkeypatch.setattr(model, "encode_image", encode_slowly)
+    if command == "eval":
+        evaluate(model, tmp_path / "pictures", reading=Reading(2, 0, console))
+    else:
+        embed(model, tmp_path / "pictures", tmp_path / "f.npy", batch_size=2, console=console)
+    lines = file.getvalue().splitlines()
+    word = "pictures" if command == "eval" else "images"
+    assert lines == [
+        f"{word} 4/12 · 0.05 a second · 2 min 40 s left",
+        f"{word} 8/12 · 0.05 a second · 1 min 20 s left",
+        f"{word} 12/12 · 0.05 a second · took 4 min 0 s",
+    ]
+    assert "\r" not in file.getvalue()

@@ -144,7 +144,7 @@ def _zero_shot(model: CLIP, source: LabelledSource, classes: Classes, reading: R
     labels = torch.tensor(source.labels)[images.rows]
     count = len(classes.names)
     metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if count > 5 else (1,))
-    alike, words = effect_of_likeness(classes.names, images.features, classifier, labels, metrics["top1"])
+    alike, words = effect_of_likeness(classes, images.features, classifier, labels, metrics["top1"])
     if words:
         warnings.warn(words, EvaluationWarning, stacklevel=3)
     return Evaluation(

@@ -13,7 +13,7 @@ import small
 import torch
 
 from clipfast.data.model_inputs import picture_loader, tokenizer_of
-from clipfast.evaluate.classes import EvaluationWarning, effect_of_likeness
+from clipfast.evaluate.classes import Classes, EvaluationWarning, effect_of_likeness
 from clipfast.evaluate.imagenet import imagenet_names
 from clipfast.evaluate.run import evaluate
 from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
@@ -65,7 +65,8 @@ def test_imagenet_needs_no_other_file(tmp_path):
     }
     assert len(told) == 1
     words = str(told[0].message)
-    assert "missile (1, 2); sunglasses (3, 4)" in words
+    assert "missile (n03773504, n04008634); sunglasses (n04355933, n04356056)" in words
+    assert "the first is taken, as in published figures, so the others" in words
     assert f"top1 is {result.metrics['top1']:.4f}, and {as_one:.4f} if" in words
 
 
@@ -75,11 +76,14 @@ def test_the_effect_of_a_name_that_comes_twice():
     labels = torch.tensor([0, 0, 1, 1, 3, 3, 2, 2])
     images = torch.eye(4)[[0, 2, 1, 1, 1, 1, 2, 2]]
     assert zero_shot_accuracy(images, classifier, labels, ks=(1,))["top1"] == 5 / 8
-    settings, words = effect_of_likeness(["a", "[b]", "c", "[b]"], images, classifier, labels, 5 / 8)
+    settings, words = effect_of_likeness(Classes(["a", "[b]", "c", "[b]"], [], ()), images, classifier, labels, 5 / 8)
     assert settings == {"classes_alike": [[1, 3]], "top1_if_alike_were_one": 7 / 8}
     assert "[b] (1, 3)" in words
     assert "top1 is 0.6250, and 0.8750 if each group counts as one class" in words
-    assert effect_of_likeness(["a", "b", "c", "d"], images, torch.eye(4), labels, 0.5) == ({}, "")
+    many = Classes([f"c{i}" for i in range(30)], [], ())
+    _, words = effect_of_likeness(many, torch.ones(1, 4), torch.ones(4, 30), torch.zeros(1, dtype=torch.long), 1.0)
+    assert "c0/c1/c2/c3/c4 (0, 1, 2, 3, 4 and 25 more). Their" in words
+    assert effect_of_likeness(Classes(["a", "b", "c", "d"], [], ()), images, torch.eye(4), labels, 0.5) == ({}, "")
 
 
 def test_a_class_of_each_name_is_not_warned_of(tmp_path):
