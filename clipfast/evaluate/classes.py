@@ -124,9 +124,9 @@ def effect_of_likeness(
     as_one = zero_shot_accuracy(features, classifier, first[labels], ks=(1,))["top1"]
     published = ", as in published figures" if classes.settings.get("class_names") == IMAGENET else ""
     message = (
-        f"class_names: got classes that have the same prompts: {_in_words(classes, groups)}. Their scores are equal and "
-        f"the first is taken{published}, so the others are never right: top1 is {top1:.4f}, and {as_one:.4f} if each "
-        f"group counts as one class"
+        f"class_names: got classes that have the same prompts: {_in_words(classes, groups)}. Their scores are equal "
+        f"and the first is taken{published}, so the others are never right: top1 is {top1:.4f}, and {as_one:.4f} if "
+        f"each group counts as one class"
     )
     return {"classes_alike": groups, "top1_if_alike_were_one": as_one}, message
 
