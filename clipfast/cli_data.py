@@ -19,11 +19,11 @@ def with_data_options(command: Callable[..., None]) -> Callable[..., None]:
     The command gets a function: what is wrong with a flag is raised where it is called.
     """
     own, hints = get_type_hints(command, include_extras=True), get_type_hints(DataOptions, include_extras=True)
-    names = [field.name for field in fields(DataOptions)]
+    defaults = {field.name: field.default for field in fields(DataOptions)}
 
     @functools.wraps(command)
     def with_flags(*args: Any, **flags: Any) -> None:
-        values = {name: flags.pop(name) for name in names}
+        values = {name: flags.pop(name) for name in defaults}
         command(*args, data_options=lambda: DataOptions(**values), **flags)
 
     parameters = [
@@ -31,12 +31,12 @@ def with_data_options(command: Callable[..., None]) -> Callable[..., None]:
         for parameter in inspect.signature(command).parameters.values()
         if parameter.name != "data_options"
     ]
-    for name in names:
+    for name, default in defaults.items():
         kind, words = get_args(hints[name])
         option = typer.Option(help=words, show_default="the usual ones" if "column" in name or "key" in name else False)
         parameters.append(
             inspect.Parameter(
-                name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=Annotated[kind, option]
+                name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[kind, option]
             )
         )
     with_flags.__signature__ = inspect.Signature(parameters)

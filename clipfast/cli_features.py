@@ -181,7 +181,8 @@ def search(
             model, weights = where["spec"], weights or where.get("weights")
         clip = _open(model, weights, device, "fp32")
         searching.check_model(features, clip)
-        hits = searching.search(features, searching.encode_query(clip, text=text, image=image), k)
+        options = searching.picture_options_of(features)
+        hits = searching.search(features, searching.encode_query(clip, text=text, image=image, options=options), k)
         query = text if text is not None else str(image)
         found = {"query": query, "features": str(features), "hits": [asdict(hit) for hit in hits]}
         _print_result(searching.hits_table(hits, query), found, as_json)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from clipfast.cli_data import with_data_options
 from clipfast.console import echo
-from clipfast.notices import error_console
+from clipfast.data.options import DataOptions
+from clipfast.notices import error_console, say
 
 _NAMED = 5
 
 
+@with_data_options
 def shards(
     source: Annotated[
         str, typer.Argument(help="'emoji' for the demo's pairs, or what clipfast train reads: a table, a folder, …")
@@ -23,15 +27,10 @@ def shards(
         str | None,
         typer.Option("--format", help="jpg, png or webp: of all pictures.", show_default="each as it is"),
     ] = None,
-    caption_key: Annotated[str | None, typer.Option(help="Of shards: an extension, or a field of the .json.")] = None,
-    image_key: Annotated[str | None, typer.Option(help="Of shards: the extension of pictures.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Of tables and Parquet.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Of tables and Parquet.")] = None,
-    separator: Annotated[str | None, typer.Option(help="Between the columns of a table; 'tab' is one.")] = None,
-    quotes: Annotated[bool | None, typer.Option(help="Whether quotes around cells of a table count.")] = None,
-    encoding: Annotated[str | None, typer.Option(help="Of texts that are not UTF-8.")] = None,
     workers: Annotated[int, typer.Option(help="Threads that read and decode.")] = 2,
     image_size: Annotated[int, typer.Option(help="Pixels a side of the emoji.")] = 64,
+    *,
+    data_options: Callable[[], DataOptions],
 ) -> None:
     """Write pictures and captions as WebDataset shards, which training reads.
 
@@ -47,12 +46,11 @@ def shards(
             echo(f"wrote {len(written)} shards to {output}")
             return
         from clipfast.data.input_facts import input_facts
-        from clipfast.data.options import DataOptions
         from clipfast.data.shard_writer import make_shards
         from clipfast.data.sources import open_pairs
         from clipfast.progress import RowProgress
 
-        options = DataOptions(caption_key, image_key, caption_column, image_column, separator, quotes, encoding)
+        options = data_options()
         facts = input_facts(source)
         pairs = open_pairs(source, options)
         with RowProgress("pairs", len(pairs), error_console()) as progress:
@@ -76,11 +74,11 @@ def shards(
     else:
         echo(f"{output} is complete: {len(done.shards)} shards, {done.pairs} pairs")
     if done.skipped:
-        echo(f"skipped {len(done.skipped)} pairs, which {output}/skipped.jsonl names:", err=True)
+        say(f"skipped {len(done.skipped)} pairs, which {output}/skipped.jsonl names:")
         for _, key, reason in done.skipped[:_NAMED]:
-            echo(f"  {key}: {reason}", err=True)
+            say(f"  {key}: {reason}")
         if len(done.skipped) > _NAMED:
-            echo(f"  and {len(done.skipped) - _NAMED} more", err=True)
+            say(f"  and {len(done.skipped) - _NAMED} more")
 
 
 def add_shards_command(app: typer.Typer) -> None:

@@ -16,10 +16,12 @@ from clipfast.data.options import DataOptions
 from clipfast.data.pairs import Captions, PairError, Pairs
 from clipfast.data.patterns import find_shards
 from clipfast.data.pictures import PICTURES
+from clipfast.data.places import read_picture
 from clipfast.data.shard_index import ShardSample, find_part, identity, scan_shard
 from clipfast.data.shards import shard_names
 from clipfast.data.sources import layouts_of_folder
-from clipfast.data.walk import files_below
+from clipfast.data.text_files import read_text, split_lines
+from clipfast.data.walk import files_below, tell_left_out
 
 _CLASS_FILES = ("classnames.txt", "classes.txt")
 
@@ -53,7 +55,9 @@ class LabelledSource(Protocol):
 
 
 def open_labelled(
-    path: str | os.PathLike[str], class_names: str | os.PathLike[str] | Sequence[str] | None = None
+    path: str | os.PathLike[str],
+    class_names: str | os.PathLike[str] | Sequence[str] | None = None,
+    encoding: str | None = None,
 ) -> LabelledSource:
     """Find pictures with classes.
 
@@ -68,6 +72,7 @@ def open_labelled(
             - ``digits``: the 1,797 pictures of handwritten digits that scikit-learn ships.
         class_names: The names in the order of the numbers or folders, or a file with them: one a line (or a JSON
             list) in that order, or a JSON object of names by folder.
+        encoding: Of files of names; None is UTF-8.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -76,12 +81,12 @@ def open_labelled(
     """
     text = os.fspath(path)
     if isinstance(class_names, (str, os.PathLike)):
-        names: Sequence[str] | dict[str, str] | None = _read_names(Path(class_names))
+        names: Sequence[str] | dict[str, str] | None = _read_names(Path(class_names), encoding)
     else:
         names = class_names
     shards = find_shards(text)
     if shards:
-        return ShardClasses(shards, names)
+        return ShardClasses(shards, names, encoding)
     if text == "digits" and not Path(text).exists():
         return Digits(names)
     place = Path(text)
@@ -112,20 +117,21 @@ class FolderClasses:
     """The pictures of a folder of classes; see :func:`open_labelled`."""
 
     def __init__(self, folder: Path, names: Sequence[str] | dict[str, str] | None = None) -> None:
-        folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        below = files_below(folder, PICTURES)
+        here = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders = [name for name in here if name not in below.circles]
         if not folders:
             raise ValueError(f"data: got no folders in {folder}, expected one for each class, with its pictures")
-        self.class_names = _fitting_names(names, [p.name for p in folders], folder)
-        found = [
-            (path, label)
-            for label, of_class in enumerate(folders)
-            for path in sorted(of_class.rglob("*"))
-            if path.suffix.lower() in PICTURES
-        ]
-        if not found:
+        self.class_names = _fitting_names(names, folders, folder)
+        label_of = {name: label for label, name in enumerate(folders)}
+        pictures = [name for name in below.ordered() if name.partition("/")[0] in label_of and "/" in name]
+        if not pictures:
             raise ValueError(f"data: got no pictures in the folders of {folder}, expected {', '.join(PICTURES)}")
-        self._paths = [path for path, _ in found]
-        self.labels = [label for _, label in found]
+        outside = len(below.files) - len(pictures)
+        words = f"{outside} pictures that are in no class' folder" if outside else ""
+        tell_left_out(folder, below, besides=(".txt", ".json"), more=words)
+        self._paths = [folder / name for name in pictures]
+        self.labels = [label_of[name.partition("/")[0]] for name in pictures]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -136,15 +142,20 @@ class FolderClasses:
 
     def read(self, index: int) -> bytes:
         """See :class:`LabelledSource`."""
-        return self._paths[index].read_bytes()
+        return read_picture(self._paths[index])
 
 
 class ShardClasses:
     """The pictures of shards with a ``.cls`` each; see :func:`open_labelled`."""
 
-    def __init__(self, shards: Sequence[Path], names: Sequence[str] | dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        names: Sequence[str] | dict[str, str] | None = None,
+        encoding: str | None = None,
+    ) -> None:
         if names is None:
-            names = _names_beside(shards[0])
+            names = _names_beside(shards[0], encoding)
         if isinstance(names, dict):
             raise ValueError("class_names: got names by folder, expected a list: shards have numbers for classes")
         self.class_names = list(names)
@@ -271,22 +282,25 @@ class ScikitImagePairs(Pairs):
         return Captions((self._CAPTIONS[index][1],))
 
 
-def _read_names(path: Path) -> Sequence[str] | dict[str, str]:
-    text = path.read_text(encoding="utf-8")
+def _read_names(path: Path, encoding: str | None = None) -> Sequence[str] | dict[str, str]:
+    text = read_text(path, encoding)
     if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    names = json.loads(text)
+        return [line.strip() for line in split_lines(text) if line.strip()]
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"class_names: got {path}, expected JSON: {error}") from error
     values = list(names.values()) if isinstance(names, dict) else names
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"class_names: got {path}, expected a JSON list of names, or an object of them by folder")
     return names
 
 
-def _names_beside(shard: Path) -> list[str]:
+def _names_beside(shard: Path, encoding: str | None = None) -> list[str]:
     for folder in (shard.parent, shard.parent.parent):
         for name in _CLASS_FILES:
             if (folder / name).is_file():
-                return list(_read_names(folder / name))
+                return list(_read_names(folder / name, encoding))
     raise ValueError(
         f"class_names: got none for {shard}, expected a file of names, 'imagenet', or {_CLASS_FILES[0]} beside it"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -56,9 +57,11 @@ def read_picture(path: Path) -> bytes:
     """Return what a picture's file holds.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: It cannot be read, or is no file: a pipe would be waited for.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise OSError(f"{str(path)!r}: it is no file")
         return path.read_bytes()
     except ValueError as error:  # a zero in the name
         raise OSError(f"{str(path)!r}: {error}") from error

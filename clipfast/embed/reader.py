@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from clipfast.data.captions import captions_of_text
 from clipfast.data.options import DataOptions
-from clipfast.data.pairs import Captions, PairError
 from clipfast.data.patterns import find_parquet, find_shards
 from clipfast.data.pictures import PICTURES
 from clipfast.data.sources import is_table, layouts_of_folder, open_pairs
-from clipfast.embed.rows import CaptionRows, Kind, digest_of, of_pairs, of_parquet
+from clipfast.data.walk import files_below
+from clipfast.embed.lists import folder_files, open_list
+from clipfast.embed.rows import CaptionRows, Kind, of_pairs, of_parquet
 
 KINDS = ("image", "text")
 _EXPECTED = "a folder, a .txt list, .parquet, .tar shards, a .csv or .tsv table, or annotations"
@@ -61,8 +60,10 @@ def open_inputs(
     Args:
         path: One of
 
-            - a folder of pictures, also in folders below it, in the order of their paths; of ``.txt`` files for texts;
-            - a ``.txt`` list: a picture's path, relative to the list, or a text on every line;
+            - a folder of pictures, also in folders below it and behind links, in the order of their paths; of ``.txt``
+              files for texts;
+            - a ``.txt`` list: a picture's path, relative to the list, or a text on every line; row i is line i + 1, and
+              blank lines are rows that cannot be read;
             - ``.parquet`` files (one, a pattern, or a folder of them) with a column of paths (relative to the file), of
               pictures' bytes, of Hugging Face's structs of both, or of texts;
             - shards, a table or annotations as for :func:`clipfast.data.sources.open_pairs`: the pictures, or all
@@ -95,82 +96,19 @@ def open_inputs(
     if ending in (".csv", ".tsv", ".json", ".token") or (ending == ".txt" and is_table(place, options)):
         return of_pairs(open_pairs(text, options), kind, options)
     if ending == ".txt":
-        lines = [line for line in _lines(place) if line.strip()]
-        return _Files(lines, kind, place.parent, place) if kind == "image" else _Texts(lines, place)
+        return open_list(place, kind, options.encoding)
     raise ValueError(f"input: got {text}, expected {_EXPECTED}")
 
 
-class _Files:
-    """Files by their names; a name that is not absolute is below ``base``."""
-
-    def __init__(self, names: list[str], kind: Kind, base: Path, place: Path) -> None:
-        if not names:
-            what = f"pictures ({', '.join(PICTURES)})" if kind == "image" else "texts (.txt)"
-            raise ValueError(f"input: got no {what} in {place}, expected at least one")
-        self.kind = kind
-        self._names, self._base = names, base
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, row: int) -> str:
-        return self._names[row]
-
-    def read(self, row: int) -> bytes | str:
-        data = (self._base / self._names[row]).read_bytes()
-        return data if self.kind == "image" else _decoded(data, self._names[row])
-
-    def captions(self, row: int) -> Captions:
-        return captions_of_text(str(self.read(row)))
-
-    def fingerprint(self) -> str:
-        return digest_of("files", self.kind, str(self._base.resolve()), *self._names)
-
-
 def _folder(folder: Path, kind: Kind, options: DataOptions) -> Inputs:
-    endings = PICTURES if kind == "image" else (".txt",)
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in endings)
-    if kind == "text" or not found:
+    if kind == "text" or not files_below(folder, PICTURES).files:
         # annotations, a table or Parquet say what the texts are, and may hold the pictures
         if any(layout.listed for layout in layouts_of_folder(folder, options)):
             return of_pairs(open_pairs(folder, options), kind, options)
-        if not found and (parquet := find_parquet(str(folder))):
+        texts = kind == "text" and files_below(folder, (".txt",)).files
+        if not texts and (parquet := find_parquet(str(folder))):
             return of_parquet(parquet, kind, options)
-    files = _Files(found, kind, folder, folder)
+    files = folder_files(folder, kind, options.encoding)
     if kind == "image":
         return files
     return CaptionRows(files.captions, files.name, len(files), files.fingerprint(), by_place=True)
-
-
-class _Texts:
-    """The lines of a file."""
-
-    kind: Kind = "text"
-
-    def __init__(self, texts: list[str], place: Path) -> None:
-        if not texts:
-            raise ValueError(f"input: got no texts in {place}, expected one on every line")
-        self._texts = texts
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def name(self, row: int) -> str:
-        return self._texts[row]
-
-    def read(self, row: int) -> str:
-        return self._texts[row]
-
-    def fingerprint(self) -> str:
-        return digest_of("texts", *self._texts)
-
-
-def _lines(path: Path) -> list[str]:
-    return _decoded(path.read_bytes(), str(path), ValueError).splitlines()
-
-
-def _decoded(data: bytes, name: str, error_type: Callable[[str], Exception] = PairError) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise error_type(f"{name}: got no UTF-8: {error}") from error

@@ -234,5 +234,7 @@ def digest_of(*parts: str) -> str:
 
 
 def _chosen(options: DataOptions) -> Iterable[str]:
-    values: dict[str, Any] = asdict(options)
-    return (f"{name}={value}" for name, value in values.items() if value is not None)
+    usual: dict[str, Any] = asdict(DataOptions())
+    # how pictures are read is noted by itself: it does not say which rows there are
+    values = {name: value for name, value in asdict(options).items() if name not in options.of_pictures()}
+    return (f"{name}={value}" for name, value in values.items() if value != usual[name])

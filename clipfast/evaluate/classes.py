@@ -49,10 +49,10 @@ class Classes:
         return sum(map(len, class_prompts(self.keys, self.templates)))
 
 
-def open_classes(data: str, class_names: str | os.PathLike[str] | None) -> LabelledSource:
+def open_classes(data: str, class_names: str | os.PathLike[str] | None, encoding: str | None = None) -> LabelledSource:
     """Open pictures with classes; ``class_names`` may be ``"imagenet"`` beside what :func:`open_labelled` takes."""
     if not _is_imagenet(class_names):
-        return open_labelled(data, class_names)
+        return open_labelled(data, class_names, encoding)
     return open_labelled(data, imagenet_names() if find_shards(data) else None)
 
 
@@ -61,6 +61,7 @@ def name_classes(
     class_names: str | os.PathLike[str] | None,
     templates: str | os.PathLike[str] | None,
     prompts: str | os.PathLike[str] | None,
+    encoding: str | None = None,
 ) -> Classes:
     """Decide what classes are called, and in what sentences.
 
@@ -71,6 +72,7 @@ def name_classes(
         templates: For :func:`~clipfast.evaluate.templates.load_templates`. None is ``"imagenet"`` for ImageNet's
             names, and ``"simple"`` for others.
         prompts: For :func:`~clipfast.evaluate.prompts.load_prompts`, in the place of templates.
+        encoding: Of the files; None is UTF-8.
 
     Raises:
         FileNotFoundError, ValueError: As those raise; both of templates and prompts; a class without prompts.
@@ -86,11 +88,11 @@ def name_classes(
     settings: dict[str, Any] = {"class_names": IMAGENET} if known else {}
     renamed = folders if names != folders else None
     if prompts is None:
-        chosen = load_templates(templates or (IMAGENET if known else "simple"))
+        chosen = load_templates(templates or (IMAGENET if known else "simple"), encoding)
         return Classes(names, names, chosen, settings | {"templates": list(chosen)}, renamed)
     if templates is not None:
         raise ValueError(f"templates, prompts: got {os.fspath(templates)!r} and {os.fspath(prompts)!r}, expected one")
-    loaded = load_prompts(prompts)
+    loaded = load_prompts(prompts, encoding)
     if not isinstance(loaded, Mapping):
         return Classes(names, names, loaded, settings | {"templates": list(loaded)}, renamed)
     keys = [folder if folder in loaded else name for folder, name in zip(folders, names, strict=True)]

@@ -41,12 +41,15 @@ def class_prompts(
     return [tuple(templates[name]) for name in class_names]
 
 
-def load_prompts(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]] | tuple[str, ...]:
+def load_prompts(
+    path: str | os.PathLike[str], encoding: str | None = None
+) -> dict[str, tuple[str, ...]] | tuple[str, ...]:
     """Read a JSON file of prompts.
 
     Args:
         path: An object with a list of prompts for each class, by its name (CuPL's files), or a list of templates for
             all classes.
+        encoding: Of the file; None is UTF-8.
 
     Returns:
         Prompts by class, or templates; ``{c}`` in a template is read as ``{}``.
@@ -58,7 +61,7 @@ def load_prompts(path: str | os.PathLike[str]) -> dict[str, tuple[str, ...]] | t
     place = Path(path)
     if not place.is_file():
         raise FileNotFoundError(f"prompts: got {place}, expected a JSON file: none is there")
-    held = read_json(place, "prompts")
+    held = read_json(place, "prompts", encoding)
     if isinstance(held, list):
         return checked_templates(held, place)
     if not isinstance(held, dict) or not held:
@@ -88,17 +91,18 @@ def checked_templates(lines: Any, place: Path) -> tuple[str, ...]:
     return templates
 
 
-def read_json(place: Path, argument: str) -> Any:
+def read_json(place: Path, argument: str, encoding: str | None = None) -> Any:
     """Read a JSON file of a user's.
 
     Args:
         place: The file.
         argument: What an error calls it.
+        encoding: Of the file; None is UTF-8.
 
     Raises:
-        ValueError: It is no JSON, or not UTF-8, or an object has a name twice.
+        ValueError: It is no JSON, in another encoding, or an object has a name twice.
     """
-    text = read_text(place)
+    text = read_text(place, encoding)
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:

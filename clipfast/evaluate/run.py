@@ -6,7 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,11 +78,13 @@ class Reading:
         batch_size: Pictures or texts at once.
         workers: Threads that read and decode.
         console: Where progress goes, or None.
+        options: How pictures are read, and what of the data is the picture and what the caption.
     """
 
     batch_size: int = 64
     workers: int = 2
     console: Console | None = None
+    options: DataOptions = field(default_factory=DataOptions)
 
 
 def evaluate(
@@ -124,15 +126,18 @@ def evaluate(
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
     data = os.fspath(data)
     reading = reading or Reading()
+    if options is not None:
+        reading = replace(reading, options=options)
     if task == "auto":
         task = "zero-shot" if has_labels(data, options) else "retrieval"
     if task == "retrieval":
         shipped = data == "scikit-image" and not Path(data).exists()
         return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data, options), reading)
-    source = open_classes(data, class_names)
+    source = open_classes(data, class_names, reading.options.encoding)
     if task == "zero-shot":
-        return _zero_shot(model, source, name_classes(source, class_names, templates, prompts), reading)
-    other = None if train_data is None else open_classes(os.fspath(train_data), class_names)
+        classes = name_classes(source, class_names, templates, prompts, reading.options.encoding)
+        return _zero_shot(model, source, classes, reading)
+    other = None if train_data is None else open_classes(os.fspath(train_data), class_names, reading.options.encoding)
     return _linear_probe(model, source, other, c, reading)
 
 
@@ -184,7 +189,7 @@ def _linear_probe(
 
 
 def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
-    load = picture_loader(model)
+    load = picture_loader(model, reading.options)
     with RowProgress("pictures", len(source), reading.console) as progress:
         images = encode_rows(
             picture_encoder(model),
@@ -200,7 +205,7 @@ def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
 
 def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
     encoder = text_encoder(model)
-    load = picture_loader(model)
+    load = picture_loader(model, reading.options)
     captions: dict[int, tuple[str, list[str]]] = {}  # by row: which picture, and its captions
     unusable: dict[str, str] = {}
     owner: dict[str, int] = {}  # the row whose picture is encoded for all that share it

@@ -30,12 +30,13 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
-def load_templates(name_or_path: str | os.PathLike[str]) -> tuple[str, ...]:
+def load_templates(name_or_path: str | os.PathLike[str], encoding: str | None = None) -> tuple[str, ...]:
     """Return templates with a ``{}`` for the class' name.
 
     Args:
         name_or_path: A key of :data:`TEMPLATES`, or a file: one template a line, or a JSON list. clip-benchmark's
             ``{c}`` is read as ``{}``.
+        encoding: Of a file; None is UTF-8.
 
     Raises:
         FileNotFoundError: It is neither.
@@ -50,5 +51,5 @@ def load_templates(name_or_path: str | os.PathLike[str]) -> tuple[str, ...]:
             f"templates: got {name!r}, expected one of {', '.join(TEMPLATES)}, or a file of templates"
         )
     if path.suffix == ".json":
-        return checked_templates(read_json(path, "templates"), path)
-    return checked_templates([line for line in read_lines(path) if line.strip()], path)
+        return checked_templates(read_json(path, "templates", encoding), path)
+    return checked_templates([line for line in read_lines(path, encoding) if line.strip()], path)

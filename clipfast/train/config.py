@@ -86,6 +86,7 @@ class RunConfig(TrainConfig):
         patch_dropout: The share of patches that the image tower leaves out in training.
         caption_key, image_key, caption_column, image_column, separator, quotes, encoding: What of ``data`` and
             ``val_data`` is the picture and what the caption; see :class:`clipfast.data.options.DataOptions`.
+        as_open_clip, apply_orientation: How pictures are read; see :func:`clipfast.data.transform.image_transform`.
         val_data: Held-out pairs.
         val_every: Steps between two looks at them, and at the end.
         val_pairs: The first of them that are looked at.
@@ -116,6 +117,8 @@ class RunConfig(TrainConfig):
     separator: Annotated[str | None, "Between the columns of a table; 'tab' is one."] = None
     quotes: Annotated[bool | None, "Whether quotes around cells of a table count."] = None
     encoding: Annotated[str | None, "Of texts that are not UTF-8."] = None
+    as_open_clip: Annotated[bool, "Cut grey of more than 8 bits off at 255, as open_clip does."] = False
+    apply_orientation: Annotated[bool, "Turn pictures as their EXIF orientation says."] = False
     val_data: Annotated[str | None, "Held-out pairs, as data."] = None
     val_every: Annotated[int, "Steps between two looks at them."] = 1000
     val_pairs: Annotated[int, "The first of them that are looked at."] = 5000

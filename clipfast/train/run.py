@@ -20,7 +20,7 @@ from clipfast.console import make_console, tell
 from clipfast.data.batches import Shares, training_batches
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
-from clipfast.data.transform import image_transform
+from clipfast.data.transform import ImageTransform, image_transform
 from clipfast.models.config import CLIPConfig, get_config
 from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
@@ -114,10 +114,14 @@ class _Run:
         return Validation(
             open_pairs(self.config.val_data, self.config.data_options()),
             self.config.val_pairs,
-            image_transform(self.model_config.vision_cfg.image_size),
+            self._transform(train=False),
             self._tokenizer(),
             batch,
         )
+
+    def _transform(self, train: bool) -> ImageTransform:
+        size = self.model_config.vision_cfg.image_size
+        return image_transform(size, train, **self.config.data_options().of_pictures())
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(context_length=self.model_config.text_cfg.context_length)
@@ -130,7 +134,7 @@ class _Run:
         self.checkpoints.check_room(trainer.state())
         batches = training_batches(
             self.source,
-            image_transform(self.model_config.vision_cfg.image_size, train=True),
+            self._transform(train=True),
             self._tokenizer(),
             self.shares,
             seed=config.seed,
