@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM at every moment of a run: it saves, and the run that goes on ends as one that was never stopped."""
+"""SIGINT and SIGTERM at any moment of a run: it saves, and the run that goes on ends as one that was never stopped."""
 
 from __future__ import annotations
 
@@ -73,17 +73,16 @@ def signal_at(patch: pytest.MonkeyPatch, where: object, name: str, turn: int, si
 
 
 @pytest.mark.parametrize(
-    ("where", "name", "turn", "stops_after"),
+    ("signum", "where", "name", "turn", "stops_after"),
     [
-        pytest.param(run._Run, "_announce", 1, 0, id="before the first step"),
-        pytest.param(batches, "load_image", 19, 2, id="reading the third batch"),
-        pytest.param(Trainer, "_average_scalars", 3, 3, id="in the third step"),
-        pytest.param(Checkpoints, "_finish", 2, 4, id="writing a checkpoint"),
-        pytest.param(Validation, "_encoded", 1, 3, id="looking at the held-out pairs"),
-        pytest.param(Validation, "_encoded", 3, 6, id="looking at them after the last step"),
+        pytest.param(signal.SIGTERM, run._Run, "_announce", 1, 0, id="before the first step"),
+        pytest.param(signal.SIGINT, batches, "load_image", 19, 2, id="reading the third batch"),
+        pytest.param(signal.SIGTERM, Trainer, "_average_scalars", 3, 3, id="in the third step"),
+        pytest.param(signal.SIGTERM, Checkpoints, "_finish", 2, 4, id="writing a checkpoint"),
+        pytest.param(signal.SIGINT, Validation, "_encoded", 1, 3, id="looking at the held-out pairs"),
+        pytest.param(signal.SIGTERM, Validation, "_encoded", 3, 6, id="looking at them after the last step"),
     ],
 )
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_it_stops_saved_and_goes_on_to_the_same_end(place, straight, tmp_path, where, name, turn, stops_after, signum):
     options = OPTIONS | {"val_data": str(place / "held_out")}
     with pytest.MonkeyPatch.context() as patch:
@@ -186,7 +185,10 @@ class Job:
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no groups of processes")
-@pytest.mark.parametrize(("signum", "hang"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("signum", "hang"), [(signal.SIGINT, True), pytest.param(signal.SIGTERM, False, marks=pytest.mark.exhaustive)]
+)
 def test_a_signal_to_all_of_a_group(place, tmp_path, signum, hang):
     """Workers get it as the trainer does; those that hang do not keep it."""
     values = settings(place, tmp_path / "run", steps=3000, save_every=1000, workers=2)
@@ -205,9 +207,9 @@ def test_a_signal_to_all_of_a_group(place, tmp_path, signum, hang):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hang", [False, True])
+@pytest.mark.parametrize("hang", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_sigterm_to_torchrun_alone(place, tmp_path, hang):
-    """Ranks agree on the step, those too whose workers hang. torchrun itself ends with 1: it takes SIGTERM as failure."""
+    """Ranks agree on the step, even if their workers hang. torchrun itself ends with 1: it takes SIGTERM as failure."""
     values = settings(place, tmp_path / "run", steps=3000, save_every=1000, workers=1)
     job = Job(tmp_path, values, ranks=2)
     job.wait_for_steps(3)
@@ -243,13 +245,11 @@ def test_stopped_at_twenty_random_moments_it_ends_the_same(place, tmp_path, rank
         job.stop(signal.SIGTERM)
         code, output = job.end()
         codes.append(code)
-        assert code in ((0,) if ranks == 1 else (1,)) or (not turn % 4 and code == -signal.SIGTERM), (
-            seed,
-            turn,
-            output,
-        )
+        # before Python has read the command, SIGTERM does what it does to any process
+        early = not turn % 4 and code == -signal.SIGTERM
+        assert early or code == ranks - 1, (seed, turn, output)
         assert "exited unexpectedly" not in output, (seed, turn, output)
-        assert output.count("Traceback") == ranks - 1, (seed, turn, output)
+        assert output.count("Traceback") == (0 if early else ranks - 1), (seed, turn, output)
         saved = saved_steps(tmp_path / "stopped")
         before = saved[0] if saved else 0
         assert before == (len(logged(tmp_path / "stopped")) if saved else 0), (seed, turn, output)
