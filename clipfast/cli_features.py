@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipfast.cli_data import with_data_options
 from clipfast.console import echo, make_console
+from clipfast.data.options import DataOptions
+from clipfast.notices import error_console, say
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
 
 _Model = Annotated[
     str,
@@ -30,6 +32,7 @@ _Workers = Annotated[int, typer.Option(help="Threads that read and decode.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")]
 
 
+@with_data_options
 def eval_(
     model: _Model,
     data: Annotated[
@@ -41,8 +44,23 @@ def eval_(
     ],
     task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear-probe, or auto: by the data.")] = "auto",
     weights: _Weights = None,
-    classes: Annotated[Path | None, typer.Option(help="A file with the names of classes, one a line or JSON.")] = None,
-    templates: Annotated[str, typer.Option(help="Prompts: name, photo, simple, or a file with one a line.")] = "simple",
+    classes: Annotated[
+        str | None,
+        typer.Option(
+            help="A file with the names of classes, one a line or JSON; or imagenet.", show_default="the folders'"
+        ),
+    ] = None,
+    templates: Annotated[
+        str | None,
+        typer.Option(
+            help="Prompts: name, photo, simple, imagenet, or a file with one a line.",
+            show_default="imagenet for ImageNet, else simple",
+        ),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="A .json file: each class' prompts, as CuPL has them, or a list of templates."),
+    ] = None,
     train_data: Annotated[
         str | None,
         typer.Option(help="What a linear probe learns from.", show_default="half of --data, which is not tested on"),
@@ -57,6 +75,8 @@ def eval_(
     workers: _Workers = 2,
     precision: _Precision = "fp32",
     device: _Device = "auto",
+    *,
+    data_options: Callable[[], DataOptions],
 ) -> None:
     """Measure a model: zero-shot accuracy, retrieval recall, or a linear probe. Nothing is downloaded."""
     with _mistakes_told():
@@ -65,16 +85,18 @@ def eval_(
         from clipfast.evaluate.run import Reading, evaluate, metrics_table, write_evaluation
 
         clip = _open(model, weights, device, precision)
-        reading = Reading(batch_size, workers, _progress())
+        reading = Reading(batch_size, workers, error_console())
         result = evaluate(
             clip,
             data,
             task,  # type: ignore[arg-type]  # checked there
             class_names=classes,
             templates=templates,
+            prompts=prompts,
             train_data=train_data,
             c=SWEEP if c is None else c,
             reading=reading,
+            options=data_options(),
         )
         about = {"clipfast": __version__, "model": model, "data": data, "precision": precision}
         if output is not None:
@@ -83,6 +105,7 @@ def eval_(
         _tell_skipped(list(result.skipped.items()))
 
 
+@with_data_options
 def embed(
     model: _Model,
     source: Annotated[
@@ -105,6 +128,8 @@ def embed(
     workers: _Workers = 2,
     precision: _Precision = "fp32",
     device: _Device = "auto",
+    *,
+    data_options: Callable[[], DataOptions],
 ) -> None:
     """Write the features of many pictures or texts. A run that was killed goes on where it was, with the same bits."""
     with _mistakes_told():
@@ -117,13 +142,14 @@ def embed(
             output,
             kind=kind,  # type: ignore[arg-type]  # checked there
             column=column,
+            options=data_options(),
             dtype=dtype,  # type: ignore[arg-type]
             normalize=normalize,
             batch_size=batch_size,
             workers=workers,
             restart=restart,
             model_source=_where(model, weights),
-            console=_progress(),
+            console=error_console(),
         )
         words = "wrote {}: {} rows" if result.computed else "{} is complete: {} rows"
         echo(words.format(result.output, result.rows))
@@ -155,7 +181,8 @@ def search(
             model, weights = where["spec"], weights or where.get("weights")
         clip = _open(model, weights, device, "fp32")
         searching.check_model(features, clip)
-        hits = searching.search(features, searching.encode_query(clip, text=text, image=image), k)
+        options = searching.picture_options_of(features)
+        hits = searching.search(features, searching.encode_query(clip, text=text, image=image, options=options), k)
         query = text if text is not None else str(image)
         found = {"query": query, "features": str(features), "hits": [asdict(hit) for hit in hits]}
         _print_result(searching.hits_table(hits, query), found, as_json)
@@ -235,10 +262,6 @@ def _where(model: str, weights: Path | None) -> dict[str, str]:
     return where if weights is None else where | {"weights": str(weights.resolve())}
 
 
-def _progress() -> Console:
-    return make_console(stderr=True)
-
-
 def _print_result(table: object, values: object, as_json: bool) -> None:
     import json
 
@@ -251,8 +274,8 @@ def _print_result(table: object, values: object, as_json: bool) -> None:
 def _tell_skipped(skipped: list[tuple[str, str]], shown: int = 5) -> None:
     if not skipped:
         return
-    echo(f"skipped {len(skipped)} that cannot be read:", err=True)
+    say(f"skipped {len(skipped)} that cannot be read:")
     for name, reason in skipped[:shown]:
-        echo(f"  {name}: {reason}", err=True)
+        say(f"  {name}: {reason}")
     if len(skipped) > shown:
-        echo(f"  and {len(skipped) - shown} more", err=True)
+        say(f"  and {len(skipped) - shown} more")

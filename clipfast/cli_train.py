@@ -1,4 +1,4 @@
-"""Training on the command line: ``clipfast train`` and ``clipfast shards``."""
+"""Training on the command line: ``clipfast train``."""
 
 from __future__ import annotations
 
@@ -92,37 +92,6 @@ def ending_on_request() -> Iterator[StopRequest]:
         raise typer.Exit(130) from error
 
 
-def shards(
-    source: Annotated[str, typer.Argument(help="'emoji' for the demo's pairs, a .csv or .tsv table, or a folder.")],
-    output: Annotated[Path, typer.Argument(help="The folder for the shards; it may hold none yet.")],
-    shard_size: Annotated[int, typer.Option(help="Pairs a shard.")] = 10_000,
-    image_size: Annotated[int, typer.Option(help="Pixels a side of the emoji.")] = 64,
-) -> None:
-    """Write pictures and captions as WebDataset shards, which training reads.
-
-    The emoji become two folders, OUTPUT/train and OUTPUT/held_out: compositions that training does not see.
-    """
-    try:
-        if source == "emoji":
-            from clipfast.data.emoji_pairs import write_emoji_shards
-
-            written = write_emoji_shards(output, image_size=image_size, shard_size=shard_size)
-        else:
-            from clipfast.data.shards import write_shards
-            from clipfast.data.sources import open_pairs
-
-            pairs = open_pairs(source)
-            written = write_shards((pairs.read(i) for i in range(len(pairs))), output, shard_size=shard_size)
-    except ModuleNotFoundError as error:
-        echo(f"error: shards need {error.name}: pip install 'clipfast[demo]'", err=True)
-        raise typer.Exit(1) from error
-    except (ImportError, ValueError, OSError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    echo(f"wrote {len(written)} shards to {output}")
-
-
 def add_train_commands(app: typer.Typer) -> None:
-    """Put these commands behind those that ``app`` has."""
-    for command in (train, shards):
-        app.command()(command)
+    """Put the command behind those that ``app`` has."""
+    app.command()(train)

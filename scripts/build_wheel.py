@@ -45,7 +45,7 @@ OLDEST_GLIBC = "2.28"
 # what a wheel may hold
 CONTENTS = re.compile(
     r"clipfast/([a-z_]+/)*[a-z_0-9]+\.py|clipfast/(py\.typed|libclipfast\.so|_build\.json)"
-    r"|clipfast/data/(bpe_simple_vocab_16e6\.txt\.gz|VOCABULARY_LICENSE)"
+    r"|clipfast/data/(bpe_simple_vocab_16e6\.txt\.gz|VOCABULARY_LICENSE)|clipfast/evaluate/imagenet\.json"
     r"|clipfast-[\d.]+\.dist-info/(METADATA|WHEEL|RECORD|entry_points\.txt|top_level\.txt"
     r"|sboms/clipfast\.cdx\.json|licenses/(LICENSE|THIRD_PARTY_LICENSES|clipfast/data/VOCABULARY_LICENSE))"
 )

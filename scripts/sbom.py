@@ -14,6 +14,7 @@ from typing import Any
 
 FORMAT = "1.6"
 VOCABULARY = "clipfast/data/bpe_simple_vocab_16e6.txt.gz"
+IMAGENET = "clipfast/evaluate/imagenet.json"
 LICENCES = {
     "MIT": {"license": {"id": "MIT"}},
     "BSD": {"license": {"id": "BSD-3-Clause"}},
@@ -45,6 +46,9 @@ def document(version: str, package: Path, record: dict[str, Any]) -> str:
     vocabulary = (package.parent / VOCABULARY).read_bytes()
     about = f"The tokenizer's vocabulary, of OpenAI's CLIP: {VOCABULARY}"
     parts = [_component("data", "bpe_simple_vocab_16e6", None, "MIT", about, hashes=_sha256(vocabulary))]
+    names = (package.parent / IMAGENET).read_bytes()
+    about = f"ImageNet's class names and the templates for them, of OpenAI's CLIP: {IMAGENET}"
+    parts.append(_component("data", "imagenet-names", None, "MIT", about, hashes=_sha256(names)))
     inside = []
     if record.get("library"):
         headers = record.get("torch")

@@ -147,6 +147,7 @@ def test_what_the_wheel_holds(wheel: Path) -> None:
     of_package = {str(p.relative_to(ROOT)) for p in (ROOT / "clipfast").rglob("*.py")}
     of_package |= {f"clipfast/{p.relative_to(ROOT)}" for p in (ROOT / "kernels").rglob("*.py")}
     data = {"libclipfast.so", "_build.json", "py.typed", "data/VOCABULARY_LICENSE", "data/bpe_simple_vocab_16e6.txt.gz"}
+    data.add("evaluate/imagenet.json")
     assert {n for n in names if ".dist-info/" not in n} == of_package | {f"clipfast/{name}" for name in data}
     metadata = {name.split(".dist-info/")[1] for name in names if ".dist-info/" in name}
     licences = {"licenses/LICENSE", "licenses/THIRD_PARTY_LICENSES", "licenses/clipfast/data/VOCABULARY_LICENSE"}
@@ -169,7 +170,13 @@ def test_its_bill_of_materials(wheel: Path) -> None:
         bill = json.loads(archive.read(name))
         built = hashlib.sha256(archive.read("clipfast/libclipfast.so")).hexdigest()
     parts = {part["name"]: part for part in bill["components"]}
-    names = {"bpe_simple_vocab_16e6", "clipfast/libclipfast.so", "torch-stable-abi-headers", "libstdc++"}
+    names = {
+        "bpe_simple_vocab_16e6",
+        "imagenet-names",
+        "clipfast/libclipfast.so",
+        "torch-stable-abi-headers",
+        "libstdc++",
+    }
     assert set(parts) == names  # and no CUDA runtime in a wheel for CPUs
     assert parts["clipfast/libclipfast.so"]["hashes"] == [{"alg": "SHA-256", "content": built}]
     assert parts["torch-stable-abi-headers"]["version"] == library.torch.__version__
@@ -192,14 +199,16 @@ def test_a_bill_of_materials_names_what_was_built(
     sbom = load("sbom", monkeypatch)
     package = tmp_path / "clipfast"
     (package / "data").mkdir(parents=True)
-    (tmp_path / sbom.VOCABULARY).write_bytes(b"words")
+    (package / "evaluate").mkdir()
+    for place in (sbom.VOCABULARY, sbom.IMAGENET):
+        (tmp_path / place).write_bytes(b"words")
     (package / "libclipfast.so").write_bytes(b"code")
     text = sbom.document("1.2", package, record)
     assert text == sbom.document("1.2", package, record)
     bill = json.loads(text)
     assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
     assert bill["metadata"]["component"]["purl"] == "pkg:pypi/clipfast@1.2"
-    first = ["bpe_simple_vocab_16e6"] + (["clipfast/libclipfast.so"] if record["library"] else [])
+    first = ["bpe_simple_vocab_16e6", "imagenet-names"] + (["clipfast/libclipfast.so"] if record["library"] else [])
     assert [part["name"] for part in bill["components"]] == first + names
     assert all(part["licenses"] and part["description"] for part in bill["components"])
     references = {"clipfast", *(part["bom-ref"] for part in bill["components"])}

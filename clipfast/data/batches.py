@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from clipfast.data.captions import draw_caption
 from clipfast.data.order import ShuffledOrder
-from clipfast.data.sources import PairError, PairSource
+from clipfast.data.pairs import Pair, PairError, PairSource
 from clipfast.data.transform import ImageError, ImageTransform, load_image
 from clipfast.data.workers import WAIT, StoppedReading, Workers, ignore_stop_signals, until_stopped
 
@@ -89,7 +90,8 @@ def training_batches(
     """Yield this rank's batches of the steps from ``first_step`` up to, not including, ``last_step``.
 
     A pair that cannot be used (missing, corrupt or huge picture, empty caption) is replaced by one that is drawn from
-    all, and named in the batch. Batches never become smaller. Closing the generator ends the workers, those too that
+    those shuffled with it, and named in the batch. Batches never become smaller. Of several captions of a picture an
+    epoch takes one (:func:`clipfast.data.captions.draw_caption`). Closing the generator ends the workers, those too that
     hang.
 
     Args:
@@ -97,12 +99,13 @@ def training_batches(
         transform: From picture to tensor; a random crop is drawn from a generator of its own for each pair.
         tokenizer: From captions to token ids ``[b, L]``.
         shares: Which part of every step is this rank's.
-        seed: Of the order, the crops and the replacements.
+        seed: Of the order, the crops, the captions and the replacements.
         first_step: Where to go on, counted from 0.
         last_step: Where to end.
         workers: Processes that read and decode; 0 does it in this one.
         pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
-        pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`.
+        pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`. Fewer, where the source cannot
+            hold so many in memory.
         stop: Asked several times a second while a batch is waited for; once it returns True, batches end.
 
     Raises:
@@ -110,6 +113,7 @@ def training_batches(
     """
     if len(source) < shares.batch_size:
         raise ValueError(f"batch_size: got {shares.batch_size}, expected at most {len(source)}, the pairs there are")
+    pool = min(pool, source.together or pool)
     reader = _Reader(source, ShuffledOrder(source.groups, seed, pool=pool), transform, tokenizer, seed)
     crew = Workers() if workers else None
     if crew is None:
@@ -141,6 +145,8 @@ def read_pairs(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Read pairs in their order, for measuring: a batch of one size, whatever can be read of it.
 
+    Of several captions of a picture it is the first.
+
     Args:
         source: The pairs.
         indices: Which; those from ``count`` on are none.
@@ -162,7 +168,7 @@ def read_pairs(
         try:
             if index >= count:
                 raise _Unusable(f"pair {index}", "there is none")
-            rows.append(_usable_pair(source, index, transform))
+            rows.append(_usable_pair(_read(source, index), 0, transform))
             good.append(True)
         except _Unusable:
             rows.append(blank)
@@ -213,30 +219,38 @@ class _Reader(Dataset[Batch]):
         if self.stop is not None and self.stop():
             raise StoppedReading
         for attempt in range(_ATTEMPTS):
-            index = self.order[position]
-            if attempt:
-                index = int(np.random.default_rng([self.seed, position, attempt]).integers(len(self.source)))
+            index = self.order.beside(position, attempt) if attempt else self.order[position]
             try:
-                return self._pair(index, position)
+                return self._pair(index, position, skipped)
             except _Unusable as error:
                 skipped.append((error.key, error.reason))
         raise ValueError(
             f"data: {_ATTEMPTS} pairs in a row cannot be used, the last is {skipped[-1][0]}: {skipped[-1][1]}"
         )
 
-    def _pair(self, index: int, position: int) -> tuple[Tensor, str]:
+    def _pair(self, index: int, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
+        pair = _read(self.source, index)
         generator = torch.Generator().manual_seed(_mixed(self.seed, position))
-        return _usable_pair(self.source, index, self.transform, generator)
+        epoch = position // len(self.order)
+        usable = _usable_pair(
+            pair, draw_caption(len(pair.captions), self.seed, epoch, index), self.transform, generator
+        )
+        # entries of its list of captions that are none are a loss too
+        skipped += [(f"{pair.key}, {which}", reason) for which, reason in pair.unusable]
+        return usable
+
+
+def _read(source: PairSource, index: int) -> Pair:
+    try:
+        return source.read(index)
+    except PairError as error:
+        raise _Unusable(f"pair {index}", str(error)) from error
 
 
 def _usable_pair(
-    source: PairSource, index: int, transform: ImageTransform, generator: torch.Generator | None = None
+    pair: Pair, chosen: int, transform: ImageTransform, generator: torch.Generator | None = None
 ) -> tuple[Tensor, str]:
-    try:
-        pair = source.read(index)
-    except PairError as error:
-        raise _Unusable(f"pair {index}", str(error)) from error
-    caption = pair.caption.strip()
+    caption = pair.captions[chosen].strip()
     if not caption:
         raise _Unusable(pair.key, "its caption is empty")
     try:

@@ -22,8 +22,8 @@ from PIL import Image
 
 from clipfast.data.cache import cache_folder
 from clipfast.data.composition import hold_out_compositions, parse_caption
-from clipfast.data.shards import write_shards
-from clipfast.data.sources import Pair
+from clipfast.data.pairs import Captions, Pairs
+from clipfast.data.shard_writer import make_shards
 from clipfast.files import write_atomically
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -104,14 +104,32 @@ def write_emoji_shards(
     """Write the pairs as WebDataset shards: ``folder/train``, and ``folder/held_out`` for what training must not see.
 
     Raises:
-        ImportError, ValueError: As :func:`load_emoji_pairs` and :func:`clipfast.data.shards.write_shards`.
+        ImportError, ValueError: As :func:`load_emoji_pairs` and :func:`clipfast.data.shard_writer.make_shards`.
     """
     pairs = load_emoji_pairs(image_size, seed=seed)
+    about = {"input": {"emoji": _cache_name(image_size), "seed": seed}}
     written = []
     for name, indices in (("train", pairs.train_indices), ("held_out", pairs.held_out_indices)):
-        stored = (Pair(pairs.captions[i], _as_png(pairs.pictures[i]), pairs.captions[i]) for i in indices)
-        written += write_shards(stored, Path(folder) / name, shard_size=shard_size)
+        drawn = _Drawn(pairs, indices.tolist())
+        written += make_shards(drawn, Path(folder) / name, about, shard_size=shard_size, workers=0).shards
     return written
+
+
+class _Drawn(Pairs):
+    """Some of the emoji pairs, as PNGs."""
+
+    def __init__(self, pairs: EmojiPairs, indices: list[int]) -> None:
+        self._pairs, self._indices = pairs, indices
+        self.groups = (len(indices),)
+
+    def key(self, index: int) -> str:
+        return self._pairs.captions[self._indices[index]]
+
+    def image(self, index: int) -> bytes:
+        return _as_png(self._pairs.pictures[self._indices[index]])
+
+    def captions(self, index: int) -> Captions:
+        return Captions((self.key(index),))
 
 
 def _as_png(picture: np.ndarray) -> bytes:

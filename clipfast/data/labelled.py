@@ -12,8 +12,16 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from clipfast.data.shards import ShardSample, expand_shards, scan_shard
-from clipfast.data.sources import PICTURES, Pair, PairError
+from clipfast.data.options import DataOptions
+from clipfast.data.pairs import Captions, PairError, Pairs
+from clipfast.data.patterns import find_shards
+from clipfast.data.pictures import PICTURES
+from clipfast.data.places import read_picture
+from clipfast.data.shard_index import ShardSample, find_part, identity, scan_shard
+from clipfast.data.shards import shard_names
+from clipfast.data.sources import layouts_of_folder
+from clipfast.data.text_files import read_text, split_lines
+from clipfast.data.walk import files_below, tell_left_out
 
 _CLASS_FILES = ("classnames.txt", "classes.txt")
 
@@ -46,7 +54,11 @@ class LabelledSource(Protocol):
         ...
 
 
-def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[str] | None = None) -> LabelledSource:
+def open_labelled(
+    path: str | os.PathLike[str],
+    class_names: str | os.PathLike[str] | Sequence[str] | None = None,
+    encoding: str | None = None,
+) -> LabelledSource:
     """Find pictures with classes.
 
     Args:
@@ -58,8 +70,9 @@ def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[s
               number in a ``.cls``, the names in a ``classnames.txt`` beside them or one folder up (clip-benchmark's
               layout);
             - ``digits``: the 1,797 pictures of handwritten digits that scikit-learn ships.
-        class_names: A file with the names: one a line (or a JSON list) in the order of the numbers or folders, or a
-            JSON object of names by folder.
+        class_names: The names in the order of the numbers or folders, or a file with them: one a line (or a JSON
+            list) in that order, or a JSON object of names by folder.
+        encoding: Of files of names; None is UTF-8.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -67,10 +80,13 @@ def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[s
         ValueError: No pictures, no names, or names that do not fit.
     """
     text = os.fspath(path)
-    names = None if class_names is None else _read_names(Path(class_names))
+    if isinstance(class_names, (str, os.PathLike)):
+        names: Sequence[str] | dict[str, str] | None = _read_names(Path(class_names), encoding)
+    else:
+        names = class_names
     shards = find_shards(text)
     if shards:
-        return ShardClasses(shards, names)
+        return ShardClasses(shards, names, encoding)
     if text == "digits" and not Path(text).exists():
         return Digits(names)
     place = Path(text)
@@ -79,44 +95,43 @@ def open_labelled(path: str | os.PathLike[str], class_names: str | os.PathLike[s
     return FolderClasses(place, names)
 
 
-def find_shards(path: str) -> list[Path]:
-    """Return the shards that ``path`` names, none if it names something else."""
-    if "::" in path or "{" in path or path.endswith(".tar"):
-        return expand_shards(path)
-    return sorted(Path(path).glob("*.tar")) if Path(path).is_dir() else []
+def has_labels(path: str, options: DataOptions | None = None) -> bool:
+    """Whether ``path`` names pictures with classes, rather than with captions.
 
-
-def has_labels(path: str) -> bool:
-    """Whether ``path`` names pictures with classes, rather than with captions."""
+    Raises:
+        FileNotFoundError, ValueError: As :func:`clipfast.data.patterns.find_shards`.
+    """
     shards = find_shards(path)
     if shards:
         samples, _ = scan_shard(shards[0])
         return bool(samples) and any(extension == "cls" for extension, _, _ in samples[0].parts)
     place = Path(path)
     if not place.is_dir():
-        return path == "digits"
-    pictures = next((p for p in sorted(place.rglob("*")) if p.suffix.lower() in PICTURES), None)
-    return pictures is not None and pictures.parent != place and not pictures.with_suffix(".txt").is_file()
+        return path == "digits" and not place.exists()
+    if layouts_of_folder(place, options):
+        return False
+    return any(name.count("/") for name in files_below(place, PICTURES).files)
 
 
 class FolderClasses:
     """The pictures of a folder of classes; see :func:`open_labelled`."""
 
     def __init__(self, folder: Path, names: Sequence[str] | dict[str, str] | None = None) -> None:
-        folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        below = files_below(folder, PICTURES)
+        here = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        folders = [name for name in here if name not in below.circles]
         if not folders:
             raise ValueError(f"data: got no folders in {folder}, expected one for each class, with its pictures")
-        self.class_names = _fitting_names(names, [p.name for p in folders], folder)
-        found = [
-            (path, label)
-            for label, of_class in enumerate(folders)
-            for path in sorted(of_class.rglob("*"))
-            if path.suffix.lower() in PICTURES
-        ]
-        if not found:
+        self.class_names = _fitting_names(names, folders, folder)
+        label_of = {name: label for label, name in enumerate(folders)}
+        pictures = [name for name in below.ordered() if name.partition("/")[0] in label_of and "/" in name]
+        if not pictures:
             raise ValueError(f"data: got no pictures in the folders of {folder}, expected {', '.join(PICTURES)}")
-        self._paths = [path for path, _ in found]
-        self.labels = [label for _, label in found]
+        outside = len(below.files) - len(pictures)
+        words = f"{outside} pictures that are in no class' folder" if outside else ""
+        tell_left_out(folder, below, besides=(".txt", ".json"), more=words)
+        self._paths = [folder / name for name in pictures]
+        self.labels = [label_of[name.partition("/")[0]] for name in pictures]
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -127,31 +142,40 @@ class FolderClasses:
 
     def read(self, index: int) -> bytes:
         """See :class:`LabelledSource`."""
-        return self._paths[index].read_bytes()
+        return read_picture(self._paths[index])
 
 
 class ShardClasses:
     """The pictures of shards with a ``.cls`` each; see :func:`open_labelled`."""
 
-    def __init__(self, shards: Sequence[Path], names: Sequence[str] | dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Path],
+        names: Sequence[str] | dict[str, str] | None = None,
+        encoding: str | None = None,
+    ) -> None:
         if names is None:
-            names = _names_beside(shards[0])
+            names = _names_beside(shards[0], encoding)
         if isinstance(names, dict):
             raise ValueError("class_names: got names by folder, expected a list: shards have numbers for classes")
         self.class_names = list(names)
-        self._samples: list[tuple[Path, ShardSample]] = []
+        self._shards, self._names = list(shards), shard_names(shards)
+        self._identities = [identity(shard) for shard in shards]
+        self._samples: list[tuple[int, ShardSample]] = []
         self.labels: list[int] = []
-        for shard in shards:
+        for number, shard in enumerate(shards):
             with shard.open("rb") as file:
                 for sample in scan_shard(shard)[0]:
-                    parts = {extension: (first, length) for extension, first, length in sample.parts}
-                    if "cls" not in parts:
+                    if sample.problem:
+                        raise ValueError(f"data: {shard}: {sample.key}: {sample.problem}")
+                    part = find_part(sample, ["cls"])
+                    if part is None or part[1] < 0:
                         raise ValueError(
-                            f"data: got {', '.join(parts)} for {sample.key} in {shard}, expected a .cls with its class"
+                            f"data: got {sample.extensions} for {sample.key} in {shard}, expected a .cls with its class"
                         )
-                    file.seek(parts["cls"][0])
-                    self.labels.append(self._label(file.read(parts["cls"][1]), sample.key, shard))
-                    self._samples.append((shard, sample))
+                    file.seek(part[1])
+                    self.labels.append(self._label(file.read(part[2]), sample.key, shard))
+                    self._samples.append((number, sample))
         if not self._samples:
             raise ValueError(f"data: got no samples in {len(shards)} shards such as {shards[0]}")
 
@@ -161,17 +185,20 @@ class ShardClasses:
     def name(self, index: int) -> str:
         """See :class:`LabelledSource`."""
         shard, sample = self._samples[index]
-        return f"{shard.name}/{sample.key}"
+        return f"{self._names[shard]}/{sample.key}"
 
     def read(self, index: int) -> bytes:
         """See :class:`LabelledSource`."""
         shard, sample = self._samples[index]
-        for extension, first, length in sample.parts:
-            if f".{extension}" in PICTURES:
-                with shard.open("rb") as file:
-                    file.seek(first)
-                    return file.read(length)
-        raise PairError(f"{self.name(index)}: got {', '.join(e for e, _, _ in sample.parts)}, expected a picture")
+        path = self._shards[shard]
+        if identity(path) != self._identities[shard]:
+            raise PairError(f"{path}: it changed since its classes were read")
+        part = find_part(sample, [suffix[1:] for suffix in PICTURES])
+        if part is None or part[1] < 0:
+            raise PairError(f"{self.name(index)}: got {sample.extensions}, expected a picture")
+        with path.open("rb") as file:
+            file.seek(part[1])
+            return file.read(part[2])
 
     def _label(self, text: bytes, key: str, shard: Path) -> int:
         classes = len(self.class_names)
@@ -210,7 +237,7 @@ class Digits:
         return Image.fromarray(self._pictures[index])
 
 
-class ScikitImagePairs:
+class ScikitImagePairs(Pairs):
     """The eight pictures of scikit-image that OpenAI's notebook captions, and their captions.
 
     The library is looked for and not imported.
@@ -239,35 +266,44 @@ class ScikitImagePairs:
             raise ImportError("data: 'scikit-image' names pictures of that library: pip install scikit-image")
         self._folder = Path(next(iter(spec.submodule_search_locations))) / "data"
 
-    def __len__(self) -> int:
-        return len(self._CAPTIONS)
+    def key(self, index: int) -> str:
+        """See :class:`clipfast.data.pairs.PairSource`."""
+        return self._CAPTIONS[index][0]
 
-    def read(self, index: int) -> Pair:
-        """See :class:`clipfast.data.sources.PairSource`."""
-        name, caption = self._CAPTIONS[index]
+    def image(self, index: int) -> bytes:
+        """See :class:`clipfast.data.pairs.PairSource`."""
         try:
-            return Pair(name, (self._folder / name).read_bytes(), caption)
+            return (self._folder / self.key(index)).read_bytes()
         except OSError as error:
-            raise PairError(f"{name}: {error}") from error
+            raise PairError(f"{self.key(index)}: {error}") from error
+
+    def captions(self, index: int) -> Captions:
+        """See :class:`clipfast.data.pairs.PairSource`."""
+        return Captions((self._CAPTIONS[index][1],))
 
 
-def _read_names(path: Path) -> Sequence[str] | dict[str, str]:
-    text = path.read_text(encoding="utf-8")
+def _read_names(path: Path, encoding: str | None = None) -> Sequence[str] | dict[str, str]:
+    text = read_text(path, encoding)
     if path.suffix != ".json":
-        return [line.strip() for line in text.splitlines() if line.strip()]
-    names = json.loads(text)
+        return [line.strip() for line in split_lines(text) if line.strip()]
+    try:
+        names = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"class_names: got {path}, expected JSON: {error}") from error
     values = list(names.values()) if isinstance(names, dict) else names
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise ValueError(f"class_names: got {path}, expected a JSON list of names, or an object of them by folder")
     return names
 
 
-def _names_beside(shard: Path) -> list[str]:
+def _names_beside(shard: Path, encoding: str | None = None) -> list[str]:
     for folder in (shard.parent, shard.parent.parent):
         for name in _CLASS_FILES:
             if (folder / name).is_file():
-                return list(_read_names(folder / name))
-    raise ValueError(f"class_names: got none for {shard}, expected a file of names, or {_CLASS_FILES[0]} beside it")
+                return list(_read_names(folder / name, encoding))
+    raise ValueError(
+        f"class_names: got none for {shard}, expected a file of names, 'imagenet', or {_CLASS_FILES[0]} beside it"
+    )
 
 
 def _fitting_names(names: Sequence[str] | dict[str, str] | None, own: list[str], place: Path) -> list[str]:

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from PIL import Image
 from torch import Tensor
 
+from clipfast.data.options import DataOptions
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import image_transform, load_image
 from clipfast.models.clip import CLIP
 
 
-def picture_loader(model: CLIP) -> Callable[[bytes | Image.Image], Tensor]:
+def picture_loader(model: CLIP, options: DataOptions | None = None) -> Callable[[bytes | Image.Image], Tensor]:
     """Return what decodes a picture, or the bytes of its file, and makes it the model's input ``[3, H, W]``."""
-    transform = image_transform(model.config.vision_cfg.image_size)
+    transform = image_transform(model.config.vision_cfg.image_size, **(options or DataOptions()).of_pictures())
     return lambda picture: transform(load_image(picture) if isinstance(picture, bytes) else picture)
 
 

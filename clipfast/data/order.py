@@ -48,11 +48,21 @@ class ShuffledOrder:
 
     def __getitem__(self, position: int) -> int:
         """Return the number at a position, counted from the beginning of the first epoch."""
+        numbers, place = self._pool_at(position)
+        return int(numbers[place])
+
+    def beside(self, position: int, attempt: int) -> int:
+        """Return a number to take in the place of the one at a position: another draw of those shuffled with it."""
+        numbers, _ = self._pool_at(position)
+        return int(numbers[np.random.default_rng([self.seed, position, attempt]).integers(len(numbers))])
+
+    def _pool_at(self, position: int) -> tuple[np.ndarray, int]:
+        """Return the numbers that are shuffled with the one at a position, and its place among them."""
         epoch, within = divmod(position, len(self))
         ends, _ = self._pools_of(epoch)
         pool = int(np.searchsorted(ends, within, side="right"))
         first = int(ends[pool - 1]) if pool else 0
-        return int(self._shuffled_of(epoch, pool)[within - first])
+        return self._shuffled_of(epoch, pool), within - first
 
     def _pools(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
         """Return where each pool of an epoch ends, and its groups."""

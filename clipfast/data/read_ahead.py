@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
-from clipfast.data.sources import PairError
+from clipfast.data.pairs import PairError
 from clipfast.data.transform import ImageError
 
 T = TypeVar("T")

@@ -1,146 +1,120 @@
-"""Picture-caption pairs by number, wherever they lie: WebDataset shards, a table of paths, or a folder."""
+"""Picture-caption pairs by number, wherever they lie: shards, tables, Parquet, annotations, folders."""
 
 from __future__ import annotations
 
-import csv
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# the header of a table names its columns: open_clip's names first
-PATH_COLUMNS = ("filepath", "image", "image_path", "path", "file")
-CAPTION_COLUMNS = ("title", "caption", "text")
+from clipfast.data.coco_pairs import ANNOTATIONS, AnnotatedPairs
+from clipfast.data.folder_pairs import FolderPairs, caption_endings, with_captions
+from clipfast.data.options import DataOptions
+from clipfast.data.pairs import Captions, Pair, PairError, PairSource
+from clipfast.data.parquet_pairs import ParquetPairs, has_pairs
+from clipfast.data.patterns import find_parquet, find_shards
+from clipfast.data.pictures import PICTURES
+from clipfast.data.shards import ShardedPairs
+from clipfast.data.table_pairs import TABLES, TablePairs, table_layout
+from clipfast.data.walk import files_below
 
-
-class Pair(NamedTuple):
-    """One picture and its caption, as they are stored.
-
-    Attributes:
-        key: What to call the pair: a path, or ``shard.tar/key``.
-        image: The bytes of the picture's file.
-        caption: Its text.
-    """
-
-    key: str
-    image: bytes
-    caption: str
+__all__ = ["Captions", "DataOptions", "Layout", "Pair", "PairError", "PairSource", "layouts_of_folder", "open_pairs"]
 
 
-class PairError(ValueError):
-    """A pair that cannot be read: its picture or its caption is missing or broken. The others can."""
-
-
-class PairSource(Protocol):
-    """N pairs, read by number.
-
-    Attributes:
-        groups: How many pairs lie together, in order: those of each shard, or all of them where none are closer than
-            others.
-    """
-
-    groups: Sequence[int]
-
-    def __len__(self) -> int:
-        """Return N."""
-        ...
-
-    def read(self, index: int) -> Pair:
-        """Read pair ``index``, 0 to N − 1.
-
-        Raises:
-            PairError: This pair cannot be read.
-        """
-        ...
-
-
-def open_pairs(path: str | os.PathLike[str]) -> PairSource:
+def open_pairs(path: str | os.PathLike[str], options: DataOptions | None = None) -> PairSource:
     """Find the pairs at a place.
 
     Args:
         path: One of
 
             - WebDataset shards: ``train-{000..123}.tar``, several such patterns joined by ``::``, or a folder with
-              ``.tar`` files. A sample is a picture and a caption (``.txt``, or ``caption`` in a ``.json``);
+              ``.tar`` files. A sample is a picture and captions: a ``.txt``'s lines, or ``caption`` in a ``.json``;
             - a ``.csv`` or ``.tsv`` table with a header: a column with the pictures' paths, relative to the table
               (``filepath``, ``image``, ``path``), and one with captions (``title``, ``caption``, ``text``);
-            - a folder of pictures, also in folders below it, each with a ``.txt`` of the same name beside it.
+            - Flickr's lists: ``name.jpg#0``, a tab and a caption; or ``captions.txt`` and ``results.csv`` of Kaggle;
+            - Parquet: a file, a pattern of several, or a folder; with paths, bytes, or Hugging Face's structs of them;
+            - COCO's ``captions_*.json``, or Karpathy's ``dataset_*.json``;
+            - a folder of pictures, also in folders below it, each with a ``.txt`` or ``.json`` of the same name beside
+              it; or a folder with one of the above.
+        options: What is the picture and what the caption, where the usual names do not say it.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
-        ValueError: No pairs are there, or a table lacks a column.
+        ImportError: pyarrow is missing, for Parquet.
+        ValueError: No pairs are there, a table lacks a column, or a folder holds pairs of several kinds.
     """
-    from clipfast.data.shards import ShardedPairs, expand_shards
-
     text = os.fspath(path)
-    if "::" in text or "{" in text or text.endswith(".tar"):
-        return ShardedPairs(expand_shards(text))
+    options = options or DataOptions()
+    shards = find_shards(text)
+    if shards:
+        return ShardedPairs(shards, options)
     place = Path(text)
+    if place.is_dir():
+        return _open_folder(place, options)
+    if parquet := find_parquet(text):
+        return ParquetPairs(parquet, options)
+    expected = "shards, a .csv, .tsv or .parquet table, COCO's .json, or a folder"
     if not place.exists():
-        raise FileNotFoundError(f"data: got {text}, expected shards, a .csv or .tsv table, or a folder: none is there")
-    if place.is_file():
-        if place.suffix.lower() not in (".csv", ".tsv"):
-            raise ValueError(f"data: got {text}, expected .tar shards, a .csv or .tsv table, or a folder")
-        return TablePairs(place)
-    shards = sorted(place.glob("*.tar"))
-    return ShardedPairs(shards) if shards else FolderPairs(place)
+        raise FileNotFoundError(f"data: got {text}, expected {expected}: none is there")
+    if place.suffix.lower() in TABLES:
+        return TablePairs(place, options)
+    if place.suffix.lower() == ".json":
+        return AnnotatedPairs(place, options)
+    raise ValueError(f"data: got {text}, expected {expected}")
 
 
-class _FilePairs:
-    """Pairs of a picture's file and a caption that :meth:`_caption` finds."""
+class Layout(NamedTuple):
+    """Pairs of one kind in a folder.
 
-    def __init__(self, pictures: list[Path], place: Path) -> None:
-        if not pictures:
-            raise ValueError(f"data: got no pairs in {place}, expected at least one")
-        self._pictures = pictures
-        self.groups = (len(pictures),)
+    Attributes:
+        words: What they are.
+        open: Opens them.
+        listed: Whether a file says which pairs there are.
+    """
 
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def read(self, index: int) -> Pair:
-        """See :class:`PairSource`."""
-        path = self._pictures[index]
-        try:
-            return Pair(str(path), path.read_bytes(), self._caption(index))
-        except (OSError, UnicodeDecodeError) as error:
-            raise PairError(f"{path}: {error}") from error
-
-    def _caption(self, index: int) -> str:
-        raise NotImplementedError
+    words: str
+    open: Callable[[], PairSource]
+    listed: bool = True
 
 
-class TablePairs(_FilePairs):
-    """The pairs that a ``.csv`` or ``.tsv`` table lists; see :func:`open_pairs`."""
+def layouts_of_folder(folder: Path, options: DataOptions | None = None) -> list[Layout]:
+    """Tell by their content which pairs a folder holds; shards are not looked for.
 
-    def __init__(self, table: Path) -> None:
-        with table.open(newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, delimiter="\t" if table.suffix.lower() == ".tsv" else ",")
-            header = rows.fieldnames or []
-            path, caption = (_column(header, names, table) for names in (PATH_COLUMNS, CAPTION_COLUMNS))
-            # a short row has None where it ends
-            listed = [(row[path] or "", row[caption] or "") for row in rows]
-        self._captions = [text for _, text in listed]
-        super().__init__([table.parent / name for name, _ in listed], table)
-
-    def _caption(self, index: int) -> str:
-        return self._captions[index]
-
-
-class FolderPairs(_FilePairs):
-    """Pictures in a folder and those below it, each with a ``.txt`` beside it; see :func:`open_pairs`."""
-
-    def __init__(self, folder: Path) -> None:
-        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-        super().__init__([p for p in found if p.with_suffix(".txt").is_file()], folder)
-
-    def _caption(self, index: int) -> str:
-        return self._pictures[index].with_suffix(".txt").read_text(encoding="utf-8")
+    Raises:
+        OSError: The folder cannot be read.
+    """
+    options = options or DataOptions()
+    found: list[Layout] = []
+    annotations = [path for top in (folder, folder / "annotations") for name in ANNOTATIONS for path in top.glob(name)]
+    for path in sorted(annotations):
+        found.append(Layout(f"annotations {path.relative_to(folder)}", lambda p=path: AnnotatedPairs(p, options)))
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLES and p.is_file()):
+        if is_table(path, options):
+            found.append(Layout(f"a table {path.name}", lambda p=path: TablePairs(p, options)))
+    below = files_below(folder, (*PICTURES, *caption_endings(options), ".parquet"))
+    parquet = [folder / name for name in below.ordered() if name.lower().endswith(".parquet")]
+    if parquet and has_pairs(parquet[0], options):
+        found.append(Layout(f"Parquet {parquet[0].relative_to(folder)}", lambda: ParquetPairs(parquet, options)))
+    below.files = [name for name in below.files if not name.lower().endswith(".parquet")]
+    if with_captions(below, options):
+        found.append(Layout("pictures with captions beside them", lambda: FolderPairs(folder, options, below), False))
+    return found
 
 
-def _column(header: Sequence[str], names: Sequence[str], table: Path) -> str:
-    for name in names:
-        if name in header:
-            return name
-    raise ValueError(f"data: got the columns {', '.join(header) or 'none'} in {table}, expected one of {names}")
+def _open_folder(folder: Path, options: DataOptions) -> PairSource:
+    found = layouts_of_folder(folder, options)
+    if len(found) > 1:
+        raise ValueError(
+            f"data: got {folder}, which holds {', '.join(layout.words for layout in found[:4])}, expected pairs of one "
+            f"kind: name the file"
+        )
+    # its own error says what is missing
+    return found[0].open() if found else FolderPairs(folder, options)
+
+
+def is_table(path: Path, options: DataOptions) -> bool:
+    """Whether a text file's first line is that of a table of pictures and captions."""
+    try:
+        return table_layout(path, options) is not None
+    except (OSError, ValueError):
+        return False  # notes in another encoding, for one: no table, unless it is named

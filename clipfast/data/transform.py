@@ -1,7 +1,8 @@
 """Pictures to CLIP's input, with Pillow and torch alone: the same numbers as open_clip's transforms.
 
 Evaluation resizes the shorter side to the image size and crops the centre; training crops a random part and
-resizes that. Both interpolate bicubically in the picture's own mode and turn to RGB last, as open_clip does.
+resizes that. Both interpolate bicubically in the picture's own mode and turn to RGB last, as open_clip does. Grey
+pictures of 16 bits alone differ: there they are scaled, and not cut off at 255 (:mod:`clipfast.data.depth`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from PIL import Image
+
+from clipfast.data.depth import to_8_bits
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,7 +50,7 @@ def load_image(source: str | os.PathLike[str] | bytes | BinaryIO, *, max_pixels:
     """
     data, name = _read(source)
     try:
-        image = _identify(data)
+        image = identify(data)
     except Exception as error:  # a corrupt header can make a decoder raise anything
         raise ImageError(f"{name} has a corrupt header: {error}") from error
     if image is None:
@@ -69,8 +72,14 @@ def _read(source: str | os.PathLike[str] | bytes | BinaryIO) -> tuple[bytes, str
     return data, repr(name) if isinstance(name, str) else f"the given {type(source).__name__}"
 
 
-def _identify(data: bytes) -> Image.Image | None:
-    """``Image.open`` without its own check of the size, which warns once for the process and does not say the size."""
+def identify(data: bytes) -> Image.Image | None:
+    """Return a picture that is not decoded yet, None where no format knows it.
+
+    ``Image.open`` without its own check of the size, which warns once for the process and does not say the size.
+
+    Raises:
+        Exception: Of any kind; its header is corrupt.
+    """
     for find_formats in (Image.preinit, Image.init):  # the common formats, then all
         find_formats()
         for name in list(Image.ID):
@@ -115,6 +124,8 @@ class ImageTransform:
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     max_pixels: int = MAX_PIXELS
+    as_open_clip: bool = False
+    apply_orientation: bool = False
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
         """The picture as float32 `[3, H, W]`, normalised; errors as :func:`image_transform` says.
@@ -128,6 +139,11 @@ class ImageTransform:
                 f"got {type(image).__name__}{shape}"
             )
         image = _decoded(image, "the image", self.max_pixels)
+        turn = _orientation(image) if self.apply_orientation else None
+        if not self.as_open_clip:
+            image = to_8_bits(image)
+        if turn is not None:
+            image = image.transpose(turn)
         image = self._random_resized_crop(image, generator) if self.train else self._resized_center_crop(image)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         values = pixels.to(torch.float32).div_(255)
@@ -166,11 +182,14 @@ def image_transform(
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     max_pixels: int = MAX_PIXELS,
+    as_open_clip: bool = False,
+    apply_orientation: bool = False,
 ) -> ImageTransform:
     """A callable that turns a PIL picture of any mode into a float32 tensor `[3, H, W]`.
 
     Gives the numbers of ``open_clip.transform.image_transform(image_size, is_train=train)``; a random crop is
-    drawn from torch's generator in torchvision's order, so that one seed gives one crop in both.
+    drawn from torch's generator in torchvision's order, so that one seed gives one crop in both. Grey pictures of
+    16 bits are scaled to 8; open_clip cuts them off, so that they come out nearly white.
 
     Args:
         image_size: height and width of the result in pixels, or both in one int.
@@ -180,6 +199,8 @@ def image_transform(
         scale: bounds of a random crop's share of the picture's area.
         ratio: bounds of a random crop's width / height.
         max_pixels: the largest picture taken, width × height.
+        as_open_clip: whether grey pictures of more than 8 bits are cut off at 255, as in open_clip, and not scaled.
+        apply_orientation: whether a picture is turned as its EXIF orientation says; open_clip turns none.
 
     Raises:
         ValueError: an argument out of range. The transform itself raises :class:`ImageError` for a picture that
@@ -192,7 +213,9 @@ def image_transform(
     for name, value, length in (("mean", mean, 3), ("std", std, 3), ("scale", scale, 2), ("ratio", ratio, 2)):
         if len(value) != length or (name != "mean" and min(value) <= 0):
             raise ValueError(f"{name} must be {length} {'' if name == 'mean' else 'positive '}numbers, got {value!r}")
-    return ImageTransform(size, train, tuple(mean), tuple(std), tuple(scale), tuple(ratio), max_pixels)
+    return ImageTransform(
+        size, train, tuple(mean), tuple(std), tuple(scale), tuple(ratio), max_pixels, as_open_clip, apply_orientation
+    )
 
 
 def to_pixels(
@@ -207,6 +230,26 @@ def to_pixels(
 
 def _per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(3, 1, 1)
+
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """How a picture is turned upright; None where it is, or where nothing readable says so."""
+    try:
+        return _TURNS.get(image.getexif().get(_ORIENTATION))
+    except Exception:  # a damaged EXIF block makes Pillow raise anything, and says nothing of the pixels
+        return None
 
 
 def _random_part(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from rich.console import Console
 
 from clipfast.data.model_inputs import picture_loader
+from clipfast.data.options import DataOptions
 from clipfast.embed.reader import Inputs, open_inputs
 from clipfast.embed.writer import (
     DTYPES,
@@ -25,9 +26,9 @@ from clipfast.embed.writer import (
     remove_run,
 )
 from clipfast.evaluate.features import Encoder, encode_rows, picture_encoder, text_encoder
-from clipfast.evaluate.progress import RowProgress
 from clipfast.models.clip import CLIP
 from clipfast.models.open_model import weights_digest
+from clipfast.progress import RowProgress
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def embed(
     *,
     kind: Literal["image", "text"] = "image",
     column: str | None = None,
+    options: DataOptions | None = None,
     dtype: Literal["float32", "float16"] = "float32",
     normalize: bool = True,
     batch_size: int = 64,
@@ -75,7 +77,8 @@ def embed(
             array ``[n, E]``, with ``row`` and name of each in the ``.names.jsonl`` beside it. Rows that could not be
             read are left out, and listed in a ``.skipped.jsonl``.
         kind: ``"image"`` or ``"text"``.
-        column: Of a Parquet source.
+        column: Of a table or of Parquet.
+        options: What of the source is the picture and what the caption.
         dtype: Of the features in the file.
         normalize: Whether they get unit length.
         batch_size: Rows a batch.
@@ -94,8 +97,9 @@ def embed(
         raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
     if batch_size < 1 or batches_per_part < 1:
         raise ValueError(f"batch_size, batches_per_part: got {batch_size} and {batches_per_part}, expected at least 1")
-    inputs = open_inputs(source, kind, column)
-    about = _about(model, inputs, dtype, normalize, batch_size, model_source)
+    inputs = open_inputs(source, kind, column, options)
+    pictures = options if options is not None and inputs.kind == "image" else DataOptions()
+    about = _about(model, inputs, dtype, normalize, batch_size, model_source) | _unusual(pictures)
     check_writable(output.parent)
     if restart:
         remove_run(output)
@@ -104,7 +108,7 @@ def embed(
     store = PartStore(output, about, batch_size * batches_per_part, len(inputs))
     missing = store.missing()
     to_do = sum(map(len, missing))
-    encoder, load = _modality(model, inputs)
+    encoder, load = _modality(model, inputs, pictures)
     with RowProgress(f"{kind}s", len(inputs), console, done=len(inputs) - to_do) as progress:
         for rows in missing:
             encoded = encode_rows(
@@ -150,7 +154,8 @@ def _done_before(output: Path, about: dict[str, Any]) -> int | None:
         return None
     found = read_about(output)
     # JSON has lists where configurations have tuples; where the model lies does not change what it computes
-    same = {key: found.get(key) == _as_json(value) for key, value in about.items() if key != "model"}
+    wanted = dict.fromkeys(DataOptions().of_pictures()) | about
+    same = {key: found.get(key) == _as_json(value) for key, value in wanted.items() if key != "model"}
     if not all(same.values()) or (output.suffix == ".npy" and not names_path(output).is_file()):
         changed = ", ".join(key for key, equal in same.items() if not equal)
         raise ValueError(
@@ -164,7 +169,12 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _modality(model: CLIP, inputs: Inputs) -> tuple[Encoder, Any]:
+def _unusual(options: DataOptions) -> dict[str, bool]:
+    """Return what features depend on where pictures are read otherwise than usual."""
+    return {name: value for name, value in options.of_pictures().items() if value}
+
+
+def _modality(model: CLIP, inputs: Inputs, options: DataOptions) -> tuple[Encoder, Any]:
     if inputs.kind == "text":
         return text_encoder(model), str
-    return picture_encoder(model), picture_loader(model)
+    return picture_encoder(model), picture_loader(model, options)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import threading
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
-import numpy as np
+from clipfast.data.options import DataOptions
+from clipfast.data.patterns import find_parquet, find_shards
+from clipfast.data.pictures import PICTURES
+from clipfast.data.sources import is_table, layouts_of_folder, open_pairs
+from clipfast.data.walk import files_below
+from clipfast.embed.lists import folder_files, open_list
+from clipfast.embed.rows import CaptionRows, Kind, of_pairs, of_parquet
 
-from clipfast.data.labelled import find_shards
-from clipfast.data.sources import CAPTION_COLUMNS, PATH_COLUMNS, PICTURES, PairError, PairSource, open_pairs
-from clipfast.embed.parquet import find_column, open_parquet
-
-Kind = Literal["image", "text"]
 KINDS = ("image", "text")
-_EXPECTED = "a folder, a .txt list, .parquet, .tar shards, or a .csv or .tsv table"
-_PICTURE_COLUMNS = (*PATH_COLUMNS, "bytes", "jpg", "png")
+_EXPECTED = "a folder, a .txt list, .parquet, .tar shards, a .csv or .tsv table, or annotations"
 
 
 class Inputs(Protocol):
@@ -51,18 +49,28 @@ class Inputs(Protocol):
         ...
 
 
-def open_inputs(path: str | os.PathLike[str], kind: Kind = "image", column: str | None = None) -> Inputs:
+def open_inputs(
+    path: str | os.PathLike[str],
+    kind: Kind = "image",
+    column: str | None = None,
+    options: DataOptions | None = None,
+) -> Inputs:
     """Find what is to be embedded.
 
     Args:
         path: One of
 
-            - a folder of pictures, also in folders below it, in the order of their paths; of ``.txt`` files for texts;
-            - a ``.txt`` list: a picture's path, relative to the list, or a text on every line;
-            - a ``.parquet`` file with a column of paths (relative to the file), of pictures' bytes, or of texts;
-            - shards or a table as for :func:`clipfast.data.sources.open_pairs`: its pictures, or its captions.
+            - a folder of pictures, also in folders below it and behind links, in the order of their paths; of ``.txt``
+              files for texts;
+            - a ``.txt`` list: a picture's path, relative to the list, or a text on every line; row i is line i + 1, and
+              blank lines are rows that cannot be read;
+            - ``.parquet`` files (one, a pattern, or a folder of them) with a column of paths (relative to the file), of
+              pictures' bytes, of Hugging Face's structs of both, or of texts;
+            - shards, a table or annotations as for :func:`clipfast.data.sources.open_pairs`: the pictures, or all
+              captions.
         kind: ``"image"`` or ``"text"``.
-        column: Of Parquet; the first of the usual names by default (``path``, ``image``, ``text``, ``caption``, …).
+        column: Of a table or of Parquet, as ``image_column`` or ``caption_column`` of the options.
+        options: What is the picture and what the caption, where the usual names do not say it.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -71,173 +79,36 @@ def open_inputs(path: str | os.PathLike[str], kind: Kind = "image", column: str 
     """
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected 'image' or 'text'")
+    options = options or DataOptions()
+    if column:
+        options = replace(options, **{"image_column" if kind == "image" else "caption_column": column})
     text = os.fspath(path)
     place = Path(text)
-    shards = find_shards(text)
-    if shards or place.suffix.lower() in (".csv", ".tsv"):
-        if column:
-            raise ValueError(f"column: got {column!r} for {text}, expected none: only Parquet's columns can be chosen")
-        return _Pairs(open_pairs(text), kind, shards or [place])
+    if find_shards(text):
+        return of_pairs(open_pairs(text, options), kind, options)
     if place.is_dir():
-        return _folder(place, kind)
+        return _folder(place, kind, options)
+    if parquet := find_parquet(text):
+        return of_parquet(parquet, kind, options)
     if not place.is_file():
         raise FileNotFoundError(f"input: got {text}, expected {_EXPECTED}: none is there")
-    if place.suffix.lower() == ".parquet":
-        return _Parquet(place, kind, column)
-    if place.suffix.lower() == ".txt":
-        lines = [line for line in _lines(place) if line.strip()]
-        return _Files(lines, kind, place.parent, place) if kind == "image" else _Texts(lines, place)
+    ending = place.suffix.lower()
+    if ending in (".csv", ".tsv", ".json", ".token") or (ending == ".txt" and is_table(place, options)):
+        return of_pairs(open_pairs(text, options), kind, options)
+    if ending == ".txt":
+        return open_list(place, kind, options.encoding)
     raise ValueError(f"input: got {text}, expected {_EXPECTED}")
 
 
-class _Files:
-    """Files by their names; a name that is not absolute is below ``base``."""
-
-    def __init__(self, names: list[str], kind: Kind, base: Path, place: Path) -> None:
-        if not names:
-            what = f"pictures ({', '.join(PICTURES)})" if kind == "image" else "texts (.txt)"
-            raise ValueError(f"input: got no {what} in {place}, expected at least one")
-        self.kind = kind
-        self._names, self._base = names, base
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, row: int) -> str:
-        return self._names[row]
-
-    def read(self, row: int) -> bytes | str:
-        data = (self._base / self._names[row]).read_bytes()
-        return data if self.kind == "image" else _decoded(data, self._names[row])
-
-    def fingerprint(self) -> str:
-        return _digest("files", self.kind, str(self._base.resolve()), *self._names)
-
-
-def _folder(folder: Path, kind: Kind) -> _Files:
-    endings = PICTURES if kind == "image" else (".txt",)
-    found = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in endings)
-    return _Files(found, kind, folder, folder)
-
-
-class _Texts:
-    """The lines of a file."""
-
-    kind: Kind = "text"
-
-    def __init__(self, texts: list[str], place: Path) -> None:
-        if not texts:
-            raise ValueError(f"input: got no texts in {place}, expected one on every line")
-        self._texts = texts
-
-    def __len__(self) -> int:
-        return len(self._texts)
-
-    def name(self, row: int) -> str:
-        return self._texts[row]
-
-    def read(self, row: int) -> str:
-        return self._texts[row]
-
-    def fingerprint(self) -> str:
-        return _digest("texts", *self._texts)
-
-
-class _Pairs:
-    """The pictures or the captions of pairs, which are named as they are read."""
-
-    def __init__(self, pairs: PairSource, kind: Kind, files: list[Path]) -> None:
-        self.kind = kind
-        self._pairs, self._files = pairs, files
-        self._names: dict[int, str] = {}
-
-    def __len__(self) -> int:
-        return len(self._pairs)
-
-    def name(self, row: int) -> str:
-        return self._names.pop(row, f"row {row}")  # once: those of a hundred million rows are not kept
-
-    def read(self, row: int) -> bytes | str:
-        pair = self._pairs.read(row)
-        self._names[row] = pair.key if self.kind == "image" else pair.caption
-        return pair.image if self.kind == "image" else pair.caption
-
-    def fingerprint(self) -> str:
-        return _digest("pairs", self.kind, *map(_facts, self._files))
-
-
-class _Parquet:
-    """A column of a Parquet file, read a row group at a time."""
-
-    def __init__(self, path: Path, kind: Kind, column: str | None) -> None:
-        self.kind = kind
-        self._path = path
-        self._file = open_parquet(path)
-        import pyarrow.types as types
-
-        schema = self._file.schema_arrow
-        usual = _PICTURE_COLUMNS if kind == "image" else CAPTION_COLUMNS
-        self._column = find_column(schema.names, column, usual, path)
-        kind_of = schema.field(self._column).type
-        self._is_text = types.is_string(kind_of) or types.is_large_string(kind_of)
-        is_bytes = types.is_binary(kind_of) or types.is_large_binary(kind_of)
-        if not (self._is_text or (is_bytes and kind == "image")):
-            expected = "strings (paths) or binary (pictures)" if kind == "image" else "strings"
-            raise ValueError(f"column: got {self._column!r} of {kind_of} in {path}, expected {expected}")
-        groups = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
-        self._ends = np.cumsum(groups, dtype=np.int64)
-        if not len(self._ends) or not self._ends[-1]:
-            raise ValueError(f"input: got no rows in {path}, expected at least one")
-        self._kept: dict[int, Any] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return int(self._ends[-1])
-
-    def name(self, row: int) -> str:
-        return str(self._value(row)) if self._is_text else f"{self._path.name}/{row}"
-
-    def read(self, row: int) -> bytes | str:
-        value = self._value(row)
-        if value is None:
-            raise PairError(f"{self._path.name}/{row}: got nothing in the column {self._column!r}")
-        if self.kind == "text" or not self._is_text:
-            return value
-        return (self._path.parent / value).read_bytes()
-
-    def fingerprint(self) -> str:
-        return _digest("parquet", self.kind, self._column, _facts(self._path))
-
-    def _value(self, row: int) -> Any:
-        group = int(np.searchsorted(self._ends, row, side="right"))
-        with self._lock:  # its files are not to be read by two threads
-            if group not in self._kept:
-                while len(self._kept) >= 2:
-                    self._kept.pop(min(self._kept))
-                self._kept[group] = self._file.read_row_group(group, columns=[self._column]).column(0)
-            column = self._kept[group]
-        return column[row - int(self._ends[group - 1] if group else 0)].as_py()
-
-
-def _lines(path: Path) -> list[str]:
-    return _decoded(path.read_bytes(), str(path), ValueError).splitlines()
-
-
-def _decoded(data: bytes, name: str, error_type: Callable[[str], Exception] = PairError) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise error_type(f"{name}: got no UTF-8: {error}") from error
-
-
-def _facts(path: Path) -> str:
-    stat = path.stat()
-    return f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-
-
-def _digest(*parts: str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode()
-        digest.update(len(data).to_bytes(8, "little") + data)
-    return digest.hexdigest()
+def _folder(folder: Path, kind: Kind, options: DataOptions) -> Inputs:
+    if kind == "text" or not files_below(folder, PICTURES).files:
+        # annotations, a table or Parquet say what the texts are, and may hold the pictures
+        if any(layout.listed for layout in layouts_of_folder(folder, options)):
+            return of_pairs(open_pairs(folder, options), kind, options)
+        texts = kind == "text" and files_below(folder, (".txt",)).files
+        if not texts and (parquet := find_parquet(str(folder))):
+            return of_parquet(parquet, kind, options)
+    files = folder_files(folder, kind, options.encoding)
+    if kind == "image":
+        return files
+    return CaptionRows(files.captions, files.name, len(files), files.fingerprint(), by_place=True)

@@ -14,9 +14,11 @@ import numpy as np
 from rich.table import Table
 from torch import Tensor
 
+from clipfast.console import visible
 from clipfast.data.model_inputs import picture_loader
+from clipfast.data.options import DataOptions
+from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.transform import load_image
-from clipfast.embed.parquet import find_column, open_parquet
 from clipfast.embed.writer import names_path, read_about
 from clipfast.evaluate.features import picture_encoder, text_encoder
 from clipfast.models.clip import CLIP
@@ -43,8 +45,14 @@ class Hit:
     name: str
 
 
-def encode_query(model: CLIP, *, text: str | None = None, image: str | os.PathLike[str] | None = None) -> Tensor:
-    """Return the features of a text or of a picture's file, ``[E]``.
+def encode_query(
+    model: CLIP,
+    *,
+    text: str | None = None,
+    image: str | os.PathLike[str] | None = None,
+    options: DataOptions | None = None,
+) -> Tensor:
+    """Return the features of a text or of a picture's file, ``[E]``; ``options`` say how the picture is read.
 
     Raises:
         ValueError: Neither is given, both are, or the text is empty.
@@ -53,7 +61,7 @@ def encode_query(model: CLIP, *, text: str | None = None, image: str | os.PathLi
     if (text is None) == (image is None):
         raise ValueError(f"text, image: got {'neither' if text is None else 'both'}, expected one of them")
     if image is not None:
-        encoder, item = picture_encoder(model), picture_loader(model)(load_image(image))
+        encoder, item = picture_encoder(model), picture_loader(model, options)(load_image(image))
     elif text.strip():
         encoder, item = text_encoder(model), text
     else:
@@ -135,13 +143,19 @@ def model_of(features: str | os.PathLike[str]) -> dict[str, str]:
     return found
 
 
+def picture_options_of(features: str | os.PathLike[str]) -> DataOptions:
+    """Return how the pictures were read that a file of features is of; the usual way for files of other programs."""
+    about = read_about(Path(features))
+    return DataOptions(**{name: bool(about.get(name, False)) for name in DataOptions().of_pictures()})
+
+
 def hits_table(hits: list[Hit], query: str) -> Table:
     """Set what was found as a table for the terminal."""
-    table = Table("rank", "cosine", "row", "name", title=query, title_justify="left")
+    table = Table("rank", "cosine", "row", "name", title=visible(query), title_justify="left")
     for column in table.columns[:3]:
         column.justify = "right"
     for hit in hits:
-        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", str(hit.row), hit.name)
+        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", str(hit.row), visible(hit.name))
     return table
 
 

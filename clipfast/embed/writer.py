@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from clipfast.embed.parquet import require_pyarrow
+from clipfast.data.parquet import require_pyarrow
 from clipfast.files import write_atomically
 
 FORMAT = "clipfast.features.1"
@@ -43,13 +43,13 @@ class Part:
 
 
 def names_path(output: Path) -> Path:
-    """Where the names of an ``.npy``'s rows are: ``features.names.jsonl`` beside ``features.npy``."""
-    return output.with_suffix(".names.jsonl")
+    """Where the names of an ``.npy``'s rows are: ``features.npy.names.jsonl`` beside ``features.npy``."""
+    return output.with_name(output.name + ".names.jsonl")
 
 
 def skipped_path(output: Path) -> Path:
-    """Where the rows are listed that could not be read."""
-    return output.with_suffix(".skipped.jsonl")
+    """Where the rows are listed that could not be read: ``features.npy.skipped.jsonl``, of this output alone."""
+    return output.with_name(output.name + ".skipped.jsonl")
 
 
 class PartStore:
@@ -89,8 +89,9 @@ class PartStore:
         else:
             write_atomically(manifest, lambda file: file.write(json.dumps(expected, indent=1).encode()))
         # what was being written when a run was killed
-        for place, name in ((self.folder, ""), (output.parent, output.name), (output.parent, names_path(output).name)):
-            for left in place.glob(f"{glob.escape(name)}*.part"):
+        for path in (self.folder / "*.npz", output, names_path(output), skipped_path(output)):
+            name = path.name if path.parent == self.folder else glob.escape(path.name)
+            for left in path.parent.glob(f"{name}.????????.part"):
                 left.unlink(missing_ok=True)
 
     @property
@@ -179,7 +180,7 @@ def read_about(output: Path) -> dict[str, Any]:
         ValueError: It is damaged, or has another ending.
     """
     if output.suffix == ".parquet":
-        from clipfast.embed.parquet import open_parquet
+        from clipfast.data.parquet import open_parquet
 
         metadata = open_parquet(output).schema_arrow.metadata or {}
         return json.loads(metadata.get(b"clipfast", b"{}"))
@@ -223,8 +224,14 @@ def _write_parquet(store: PartStore, about: dict[str, Any], width: int, file: Bi
             if len(part.rows):
                 flat = pyarrow.array(np.ascontiguousarray(part.features).reshape(-1), type=value)
                 features = pyarrow.FixedSizeListArray.from_arrays(flat, width)
-                arrays = [pyarrow.array(part.rows), pyarrow.array(part.names, pyarrow.string()), features]
+                names = [_in_utf8(name) for name in part.names]
+                arrays = [pyarrow.array(part.rows), pyarrow.array(names, pyarrow.string()), features]
                 writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
+
+
+def _in_utf8(name: str) -> str:
+    """Return a name that Parquet can hold: lone surrogates, as in names that are not UTF-8, are spelt out."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def check_writable(folder: Path) -> None:

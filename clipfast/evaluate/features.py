@@ -88,7 +88,7 @@ def encode_rows(
         workers: Threads that read; 0 reads between batches.
         fixed_batches: Whether a row that cannot be read leaves its place in the batch empty. Then a row's batch
             depends on its number alone, and so do the bits of its features.
-        on_rows: Called with the number of rows each time some are done.
+        on_rows: Called with the number of rows each time some are done, about once a batch.
 
     Raises:
         ValueError: ``batch_size`` is not positive, or features are not finite.
@@ -98,6 +98,13 @@ def encode_rows(
     encoded, kept, skipped = [], [], {}
     batch: list[T] = []
     places: list[tuple[int, int]] = []  # (place in the batch, row)
+    read = 0  # rows that were read and not yet told of
+
+    def tell() -> None:
+        nonlocal read
+        if on_rows is not None and read:
+            on_rows(read)
+        read = 0
 
     def flush() -> None:
         if places:
@@ -118,9 +125,11 @@ def encode_rows(
         elif item is not None:
             places.append((len(batch), row))
             batch.append(item)
+        read += 1
         if len(batch) == batch_size:
             flush()
-        if on_rows is not None:
-            on_rows(1)
+        if not batch or read >= batch_size:
+            tell()
     flush()
+    tell()
     return Encoded(torch.cat(encoded) if encoded else torch.empty(0, 0), kept, skipped)

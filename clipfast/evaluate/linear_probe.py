@@ -156,12 +156,16 @@ def _split(labels: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.
 
 
 def _ranks(fitted: Any, features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place of each right class among all by its score; beyond all for a class that training lacked."""
+    """The place of each right class among all by its score, as predictions have it: of equals the first class first.
+
+    A class that training lacked is beyond all.
+    """
     scores = fitted.decision_function(features)
     if scores.ndim == 1:  # of two classes, the second's
         scores = np.stack([-scores, scores], axis=1)
     classes = fitted.classes_
     place = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
     right = scores[np.arange(len(scores)), place][:, None]
-    ranks = (scores >= right).sum(axis=1)
+    before = (scores > right) | ((scores == right) & (np.arange(len(classes)) < place[:, None]))
+    ranks = 1 + before.sum(axis=1)
     return np.where(classes[place] == labels, ranks, len(classes) + 1)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores held at a time: 64 MiB of float32, whatever the number of pairs.
-_SCORES_IN_MEMORY = 1 << 24
+from clipfast.evaluate.ranking import ranks_of_right
 
 
 def retrieval_recall(
@@ -22,8 +21,9 @@ def retrieval_recall(
 ) -> dict[str, float]:
     """Measure how often the right partner is among the k nearest, in both directions.
 
-    A query's rank is one more than the number of wrong candidates that score at least as well as its best right
-    one: ties count against the model, so features that are all the same do not come out perfect.
+    A query is right at k where one of its partners is among the k best, as clip-benchmark counts. Of candidates that
+    score the same the one of the lower index goes first (:mod:`clipfast.evaluate.ranking`): features that are all the
+    same come out at chance.
 
     Args:
         image_features: ``[N, D]``, floating point; they are normalised here.
@@ -51,8 +51,8 @@ def retrieval_recall(
     text_ids = torch.arange(len(images), device=images.device)
 
     ranks = {
-        "image_to_text": _ranks(images[queries], texts, text_ids[queries], image_of_text),
-        "text_to_image": _ranks(texts, images, image_of_text, text_ids),
+        "image_to_text": ranks_of_right(images[queries], texts, text_ids[queries], image_of_text),
+        "text_to_image": ranks_of_right(texts, images, image_of_text, text_ids),
     }
     right = {"image_to_text": texts_per_image[queries].tolist(), "text_to_image": [1] * len(texts)}
     candidates = {"image_to_text": len(texts), "text_to_image": len(images)}
@@ -89,20 +89,6 @@ def _pairing(image_of_text: Tensor | None, images: int, texts: int, device: torc
         low, high = image_of_text.min().item(), image_of_text.max().item()
         raise ValueError(f"image_of_text: got indices {low} to {high}, expected 0 to {images - 1}")
     return image_of_text.to(device)
-
-
-def _ranks(queries: Tensor, candidates: Tensor, query_ids: Tensor, candidate_ids: Tensor) -> Tensor:
-    """Return int64 ``[Q]``, the pessimistic rank of each query's best candidate of the same id."""
-    # the same product computed at two places of a matrix may differ in its last bits, and still is a tie
-    tie = 8 * torch.finfo(queries.dtype).eps
-    ranks = []
-    chunk = max(1, _SCORES_IN_MEMORY // len(candidates))
-    for rows, ids in zip(queries.split(chunk), query_ids.split(chunk), strict=True):
-        scores = rows @ candidates.T
-        right = ids[:, None] == candidate_ids
-        best = scores.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(1 + ((scores >= best - tie) & ~right).sum(dim=1))
-    return torch.cat(ranks)
 
 
 def _chance(k: int, right: int, candidates: int) -> float:

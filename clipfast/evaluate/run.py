@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,18 +15,20 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels, open_labelled
+from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels
 from clipfast.data.model_inputs import picture_loader
-from clipfast.data.sources import PairError, PairSource, open_pairs
+from clipfast.data.options import DataOptions
+from clipfast.data.pairs import PairError, PairSource
+from clipfast.data.sources import open_pairs
 from clipfast.evaluate.class_cache import cached_classifier
+from clipfast.evaluate.classes import Classes, EvaluationWarning, effect_of_likeness, name_classes, open_classes
 from clipfast.evaluate.features import Encoded, encode_rows, picture_encoder, text_encoder
 from clipfast.evaluate.linear_probe import SWEEP, linear_probe, split_for_probe
-from clipfast.evaluate.progress import RowProgress
 from clipfast.evaluate.retrieval import retrieval_recall
-from clipfast.evaluate.templates import load_templates
 from clipfast.evaluate.zero_shot import zero_shot_accuracy
 from clipfast.files import write_atomically
 from clipfast.models.clip import CLIP
+from clipfast.progress import RowProgress
 
 Task = Literal["auto", "zero-shot", "retrieval", "linear-probe"]
 TASKS = ("auto", "zero-shot", "retrieval", "linear-probe")
@@ -68,11 +71,13 @@ class Reading:
         batch_size: Pictures or texts at once.
         workers: Threads that read and decode.
         console: Where progress goes, or None.
+        options: How pictures are read, and what of the data is the picture and what the caption.
     """
 
     batch_size: int = 64
     workers: int = 2
     console: Console | None = None
+    options: DataOptions = field(default_factory=DataOptions)
 
 
 def evaluate(
@@ -81,10 +86,12 @@ def evaluate(
     task: Task = "auto",
     *,
     class_names: str | os.PathLike[str] | None = None,
-    templates: str | os.PathLike[str] = "simple",
+    templates: str | os.PathLike[str] | None = None,
+    prompts: str | os.PathLike[str] | None = None,
     train_data: str | os.PathLike[str] | None = None,
     c: float | Sequence[float] = SWEEP,
     reading: Reading | None = None,
+    options: DataOptions | None = None,
 ) -> Evaluation:
     """Measure a model.
 
@@ -93,43 +100,56 @@ def evaluate(
         data: Pictures with classes (:func:`clipfast.data.labelled.open_labelled`) or with captions
             (:func:`clipfast.data.sources.open_pairs`), ``digits`` or ``scikit-image``.
         task: ``"auto"`` is zero-shot for pictures with classes and retrieval for pictures with captions.
-        class_names: A file of names for the classes.
-        templates: A name of :data:`clipfast.evaluate.templates.TEMPLATES`, or a file.
+        class_names: A file of names for the classes, or ``"imagenet"``, which is known by its synsets, too.
+        templates: A name of :data:`clipfast.evaluate.templates.TEMPLATES`, or a file; ``"imagenet"`` for ImageNet's
+            names and ``"simple"`` for others by default.
+        prompts: A JSON file of each class' prompts, or of templates, in the place of ``templates``.
         train_data: What a linear probe is trained on; half of ``data``, of every class alike, where it is missing.
         c: Of the linear probe.
         reading: How to read.
+        options: What is the picture and what the caption in data with captions.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: An argument that does not fit, or nothing that could be read.
+
+    Warns:
+        EvaluationWarning: Classes have the same prompts; the effect is named.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
     data = os.fspath(data)
     reading = reading or Reading()
+    if options is not None:
+        reading = replace(reading, options=options)
     if task == "auto":
-        task = "zero-shot" if has_labels(data) else "retrieval"
+        task = "zero-shot" if has_labels(data, options) else "retrieval"
     if task == "retrieval":
         shipped = data == "scikit-image" and not Path(data).exists()
-        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data), reading)
-    source = open_labelled(data, class_names)
+        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data, options), reading)
+    source = open_classes(data, class_names, reading.options.encoding)
     if task == "zero-shot":
-        return _zero_shot(model, source, load_templates(templates), reading)
-    other = None if train_data is None else open_labelled(train_data, class_names)
+        classes = name_classes(source, class_names, templates, prompts, reading.options.encoding)
+        return _zero_shot(model, source, classes, reading)
+    other = None if train_data is None else open_classes(os.fspath(train_data), class_names, reading.options.encoding)
     return _linear_probe(model, source, other, c, reading)
 
 
-def _zero_shot(model: CLIP, source: LabelledSource, templates: Sequence[str], reading: Reading) -> Evaluation:
+def _zero_shot(model: CLIP, source: LabelledSource, classes: Classes, reading: Reading) -> Evaluation:
     # the texts first: a model that cannot read them should not read a million pictures before
-    classifier = cached_classifier(model, source.class_names, templates)
+    with RowProgress("prompts", classes.prompt_count, reading.console, at_once=False) as progress:
+        classifier = cached_classifier(model, classes.keys, classes.templates, on_prompts=progress)
     images = _pictures(model, source, reading)
     labels = torch.tensor(source.labels)[images.rows]
-    classes = len(source.class_names)
-    metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if classes > 5 else (1,))
+    count = len(classes.names)
+    metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if count > 5 else (1,))
+    alike, words = effect_of_likeness(classes.names, images.features, classifier, labels, metrics["top1"])
+    if words:
+        warnings.warn(words, EvaluationWarning, stacklevel=3)
     return Evaluation(
         "zero-shot",
         metrics,
-        {"pictures": len(labels), "classes": classes},
-        {"templates": list(templates)},
+        {"pictures": len(labels), "classes": count},
+        classes.settings | alike,
         _by_name(images, source),
     )
 
@@ -160,7 +180,7 @@ def _linear_probe(
 
 
 def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
-    load = picture_loader(model)
+    load = picture_loader(model, reading.options)
     with RowProgress("pictures", len(source), reading.console) as progress:
         images = encode_rows(
             picture_encoder(model),
@@ -175,23 +195,21 @@ def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
 
 
 def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
-    texts = text_encoder(model)
-    load = picture_loader(model)
-    names: dict[int, str] = {}
-    captions: dict[int, tuple[str, str]] = {}  # by row: which picture, and the caption
+    encoder = text_encoder(model)
+    load = picture_loader(model, reading.options)
+    captions: dict[int, tuple[str, list[str]]] = {}  # by row: which picture, and its captions
+    unusable: dict[str, str] = {}
     owner: dict[str, int] = {}  # the row whose picture is encoded for all that share it
 
     def load_pair(row: int) -> Tensor | None:
-        pair = source.read(row)
-        names[row] = pair.key
-        if not pair.caption.strip():
-            raise PairError(f"{pair.key}: got an empty caption")
+        key, found = source.key(row), source.captions(row)
+        texts = [text for text in found.texts if text.strip()]
+        if not texts:
+            raise PairError(f"{key}: got an empty caption")
         # a table that lists a picture with five captions means one picture
-        if owner.setdefault(pair.key, row) == row:
-            pixels = load(pair.image)
-        else:
-            pixels = None
-        captions[row] = (pair.key, pair.caption)
+        pixels = load(source.image(row)) if owner.setdefault(key, row) == row else None
+        captions[row] = (key, texts)
+        unusable.update((f"{key}, {which}", reason) for which, reason in found.unusable)
         return pixels
 
     with RowProgress("pictures", len(source), reading.console) as progress:
@@ -203,23 +221,44 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
             workers=reading.workers,
             on_rows=progress,
         )
-    _require_some(images, names.get(0, "pair 0"))
+    skipped = _skipped_pairs(images, source) | unusable
+    _require_some(images, next(iter(skipped), "pair 0"))
     place = {row: index for index, row in enumerate(images.rows)}
-    rows = [row for row in sorted(captions) if owner[captions[row][0]] in place]
-    with RowProgress("texts", len(rows), reading.console) as progress:
+    pairs = [
+        (place[owner[key]], text)
+        for key, of_row in (captions[row] for row in sorted(captions))
+        if owner[key] in place
+        for text in of_row
+    ]
+    # a caption that comes twice is encoded once: equal texts score the same, whatever their batches
+    texts = list(dict.fromkeys(text for _, text in pairs))
+    number = {text: index for index, text in enumerate(texts)}
+    with RowProgress("texts", len(texts), reading.console) as progress:
         encoded = encode_rows(
-            texts,
-            lambda row: captions[row][1],
-            rows,
+            encoder,
+            texts.__getitem__,
+            range(len(texts)),
             batch_size=reading.batch_size,
             workers=0,
             on_rows=progress,
         )
-    image_of_text = torch.tensor([place[owner[captions[row][0]]] for row in encoded.rows])
-    metrics = retrieval_recall(images.features, encoded.features, image_of_text=image_of_text)
-    counts = {"pictures": len(images.rows), "texts": len(encoded.rows)}
-    skipped = {names.get(row, f"pair {row}"): reason for row, reason in images.skipped.items()}
+    features = encoded.features[[number[text] for _, text in pairs]]
+    image_of_text = torch.tensor([picture for picture, _ in pairs])
+    metrics = retrieval_recall(images.features, features, image_of_text=image_of_text)
+    counts = {"pictures": len(images.rows), "texts": len(pairs)}
     return Evaluation("retrieval", metrics, counts, {}, skipped)
+
+
+def _skipped_pairs(images: Encoded, source: PairSource) -> dict[str, str]:
+    """Name what was left out; rows that name one picture stay two."""
+    skipped: dict[str, str] = {}
+    for row, reason in images.skipped.items():
+        try:
+            name = source.key(row)
+        except PairError:
+            name = f"pair {row}"
+        skipped[f"{name}, pair {row}" if name in skipped else name] = reason
+    return skipped
 
 
 def _by_name(images: Encoded, source: LabelledSource) -> dict[str, str]:

@@ -9,6 +9,10 @@ import json
 import os
 from pathlib import Path
 
+from clipfast.data.text_files import read_text, split_lines
+from clipfast.evaluate.imagenet import imagenet_templates
+from clipfast.evaluate.prompts import checked_templates
+
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
     "photo": ("a photo of a {}.",),
@@ -22,15 +26,18 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "art of the {}.",
         "a photo of the small {}.",
     ),
+    # all eighty, of which published figures on ImageNet are
+    "imagenet": imagenet_templates(),
 }
 
 
-def load_templates(name_or_path: str | os.PathLike[str]) -> tuple[str, ...]:
+def load_templates(name_or_path: str | os.PathLike[str], encoding: str | None = None) -> tuple[str, ...]:
     """Return templates with a ``{}`` for the class' name.
 
     Args:
         name_or_path: A key of :data:`TEMPLATES`, or a file: one template a line, or a JSON list. clip-benchmark's
             ``{c}`` is read as ``{}``.
+        encoding: Of a file; None is UTF-8.
 
     Raises:
         FileNotFoundError: It is neither.
@@ -44,12 +51,12 @@ def load_templates(name_or_path: str | os.PathLike[str]) -> tuple[str, ...]:
         raise FileNotFoundError(
             f"templates: got {name!r}, expected one of {', '.join(TEMPLATES)}, or a file of templates"
         )
-    text = path.read_text(encoding="utf-8")
-    lines = json.loads(text) if path.suffix == ".json" else [line for line in text.splitlines() if line.strip()]
-    if not isinstance(lines, list) or not lines or not all(isinstance(line, str) for line in lines):
-        raise ValueError(f"templates: got {path} without templates, expected one a line, or a JSON list")
-    templates = tuple(line.replace("{c}", "{}") for line in lines)
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"templates: got {template!r} in {path}, expected a {{}} where the class name goes")
-    return templates
+    text = read_text(path, encoding)
+    if path.suffix == ".json":
+        try:
+            lines = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"templates: got {path}, expected JSON: {error}") from error
+    else:
+        lines = [line for line in split_lines(text) if line.strip()]
+    return checked_templates(lines, path)

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from clipfast.evaluate.prompts import Template, class_prompts
+from clipfast.evaluate.ranking import ranks_of_right
+
+# prompts that are tokenised at a time, in batches of the model's
+_BATCHES_IN_HAND = 16
 
 
 @torch.no_grad()
@@ -14,41 +21,55 @@ def zero_shot_classifier(
     encode_text: Callable[[Tensor], Tensor],
     tokenizer: Callable[[list[str]], Tensor],
     class_names: Sequence[str],
-    templates: Sequence[str | Callable[[str], str]],
+    templates: Sequence[Template] | Mapping[str, Sequence[str]],
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
+    on_prompts: Callable[[int], None] | None = None,
 ) -> Tensor:
     """Make the weights of a linear classifier from the names of its classes.
 
     Each class is the normalised mean of the normalised features of all its prompts, as in the notebook that OpenAI
-    published with CLIP (Radford et al., 2021, section 3.1.4).
+    published with CLIP (Radford et al., 2021, section 3.1.4). Classes whose prompts are the same to the tokenizer are
+    encoded once and get the same bits, whatever the batches: their scores are equal for every image.
 
     Args:
         encode_text: Token ids ``[B, L]`` to features ``[B, E]``: ``model.encode_text`` of a model in ``eval()``.
         tokenizer: A list of strings to token ids, such as :class:`clipfast.Tokenizer`.
-        class_names: C names.
-        templates: T prompts: strings with one ``{}`` for the name, or functions of the name.
+        class_names: C names, which may come twice.
+        templates: Prompts for all classes: strings with one ``{}`` for the name, or functions of the name. Or the
+            prompts of each class by its name, as CuPL has them (Pratt et al., 2023).
         batch_size: The most prompts encoded at once.
         device: Where ``encode_text`` wants its tokens; the CPU by default.
+        on_prompts: Called with the number of prompts each time some are done.
 
     Returns:
-        ``[E, C]``, columns of unit length; normalised image features times this are cosines.
+        float32 ``[E, C]`` on the CPU, columns of unit length; normalised image features times this are cosines.
 
     Raises:
-        ValueError: No classes, no templates, or a template without ``{}``.
+        ValueError: No classes, no templates, a template without ``{}``, or a class without prompts.
     """
-    if not class_names or not templates:
-        raise ValueError(
-            f"class_names, templates: got {len(class_names)} and {len(templates)}, expected at least one of each"
-        )
-    prompts = [_fill(template, name) for name in class_names for template in templates]
-    features = []
-    for start in range(0, len(prompts), batch_size):
-        tokens = tokenizer(prompts[start : start + batch_size])
-        features.append(F.normalize(encode_text(tokens.to(device or "cpu")).float(), dim=-1))
-    classes = torch.cat(features).unflatten(0, (len(class_names), len(templates))).mean(dim=1)
-    return F.normalize(classes, dim=-1).T
+    prompts = class_prompts(class_names, templates)
+    known: dict[bytes, int] = {}
+    column_of_class: list[int] = []
+    columns: list[Tensor] = []
+    for part in _parts(prompts, batch_size * _BATCHES_IN_HAND):
+        lengths = [len(of_class) for of_class in part]
+        tokens = tokenizer([prompt for of_class in part for prompt in of_class])
+        new = []
+        for of_class in tokens.split(lengths):
+            digest = hashlib.sha256(of_class.cpu().numpy().tobytes()).digest()
+            if digest not in known:
+                known[digest] = len(known)
+                new.append(of_class)
+            column_of_class.append(known[digest])
+        if new:
+            encoded = [encode_text(batch.to(device or "cpu")) for batch in torch.cat(new).split(batch_size)]
+            units = torch.cat([F.normalize(features.float(), dim=-1).double().cpu() for features in encoded])
+            columns += [of_class.sum(dim=0) for of_class in units.split([len(of_class) for of_class in new])]
+        if on_prompts is not None:
+            on_prompts(sum(lengths))
+    return F.normalize(torch.stack(columns)[column_of_class], dim=-1).float().T
 
 
 def zero_shot_accuracy(
@@ -56,7 +77,9 @@ def zero_shot_accuracy(
 ) -> dict[str, float]:
     """Measure how often an image's class is among the k best.
 
-    Classes that score the same as the right one count against the model.
+    Of classes that score the same the one of the lower index goes first, as ``argmax`` has it
+    (:mod:`clipfast.evaluate.ranking`). Of two classes with the same prompts, the second is so never the best: half of
+    their images are wrong, as in figures that the rivals publish.
 
     Args:
         image_features: ``[N, E]``; their length does not matter.
@@ -83,14 +106,28 @@ def zero_shot_accuracy(
         raise ValueError(f"labels: got {labels.tolist()[:8]}…, expected at least one index, 0 to {classes - 1}")
     if not images.isfinite().all():
         raise ValueError("image_features: got NaN or infinity, expected finite features")
-    scores = F.normalize(images, dim=-1) @ classifier.float()
-    right = scores.gather(1, labels[:, None])
-    # the right class itself is one of those that reach its own score
-    ranks = (scores >= right - 8 * torch.finfo(scores.dtype).eps).sum(dim=1)
+    columns = classifier.to(images.device, torch.float32).T
+    numbers = torch.arange(classes, device=images.device)
+    ranks = ranks_of_right(F.normalize(images, dim=-1), columns, labels.to(images.device), numbers).to(labels.device)
     commonest = torch.bincount(labels, minlength=classes).sort(descending=True).values
     result = {f"top{k}": (ranks <= k).double().mean().item() for k in ks}
     result["mean_per_class_recall"] = mean_per_class(ranks == 1, labels)
     return result | {f"chance{k}": commonest[:k].sum().item() / len(labels) for k in ks}
+
+
+def classes_alike(classifier: Tensor) -> list[list[int]]:
+    """Return groups of classes that no image can tell apart, since their columns have the same bits.
+
+    Args:
+        classifier: ``[E, C]`` of :func:`zero_shot_classifier`.
+
+    Returns:
+        Indices, ascending, of each group of two or more; the group of the lowest index first.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for index, column in enumerate(classifier.T.contiguous().cpu().numpy()):
+        groups.setdefault(column.tobytes(), []).append(index)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def mean_per_class(right: Tensor, labels: Tensor) -> float:
@@ -105,9 +142,15 @@ def mean_per_class(right: Tensor, labels: Tensor) -> float:
     return shares[samples > 0].mean().item()
 
 
-def _fill(template: str | Callable[[str], str], name: str) -> str:
-    if callable(template):
-        return template(name)
-    if "{}" not in template:
-        raise ValueError(f"templates: got {template!r}, expected a {{}} where the class name goes")
-    return template.replace("{}", name)
+def _parts(prompts: Sequence[Sequence[str]], size: int) -> Iterator[list[Sequence[str]]]:
+    """Split classes into parts of ``size`` prompts or a few more."""
+    part: list[Sequence[str]] = []
+    count = 0
+    for of_class in prompts:
+        part.append(of_class)
+        count += len(of_class)
+        if count >= size:
+            yield part
+            part, count = [], 0
+    if part:
+        yield part

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
+from clipfast.data.options import DataOptions
+
 Precision = Literal["fp32", "bf16", "pure_bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 Strategy = Literal["ddp", "fsdp"]
@@ -82,6 +84,9 @@ class RunConfig(TrainConfig):
         model: A name of :func:`clipfast.list_models`, or a JSON file.
         weights: A file of weights to begin with.
         patch_dropout: The share of patches that the image tower leaves out in training.
+        caption_key, image_key, caption_column, image_column, separator, quotes, encoding: What of ``data`` and
+            ``val_data`` is the picture and what the caption; see :class:`clipfast.data.options.DataOptions`.
+        as_open_clip, apply_orientation: How pictures are read; see :func:`clipfast.data.transform.image_transform`.
         val_data: Held-out pairs.
         val_every: Steps between two looks at them, and at the end.
         val_pairs: The first of them that are looked at.
@@ -97,7 +102,7 @@ class RunConfig(TrainConfig):
         tensorboard: Whether to write TensorBoard's logs too.
     """
 
-    data: Annotated[str, "Pairs: shards 'train-{000..123}.tar', a .csv or .tsv table, or a folder."]
+    data: Annotated[str, "Pairs: shards 'train-{000..123}.tar', a .csv or .tsv table, Parquet, or a folder."]
     steps: Annotated[int, "Optimizer steps; 0 counts them from epochs."] = 0
     learning_rate: Annotated[float, "At the end of the warm-up."] = 5e-4
     epochs: Annotated[float, "Times that every pair is seen, where steps is 0."] = 0.0
@@ -105,6 +110,15 @@ class RunConfig(TrainConfig):
     model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
     weights: Annotated[str | None, "A file of weights to begin with."] = None
     patch_dropout: Annotated[float, "The share of patches that the image tower leaves out."] = 0.0
+    caption_key: Annotated[str | None, "Of shards: the extension of captions, or a field of the .json."] = None
+    image_key: Annotated[str | None, "Of shards: the extension of pictures."] = None
+    caption_column: Annotated[str | None, "Of tables and Parquet."] = None
+    image_column: Annotated[str | None, "Of tables and Parquet."] = None
+    separator: Annotated[str | None, "Between the columns of a table; 'tab' is one."] = None
+    quotes: Annotated[bool | None, "Whether quotes around cells of a table count."] = None
+    encoding: Annotated[str | None, "Of texts that are not UTF-8."] = None
+    as_open_clip: Annotated[bool, "Cut grey of more than 8 bits off at 255, as open_clip does."] = False
+    apply_orientation: Annotated[bool, "Turn pictures as their EXIF orientation says."] = False
     val_data: Annotated[str | None, "Held-out pairs, as data."] = None
     val_every: Annotated[int, "Steps between two looks at them."] = 1000
     val_pairs: Annotated[int, "The first of them that are looked at."] = 5000
@@ -128,8 +142,17 @@ class RunConfig(TrainConfig):
             raise ValueError(
                 f"patch_dropout: got {self.patch_dropout}, expected a share from 0 up to, not including, 1"
             )
+        self.data_options()
         if self.steps:
             super().__post_init__()
+
+    def data_options(self) -> DataOptions:
+        """Return what of the data is the picture and what the caption.
+
+        Raises:
+            ValueError: A name is empty, or the separator is no character.
+        """
+        return DataOptions(**{field.name: getattr(self, field.name) for field in fields(DataOptions)})
 
     def training(self, pairs: int) -> TrainConfig:
         """Return how to train on so many pairs: epochs become steps."""

@@ -112,7 +112,7 @@ def write_demo_report(
     report.add_section("Measured")
     report.add_table(_METRIC_HEADER, metric_rows(metrics))
     report.add_text(
-        "Equal scores count against the model. Chance for retrieval is a random order; for zero-shot questions it is "
+        "Of equal scores the first goes first. Chance for retrieval is a random order; for zero-shot questions it is "
         "always naming the commonest answer."
     )
     report.add_section("Five nearest captions", "Held-out pictures drawn at random, with cosine similarities.")

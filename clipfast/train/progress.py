@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from types import TracebackType
@@ -9,7 +10,9 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clipfast.console import PlainConsole
+from clipfast.console import PlainConsole, tell
+from clipfast.notices import drawing_on
+from clipfast.progress import draws, in_words
 from clipfast.train.engine import StepRecord
 
 
@@ -45,6 +48,8 @@ class TrainingProgress:
         self.console = console
         self.seconds_between_lines = seconds_between_lines
         self._last_line = -float("inf")
+        self._draws = draws(console)
+        self._above = contextlib.ExitStack()
         self._bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -53,11 +58,13 @@ class TrainingProgress:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
-            disable=not console.is_terminal,
+            disable=not self._draws,
         )
 
     def __enter__(self) -> TrainingProgress:
         self._task = self._bar.add_task("training", total=self.steps, completed=self.first, words="")
+        if self._draws:
+            self._above.enter_context(drawing_on(self.console))
         self._bar.start()
         return self
 
@@ -65,6 +72,7 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        self._above.close()
 
     def update(self, record: StepRecord) -> None:
         """Show one more step."""
@@ -76,10 +84,10 @@ class TrainingProgress:
         if record.skipped:
             words += f" · {record.skipped} skipped"
         self._bar.update(self._task, completed=record.step, words=words)
-        if self.console.is_terminal:
+        if self._draws:
             return
         now = time.monotonic()
         if record.step == self.steps or now - self._last_line >= self.seconds_between_lines:
             self._last_line = now
             left = (self.steps - record.step) * record.seconds / (record.step - self.first)
-            self.console.print(f"step {record.step}/{self.steps} · {words} · {left:.0f} s left", highlight=False)
+            tell(self.console, f"step {record.step}/{self.steps} · {words} · {in_words(left)} left")

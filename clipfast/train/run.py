@@ -21,7 +21,7 @@ from clipfast.console import tell
 from clipfast.data.batches import Shares, training_batches
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
-from clipfast.data.transform import image_transform
+from clipfast.data.transform import ImageTransform, image_transform
 from clipfast.models.config import CLIPConfig, get_config
 from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
@@ -107,7 +107,7 @@ class _Run:
         self.config, self.place, self.console, self.stop = config, place, console, stop
         self.output = Path(config.output)
         place.agree("settings", self._settings())
-        self.source = place.together("data", lambda: open_pairs(config.data))
+        self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
@@ -134,12 +134,16 @@ class _Run:
             return None
         batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
         return Validation(
-            open_pairs(self.config.val_data),
+            open_pairs(self.config.val_data, self.config.data_options()),
             self.config.val_pairs,
-            image_transform(self.model_config.vision_cfg.image_size),
+            self._transform(train=False),
             self._tokenizer(),
             batch,
         )
+
+    def _transform(self, train: bool) -> ImageTransform:
+        size = self.model_config.vision_cfg.image_size
+        return image_transform(size, train, **self.config.data_options().of_pictures())
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(context_length=self.model_config.text_cfg.context_length)
@@ -151,7 +155,7 @@ class _Run:
         self.checkpoints.check_room(trainer.state())
         batches = training_batches(
             self.source,
-            image_transform(self.model_config.vision_cfg.image_size, train=True),
+            self._transform(train=True),
             self._tokenizer(),
             self.shares,
             seed=config.seed,

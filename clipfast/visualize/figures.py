@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import is_color_like, to_rgba
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from clipfast.files import write_atomically
@@ -36,6 +37,7 @@ _STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be searched and takes the page's font
     "svg.hashsalt": "clipfast",  # the same figure gives the same file
     "text.color": INK,
+    "text.parse_math": False,  # a caption with two dollars is no formula
     "xtick.color": INK,
     "ytick.color": INK,
 }
@@ -89,6 +91,7 @@ def figure_svg(figure: Figure, label: str) -> str:
         label: what it shows, for those who do not see it.
     """
     file = io.StringIO()
+    _leave_dollars(figure)
     with matplotlib.rc_context(_STYLE):
         figure.savefig(file, format="svg", dpi=150, metadata={"Date": None, "Creator": None})
     svg = file.getvalue()
@@ -113,6 +116,7 @@ def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) 
         if is_color_like(colour) and to_rgba(colour) in swap:
             put(swap[to_rgba(colour)])
 
+    _leave_dollars(figure)
     for part in figure.findobj():
         for name in ("color", "edgecolor", "facecolor", "markeredgecolor"):
             get, put = getattr(part, f"get_{name}", None), getattr(part, f"set_{name}", None)
@@ -120,6 +124,12 @@ def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) 
                 recolour(get, put)
     with matplotlib.rc_context(_STYLE):
         write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor=page))
+
+
+def _leave_dollars(figure: Figure) -> None:
+    """Read no text of a figure as a formula; texts that were added outside of the style would be."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
 
 
 def picture_uri(picture: np.ndarray) -> str:

@@ -109,6 +109,6 @@ class Report:
         )
 
     def write(self, path: Path, footer: str = "") -> None:
-        """Write the page as UTF-8."""
+        """Write the page as UTF-8; a lone surrogate, which UTF-8 lacks, becomes ``\\udce9``."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.html(footer), encoding="utf-8")
+        path.write_text(self.html(footer), encoding="utf-8", errors="backslashreplace")

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from clipfast.console import visible
 from clipfast.data.model_inputs import image_size_of, tokenizer_of
 from clipfast.data.transform import image_transform, load_image, to_pixels
 from clipfast.models.clip import CLIP
@@ -85,6 +86,7 @@ def show(
     if any(not text.strip() for text in texts):
         raise ValueError("texts: got an empty one, expected words")
     sight = _look(model, [Path(image) for image in images])
+    shown = [_drawable(text) for text in texts]
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     report = Report("What the model sees", f"{len(images)} pictures" + (f" and {len(texts)} texts." if texts else "."))
@@ -100,11 +102,11 @@ def show(
         text_features = _encode_texts(model, texts)
         cosines = similarity_matrix(sight.features, text_features)
         words = "Cosine similarities" + ("; the best text of each picture is framed." if len(texts) > 1 else ".")
-        add("similarity.png", "Texts and pictures", words, plot_similarity_matrix(cosines, texts, sight.pictures))
+        add("similarity.png", "Texts and pictures", words, plot_similarity_matrix(cosines, shown, sight.pictures))
         if len(texts) == len(images) >= 3:
             points = project_features(sight.features, text_features, method=method)
             words = f"Pictures and their captions (orange), laid out by {_METHODS[method]}; pairs are joined."
-            add("space.png", "The shared space", words, plot_feature_space(*points, sight.crops, texts))
+            add("space.png", "The shared space", words, plot_feature_space(*points, sight.crops, shown))
     _add_attention(model, sight, block, add, report)
     if log is not None:
         records = [record for record in read_log(Path(log)) if record.keys() >= _CURVES]
@@ -130,7 +132,12 @@ def _look(model: CLIP, paths: list[Path]) -> Sight:
     if not features.isfinite().all():
         raise ValueError("model: got features with NaN or infinity, expected finite ones")
     pictures = [np.asarray(_thumbnail(image)) for image in loaded]
-    return Sight(pictures, crops, [path.name for path in paths], inputs, features)
+    return Sight(pictures, crops, [_drawable(path.name) for path in paths], inputs, features)
+
+
+def _drawable(text: str) -> str:
+    """Return a text that fonts can be asked for: lone surrogates of names that are not UTF-8 are written out."""
+    return visible(text.encode("utf-8", "backslashreplace").decode())
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:

@@ -14,7 +14,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import clipfast
 from clipfast.data import transform as module
@@ -69,11 +69,13 @@ def test_evaluation_is_bitwise_open_clips(theirs, size, image_size):
 def test_every_mode(theirs, mode, size):
     image = picture(size, mode)
     assert image.mode == mode
-    assert torch.equal(clipfast.image_transform(64)(image), theirs(64, is_train=False)(image))
+    # the one mode where ours differs unless it is asked not to
+    options = {"as_open_clip": True} if mode == "I;16" else {}
+    assert torch.equal(clipfast.image_transform(64, **options)(image), theirs(64, is_train=False)(image))
     torch.manual_seed(3)
     expected = theirs(64, is_train=True)(image)
     torch.manual_seed(3)
-    assert torch.equal(clipfast.image_transform(64, train=True)(image), expected)
+    assert torch.equal(clipfast.image_transform(64, train=True, **options)(image), expected)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
@@ -133,6 +135,123 @@ def test_exif_orientation_is_left_alone(theirs):
     assert load_image(data).size == (80, 40)
     expected = theirs(32, is_train=False)(Image.open(io.BytesIO(data)))
     assert torch.equal(clipfast.image_transform(32)(load_image(data)), expected)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation_is_applied_where_that_is_asked_for(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for image, kind in ((picture((80, 40)), "PNG"), (Image.fromarray(deep_pixels((40, 80))), "PNG")):
+        stored = load_image(encoded(image, kind, exif=exif))
+        upright = ImageOps.exif_transpose(stored)
+        expected = clipfast.image_transform(32)(upright)
+        assert torch.equal(clipfast.image_transform(32, apply_orientation=True)(stored), expected)
+        # a crop is drawn in the picture as it is seen
+        torch.manual_seed(0)
+        expected = clipfast.image_transform(32, train=True)(upright)
+        torch.manual_seed(0)
+        assert torch.equal(clipfast.image_transform(32, train=True, apply_orientation=True)(stored), expected)
+
+
+def test_a_damaged_exif_block_turns_nothing():
+    data = encoded(picture((80, 40)), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    image = load_image(data)
+    expected = clipfast.image_transform(32)(image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's remarks
+        assert torch.equal(clipfast.image_transform(32, apply_orientation=True)(image), expected)
+
+
+# --- more than 8 bits -------------------------------------------------------------------------------------
+
+
+def deep_pixels(shape: tuple[int, int], bits: int = 16) -> np.ndarray:
+    """Grey of 8 bits, spread over more."""
+    shallow = np.asarray(picture(shape[::-1], "L")).astype(np.int64)
+    return np.round(shallow * ((1 << bits) - 1) / 255).astype(np.uint16)
+
+
+def tiff(pixels: np.ndarray, order: str, bits: int, kind: int = 1) -> bytes:
+    """A TIFF of one uncompressed strip; ``kind`` is 1 for unsigned, 2 for signed, 3 for floating."""
+    (height, width), data = pixels.shape, pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    fields = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height}
+    fields |= {279: len(data), 339: kind}
+    longs = (273, 279)
+    entries = b"".join(
+        struct.pack(order + ("HHII" if n in longs else "HHIHxx"), n, 4 if n in longs else 3, 1, value)
+        for n, value in sorted(fields.items())
+    )
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(data))
+    return start + data + struct.pack(order + "H", len(fields)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("source", ["PNG", "TIFF", "JPEG2000", "PPM", "<", ">", "memory", "memory I", "I;16B"])
+def test_grey_of_16_bits_is_scaled(source, train):
+    pixels = deep_pixels((50, 60))
+    image = Image.fromarray(pixels)
+    if source in ("<", ">"):
+        image = load_image(tiff(pixels, source, 16))
+        assert image.mode == ("I;16" if source == "<" else "I;16B")
+    elif source == "memory I":
+        image = Image.fromarray(pixels.astype(np.int32))
+        assert image.mode == "I"
+    elif source == "I;16B":
+        image = Image.frombytes("I;16B", (60, 50), pixels.astype(">u2").tobytes())
+    elif source != "memory":
+        image = load_image(encoded(image, source, **({"irreversible": False} if source == "JPEG2000" else {})))
+    shallow = picture((60, 50), "L")
+    torch.manual_seed(0)
+    expected = clipfast.image_transform(32, train)(shallow)
+    torch.manual_seed(0)
+    assert torch.equal(clipfast.image_transform(32, train)(image), expected)
+
+
+def test_a_dark_picture_of_16_bits_is_dark():
+    dark = np.full((9, 9), 200, np.uint16)  # 200 of 65535
+    for kind in ("PNG", "PPM"):
+        image = load_image(encoded(Image.fromarray(dark), kind))
+        assert to_pixels(clipfast.image_transform(8)(image)[None]).max() == 1
+    # 8 bits in 32, as open_clip has them
+    bright = Image.fromarray(dark.astype(np.int32))
+    assert to_pixels(clipfast.image_transform(8)(bright)[None]).min() == 200
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(12, 1), (32, 1), (32, 2)])
+def test_other_depths(bits, kind):
+    shallow = picture((60, 50), "L")
+    if bits == 12:
+        image = Image.fromarray(deep_pixels((50, 60), 12))
+        image.tag_v2 = {258: (12,)}  # as Pillow leaves a TIFF of 12 bits
+    else:
+        spread = np.round(np.asarray(shallow) * ((2**31 - 1) / 255)).astype(np.int32)
+        image = load_image(tiff(spread, "<", 32, kind))
+        assert image.mode == "I"
+    assert torch.equal(clipfast.image_transform(32)(image), clipfast.image_transform(32)(shallow))
+
+
+@pytest.mark.parametrize("source", ["PNG", "TIFF", "PPM", ">", "memory"])
+def test_as_open_clip_deep_grey_is_cut_off(theirs, source):
+    pixels = deep_pixels((50, 60))
+    image = Image.fromarray(pixels)
+    if source == ">":
+        image = load_image(tiff(pixels, ">", 16))
+    elif source != "memory":
+        image = load_image(encoded(image, source))
+    assert torch.equal(clipfast.image_transform(32, as_open_clip=True)(image), theirs(32, is_train=False)(image))
+
+
+def test_colours_of_16_bits_are_scaled():
+    """By Pillow, which keeps the high byte; nothing is left to do."""
+    rows = b"".join(b"\0" + b"".join(struct.pack(">HHH", 0x8011, 0xFF22, 0x0033) for _ in range(4)) for _ in range(4))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    data = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0))
+    data += chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    pixels = to_pixels(clipfast.image_transform(4)(load_image(data))[None])
+    assert pixels[0, 0, 0].tolist() == [0x80, 0xFF, 0x00]
 
 
 # --- without open_clip ------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ import clipfast
 from clipfast.data.model_inputs import picture_loader
 from clipfast.embed import embed as embedding
 from clipfast.embed.embed import embed
-from clipfast.embed.writer import read_about
+from clipfast.embed.search import search
+from clipfast.embed.writer import read_about, read_skipped
 from clipfast.evaluate.features import Encoder, picture_encoder
 
 
@@ -56,16 +57,48 @@ def test_npy(folder):
     values = np.load(folder.parent / "f.npy")
     assert (result.rows, result.computed, values.dtype) == (21, 23, np.float32)
     torch.testing.assert_close(torch.from_numpy(values), expected_features(ROWS))
-    about, *names = map(json.loads, (folder.parent / "f.names.jsonl").read_text().splitlines())
+    about, *names = map(json.loads, (folder.parent / "f.npy.names.jsonl").read_text().splitlines())
     assert names == [[row, f"{row:02d}.png"] for row in ROWS]
     assert about["count"] == 21
     assert about["width"] == 16
     assert about["kind"] == "image"
     assert [(row, name) for row, name, _ in result.skipped] == [(3, "03.png"), (4, "04.png")]
-    skipped = list(map(json.loads, (folder.parent / "f.skipped.jsonl").read_text().splitlines()))
+    skipped = list(map(json.loads, (folder.parent / "f.npy.skipped.jsonl").read_text().splitlines()))
     assert [(s["row"], s["name"], s["reason"]) for s in skipped] == result.skipped
     assert "ImageError" in skipped[1]["reason"]
-    assert sorted(p.name for p in folder.parent.iterdir()) == ["f.names.jsonl", "f.npy", "f.skipped.jsonl", "pictures"]
+    left = sorted(p.name for p in folder.parent.iterdir())
+    assert left == ["f.npy", "f.npy.names.jsonl", "f.npy.skipped.jsonl", "pictures"]
+
+
+def test_outputs_of_one_stem_share_no_files(folder):
+    """What one leaves out is not what another left out."""
+    run(folder, "f.npy")
+    before = {p.name: p.read_bytes() for p in folder.parent.iterdir() if p.is_file()}
+    (folder / "07.png").write_bytes(b"bad")
+    (folder / "03.png").unlink()
+    result = run(folder, "f.parquet")
+    assert [row for row, _, _ in result.skipped] == [3, 6]
+    assert [row for row, _, _ in read_skipped(folder.parent / "f.parquet")] == [3, 6]
+    assert [row for row, _, _ in read_skipped(folder.parent / "f.npy")] == [3, 4]
+    run(folder, "f.parquet", restart=True)
+    assert {name: (folder.parent / name).read_bytes() for name in before} == before
+    hits = search(folder.parent / "f.npy", expected_features([9])[0], k=1)
+    assert (hits[0].row, hits[0].name) == (9, "09.png")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+@pytest.mark.parametrize("output", ["f.npy", "f.parquet"])
+def test_names_that_are_not_utf8_and_lone_surrogates(folder, output):
+    (folder / "00.png").rename(folder / "caf\udce9.png")
+    result = run(folder, output)
+    assert result.rows == 21
+    last = search(folder.parent / output, expected_features([0])[0], k=1)[0]
+    assert last.name == ("caf\udce9.png" if output == "f.npy" else "caf\\udce9.png")
+    assert run(folder, output).computed == 0
+    (folder.parent / "t.csv").write_bytes(b"filepath,title\nx.png,a cat\n")
+    (folder.parent / "list.txt").write_bytes(b"pictures/caf\xe9.png\npictures/05.png\n")
+    result = run(folder.parent / "list.txt", "g" + output[1:])
+    assert (result.rows, result.skipped) == (2, [])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -217,8 +250,6 @@ def test_killed_at_any_moment(folder):
     done = subprocess.run([*command, str(output)], check=True, capture_output=True, text=True)
     assert int(done.stdout) <= 23 - 2 * 7
     assert output.read_bytes() == (folder.parent / "whole.npy").read_bytes()
-    names = [
-        path.read_text().splitlines() for path in (folder.parent / "f.names.jsonl", folder.parent / "whole.names.jsonl")
-    ]
+    names = [(folder.parent / f"{stem}.npy.names.jsonl").read_text().splitlines() for stem in ("f", "whole")]
     assert names[0] == names[1]
     assert not parts.exists()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 
 import pyarrow
@@ -8,6 +9,7 @@ import pyarrow.parquet as parquet
 import pytest
 import small
 
+from clipfast.data.options import DataOptions
 from clipfast.data.shards import write_shards
 from clipfast.data.sources import PairError, open_pairs
 from clipfast.embed.reader import open_inputs
@@ -45,12 +47,80 @@ def test_a_folder(folder):
 def test_lists(folder):
     (folder / "list.txt").write_text("below/z.jpg\n\n00.png\nmissing.png\n", encoding="utf-8-sig")
     inputs = open_inputs(folder / "list.txt")
-    assert len(inputs) == 3
+    assert len(inputs) == 4
     assert inputs.name(0) == "below/z.jpg"
-    assert inputs.read(1) == (folder / "00.png").read_bytes()
+    # row i is line i + 1: a blank line is no picture, and moves no other
+    assert inputs.name(1) == "line 2"
+    with pytest.raises(PairError, match="it is blank"):
+        inputs.read(1)
+    assert inputs.read(2) == (folder / "00.png").read_bytes()
     with pytest.raises(FileNotFoundError, match=r"missing\.png"):
-        inputs.read(2)
-    assert contents(open_inputs(folder / "list.txt", "text"))[2] == ("missing.png", "missing.png")
+        inputs.read(3)
+    texts = open_inputs(folder / "list.txt", "text")
+    assert [texts.read(row) for row in (0, 2, 3)] == ["below/z.jpg", "00.png", "missing.png"]
+    with pytest.raises(PairError, match="it is blank"):
+        texts.read(1)
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x0b", "\x0c", "\x1c", "\x85", "\r"])
+def test_a_line_ends_with_a_line_feed_alone(folder, sign):
+    (folder / "list.txt").write_bytes(f'a{sign}b\r\n"quoted\n[bold]c\n'.encode())
+    expected = [f"a{sign}b", '"quoted', "[bold]c"]
+    assert [text for _, text in contents(open_inputs(folder / "list.txt", "text"))] == expected
+
+
+def test_lists_in_other_encodings(folder):
+    place = folder / "list.txt"
+    place.write_bytes("café\nnaïve\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"list.txt: got 0xe9 at byte 3, expected UTF-8: give --encoding"):
+        open_inputs(place, "text")
+    with pytest.raises(ValueError, match=r"list.txt: got 0xe9 at byte 3"):
+        open_inputs(place)
+    latin = DataOptions(encoding="latin-1")
+    assert [text for _, text in contents(open_inputs(place, "text", options=latin))] == ["café", "naïve"]
+    place.write_text("café", encoding="utf-16")
+    with pytest.raises(ValueError, match=r"byte order mark of utf-16 at byte 0"):
+        open_inputs(place, "text")
+    (folder / "00.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(PairError, match=r"0xe9 at byte 3"):
+        open_inputs(folder, "text").read(0)
+    assert open_inputs(folder, "text", options=latin).read(0) == "café"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+def test_names_that_are_not_utf8(folder):
+    (folder / "00.png").rename(folder / "caf\udce9.png")
+    assert contents(open_inputs(folder))[4][0] == "caf\udce9.png"
+    (folder / "list.txt").write_bytes(b"caf\xe9.png\n01.png\n")
+    assert [name for name, _ in contents(open_inputs(folder / "list.txt"))] == ["caf\udce9.png", "01.png"]
+    # where no such file is, it is the encoding that is wrong
+    (folder / "list.txt").write_bytes(b"caf\xe9.png\nna\xefve.png\n")
+    with pytest.raises(ValueError, match=r"0xe9 at byte 3, .*--encoding"):
+        open_inputs(folder / "list.txt")
+
+
+def test_links_other_kinds_and_patterns(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    small.picture(7).save(tmp_path / "elsewhere" / "far.tiff")
+    small.picture(8).save(tmp_path / "elsewhere" / "q.PPM", "PPM")
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "circle").symlink_to(folder)
+    (folder / "v.mp4").write_bytes(b"x")
+    with pytest.warns(
+        UserWarning, match=r"1 files of other kinds \(1 \.mp4\); 1 links that lead in a circle \(circle\)"
+    ):
+        inputs = open_inputs(folder)
+    assert [name for name, _ in contents(inputs)][-3:] == ["below/z.jpg", "link/far.tiff", "link/q.PPM"]
+    os.mkfifo(folder / "pipe.png")
+    with pytest.warns(UserWarning, match="circle"):
+        inputs = open_inputs(folder)
+    with pytest.raises(OSError, match="it is no file"):
+        inputs.read([inputs.name(i) for i in range(len(inputs))].index("pipe.png"))
+    odd = tmp_path / "{1}::[x]"
+    (folder / "circle").unlink()
+    (folder / "v.mp4").unlink()
+    folder.rename(odd)
+    assert len(open_inputs(odd)) == len(inputs)
 
 
 def test_parquet(folder):
@@ -93,8 +163,11 @@ def test_shards_and_tables(folder):
     with (folder / "t.csv").open("w", newline="") as file:
         csv.writer(file).writerows([("filepath", "title"), ("02.png", "two")])
     assert contents(open_inputs(folder / "t.csv", "text")) == [("two", "two")]
-    with pytest.raises(ValueError, match="only Parquet's columns can be chosen"):
-        open_inputs(folder / "t.csv", column="title")
+    (folder / "u.csv").write_text("picture,words\n02.png,two\n")
+    with pytest.raises(ValueError, match=r"got the columns picture, words in .*u\.csv, expected 'photo' and one of"):
+        open_inputs(folder / "u.csv", column="photo")
+    options = DataOptions(image_column="picture")
+    assert contents(open_inputs(folder / "u.csv", "text", "words", options)) == [("two", "two")]
 
 
 def test_a_fingerprint_sees_what_moves_rows(folder):
@@ -116,7 +189,7 @@ def test_a_fingerprint_sees_what_moves_rows(folder):
         ("empty", "image", r"got no pictures \(\.jpg"),
         ("empty", "text", r"got no texts \(\.txt\)"),
         ("blank.txt", "text", "got no texts in"),
-        ("latin.txt", "text", "got no UTF-8"),
+        ("latin.txt", "text", "expected UTF-8: give --encoding"),
         ("x.xlsx", "image", r"expected a folder, a \.txt list"),
         ("cut.parquet", "image", "got no whole Parquet file"),
         ("none.parquet", "image", "got no rows"),

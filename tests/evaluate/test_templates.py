@@ -26,5 +26,5 @@ def test_files_that_do_not_fit(tmp_path, text, message):
 
 
 def test_no_such_set():
-    with pytest.raises(FileNotFoundError, match="got 'imagenet', expected one of name, photo, simple, or a file"):
+    with pytest.raises(FileNotFoundError, match="got 'imagenet', expected one of name, photo, simple, imagenet, or"):
         load_templates("imagenet")

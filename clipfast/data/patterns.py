@@ -1,0 +1,123 @@
+"""Paths as they are typed: ``train-{000..123}.tar``, several joined by ``::``, or a name that only looks like that."""
+
+from __future__ import annotations
+
+import glob
+import os
+from pathlib import Path
+
+from clipfast.data.walk import files_below
+
+
+def expand_pattern(pattern: str) -> list[str]:
+    """List the paths that a pattern stands for.
+
+    What exists is taken as it is: a path, or the folders that a pattern begins with, may hold ``{``, ``}`` and ``::``.
+
+    Args:
+        pattern: A path; with braces, ``*``, ``?`` and ``[]`` as a shell's; or several joined by ``::``. What matches is
+            in the order of names; a pattern that matches nothing stays as it is.
+    """
+    return [path for part in _split(pattern) for path in _expand(part)]
+
+
+def _split(pattern: str) -> list[str]:
+    """Cut a pattern at every ``::`` that is not in the name of something that exists."""
+    pieces = pattern.split("::")
+    for count in range(len(pieces), 1, -1):
+        whole = "::".join(pieces[:count])
+        # of a part that does not exist, the folders may
+        if os.path.exists(whole) or whole.rfind("::") < len(_existing(whole)):
+            rest = pieces[count:]
+            return [whole, *(_split("::".join(rest)) if rest else [])]
+    return [pieces[0], *(_split("::".join(pieces[1:])) if pieces[1:] else [])]
+
+
+def _expand(part: str) -> list[str]:
+    folders = part if os.path.exists(part) else _existing(part)
+    rest = part[len(folders) :]
+    names = [folders + rest]
+    if "{" in rest:
+        import braceexpand
+
+        names = [folders + name for name in braceexpand.braceexpand(rest)]
+    return [match for name in names for match in _matches(name, folders)]
+
+
+def _matches(name: str, folders: str) -> list[str]:
+    rest = name[len(folders) :]
+    if os.path.exists(name) or "://" in name or not any(sign in rest for sign in "*?["):
+        return [name]
+    return sorted(glob.glob(glob.escape(folders) + rest, recursive=True)) or [name]
+
+
+def _existing(path: str) -> str:
+    """Return the longest beginning of a path, up to a separator, that exists."""
+    end = len(path)
+    while (end := path.rfind("/", 0, end)) > 0:
+        if os.path.isdir(path[:end]):
+            return path[: end + 1]
+    return ""
+
+
+def find_shards(path: str) -> list[Path]:
+    """Return the shards that a path or a pattern names, none if it names something else.
+
+    A folder's are those in it; where there are none, those in its folders.
+
+    Raises:
+        FileNotFoundError: A shard is missing.
+        ValueError: A shard is somewhere else than in a file.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return sorted(place.glob("*.tar")) or sorted(place.glob("*/*.tar"))
+    if place.is_file():
+        return [place] if path.endswith(".tar") else []
+    if path.endswith(".parquet"):
+        return []
+    if "::" in path or "{" in path or path.endswith(".tar"):
+        return expand_shards(path)
+    return []
+
+
+def find_parquet(path: str) -> list[Path]:
+    """Return the Parquet files that a path or a pattern names; of a folder, those below it, by their paths.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+    """
+    place = Path(path)
+    if place.is_dir():
+        return [place / name for name in files_below(place, (".parquet",)).ordered()]
+    if place.is_file():
+        return [place] if path.endswith(".parquet") else []
+    if not path.endswith(".parquet"):
+        return []
+    names = expand_pattern(path)
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"data: {len(missing)} of {len(names)} Parquet files are missing, the first is {missing[0]}: correct the "
+            f"pattern"
+        )
+    return [Path(name) for name in names]
+
+
+def expand_shards(pattern: str) -> list[Path]:
+    """List the shards of ``a-{000..099}.tar``, or of several such patterns joined by ``::``.
+
+    Raises:
+        FileNotFoundError: A shard is missing.
+        ValueError: A shard is somewhere else than in a file.
+    """
+    names = expand_pattern(pattern)
+    remote = [name for name in names if "://" in name or name.startswith("pipe:")]
+    if remote:
+        raise ValueError(f"data: got {remote[0]}, expected files: mount the store, or copy the shards first")
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"data: {len(missing)} of {len(names)} shards are missing, the first is {missing[0]}: correct the pattern"
+        )
+    return [Path(name) for name in names]

@@ -1,0 +1,133 @@
+"""Files and lines that are embedded: a folder's pictures or texts, and lists of paths or texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from clipfast.data.captions import captions_of_text
+from clipfast.data.pairs import Captions, PairError
+from clipfast.data.pictures import PICTURES
+from clipfast.data.places import read_picture
+from clipfast.data.text_files import EncodingError, check_encoding, decode, read_lines, split_lines
+from clipfast.data.walk import files_below, tell_left_out
+from clipfast.embed.rows import digest_of
+
+Kind = Literal["image", "text"]
+
+
+class Files:
+    """Files by their names; a name that is not absolute is below a folder, and one that is blank is none."""
+
+    def __init__(self, names: Sequence[str], kind: Kind, base: Path, place: Path, encoding: str | None = None) -> None:
+        if not any(name.strip() for name in names):
+            what = f"pictures ({', '.join(PICTURES)})" if kind == "image" else "texts (.txt)"
+            raise ValueError(f"input: got no {what} in {place}, expected at least one")
+        self.kind = kind
+        self._names, self._base, self._encoding = names, base, encoding
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, row: int) -> str:
+        """See :class:`clipfast.embed.reader.Inputs`."""
+        return self._names[row] if self._names[row].strip() else f"line {row + 1}"
+
+    def read(self, row: int) -> bytes | str:
+        """See :class:`clipfast.embed.reader.Inputs`."""
+        name = self._names[row]
+        if not name.strip():
+            raise PairError("it is blank")
+        data = read_picture(self._base / name)
+        if self.kind == "image":
+            return data
+        try:
+            return decode(data, name, self._encoding)
+        except EncodingError as error:
+            raise PairError(str(error)) from error
+
+    def captions(self, row: int) -> Captions:
+        """Return the captions in a row's text, one a line."""
+        return captions_of_text(str(self.read(row)))
+
+    def fingerprint(self) -> str:
+        """See :class:`clipfast.embed.reader.Inputs`."""
+        return digest_of("files", self.kind, self._encoding or "", str(self._base.resolve()), *self._names)
+
+
+def folder_files(folder: Path, kind: Kind, encoding: str | None = None) -> Files:
+    """Return the pictures, or the ``.txt`` files, in a folder and below it, in the order of their paths.
+
+    Raises:
+        OSError: The folder cannot be read.
+        ValueError: There are none.
+    """
+    below = files_below(folder, PICTURES if kind == "image" else (".txt",))
+    files = Files(sorted(below.files), kind, folder, folder, encoding)
+    # captions beside pictures, and pictures beside captions, are nothing that was forgotten
+    tell_left_out(folder, below, besides=(".txt", ".json") if kind == "image" else (*PICTURES, ".json"))
+    return files
+
+
+class Texts:
+    """The lines of a file; one that is blank is no text."""
+
+    kind: Kind = "text"
+
+    def __init__(self, texts: Sequence[str], place: Path) -> None:
+        if not any(text.strip() for text in texts):
+            raise ValueError(f"input: got no texts in {place}, expected one on every line")
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def name(self, row: int) -> str:
+        """See :class:`clipfast.embed.reader.Inputs`."""
+        return self._texts[row] if self._texts[row].strip() else f"line {row + 1}"
+
+    def read(self, row: int) -> str:
+        """See :class:`clipfast.embed.reader.Inputs`."""
+        if not self._texts[row].strip():
+            raise PairError("it is blank")
+        return self._texts[row]
+
+    def fingerprint(self) -> str:
+        """See :class:`clipfast.embed.reader.Inputs`."""
+        return digest_of("texts", *self._texts)
+
+
+def open_list(place: Path, kind: Kind, encoding: str | None = None) -> Files | Texts:
+    """Return the paths or texts of a list, one a line: row i is line i + 1, blank lines too.
+
+    Paths that are not UTF-8 are taken as they are where files have these names, as ``ls > list.txt`` writes them.
+
+    Raises:
+        OSError: The list cannot be read.
+        ValueError: It holds nothing, or is in another encoding.
+    """
+    if kind == "text":
+        return Texts(read_lines(place, encoding), place)
+    return Files(_paths(place, encoding), kind, place.parent, place)
+
+
+def _paths(place: Path, encoding: str | None) -> list[str]:
+    try:
+        return read_lines(place, encoding)
+    except EncodingError:
+        if encoding is not None and check_encoding(encoding) != "utf-8-sig":
+            raise
+        lines = split_lines(place.read_bytes().decode("utf-8-sig", "surrogateescape"))
+        odd = [line for line in lines if not line.isascii() and line != line.encode("utf-8", "replace").decode()]
+        if not odd or not all(_is_there(place.parent, line) for line in odd):
+            raise
+        return lines
+
+
+def _is_there(folder: Path, name: str) -> bool:
+    try:
+        return os.path.lexists(folder / name)
+    except ValueError:  # a zero in it
+        return False

@@ -1,0 +1,122 @@
+"""How far a pass over many rows is: a bar on a terminal, and elsewhere a line a minute."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from clipfast.console import tell
+from clipfast.notices import drawing_on, is_terminal
+
+
+def draws(console: Console | None) -> bool:
+    """Whether a bar can be drawn: on a terminal that moves its cursor."""
+    if console is None or not console.is_terminal or console.is_dumb_terminal:
+        return False
+    # with these rich takes a file for a terminal, which colours may be meant for but no cursor
+    forced = any(os.environ.get(name) for name in ("FORCE_COLOR", "TTY_COMPATIBLE"))
+    return not forced or is_terminal(console.file)
+
+
+def in_words(seconds: float) -> str:
+    """Say a time: ``8 s``, ``3 min 20 s``, ``2 h 5 min`` or ``3 d 4 h``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    for size, part, name, part_name in ((86_400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if whole >= size:
+            return f"{whole // size} {name} {whole % size // part} {part_name}"
+    raise AssertionError(whole)
+
+
+def rate_in_words(rate: float) -> str:
+    """Say a rate with three digits at least where it is small: ``1204 a second``, ``7.3 a second``."""
+    return f"{rate:.0f} a second" if rate >= 10 else f"{rate:.2g} a second"
+
+
+class RowProgress:
+    """Rows done, rows a second and time left: a bar on a terminal; in a file or a pipe, a plain line a minute.
+
+    Use it as a context manager, and call it with the number of rows that are done.
+
+    Args:
+        label: What is being done.
+        total: How many rows there are.
+        console: Where to write; None keeps silent.
+        done: How many were done before; they do not count for the rate.
+        seconds_between_lines: How often a plain line is written at most. What takes longer ends with one, too.
+        at_once: Whether a bar is drawn before the first call, which may never come where nothing is to be done.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        console: Console | None,
+        *,
+        done: int = 0,
+        seconds_between_lines: float = 60.0,
+        at_once: bool = True,
+    ) -> None:
+        self._label, self._total, self._console, self._first = label, total, console, done
+        self._seconds_between_lines = seconds_between_lines
+        self._at_once = at_once
+        self._done = done
+        self._draws = draws(console)
+        self._bar = Progress(
+            TextColumn(label, markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]} ·", markup=False),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            disable=not self._draws,
+        )
+        self._started_bar = contextlib.ExitStack()
+
+    def __enter__(self) -> RowProgress:
+        self._started = self._last_line = time.monotonic()
+        self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, rate=rate_in_words(0))
+        if self._at_once:
+            self._start_bar()
+        return self
+
+    def _start_bar(self) -> None:
+        if self._draws and not self._bar.live.is_started:
+            self._started_bar.enter_context(drawing_on(self._console))
+            self._started_bar.callback(self._bar.stop)
+            self._bar.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._started_bar.close()
+        took = time.monotonic() - self._started
+        if kind is None and took >= self._seconds_between_lines:
+            self._write(f"took {in_words(took)}", took)
+
+    def __call__(self, rows: int) -> None:
+        """Count ``rows`` more."""
+        self._start_bar()
+        self._done += rows
+        now = time.monotonic()
+        took = now - self._started
+        self._bar.update(self._task, completed=self._done, rate=rate_in_words(self._rate(took)))
+        if now - self._last_line >= self._seconds_between_lines and self._done < self._total:
+            self._last_line = now
+            left = (self._total - self._done) / max(self._rate(took), 1e-9)
+            self._write(f"{in_words(left)} left", took)
+
+    def _rate(self, took: float) -> float:
+        return (self._done - self._first) / max(took, 1e-9)
+
+    def _write(self, words: str, took: float) -> None:
+        if self._console is not None and not self._draws:
+            rate = rate_in_words(self._rate(took))
+            tell(self._console, f"{self._label} {self._done}/{self._total} · {rate} · {words}")
