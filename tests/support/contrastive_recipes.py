@@ -1,0 +1,54 @@
+"""CLIP's loss with other targets and columns, by PyTorch's cross-entropy over all logits, and what it is compared by."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Keywords of a loss, as `recipe` makes them of a batch.
+RECIPES = ("smoothed", "grouped", "extra", "grouped and smoothed", "extra and smoothed", "all three")
+
+
+def recipe(name: str, batch: int, extra: Tensor | None = None) -> dict[str, object]:
+    """Return the keywords of a recipe for so many pairs; ``extra`` serves those that have extra texts."""
+    options: dict[str, object] = {}
+    if "smoothed" in name or name == "all three":
+        options["label_smoothing"] = 0.1
+    if "grouped" in name or name == "all three":
+        # groups of one and of several, ids in no order
+        options["groups"] = torch.arange(batch).square() % 11 - 3
+    if "extra" in name or name == "all three":
+        options["extra_text_features"] = extra
+    return options
+
+
+def plain_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor | float = 0.0,
+    *,
+    label_smoothing: float = 0.0,
+    groups: Tensor | None = None,
+    extra_text_features: Tensor | None = None,
+    reduction: str = "mean",
+    normalize: bool = False,
+) -> Tensor:
+    """Return the loss by ``F.cross_entropy`` of all logits with the targets as probabilities, in the dtype given."""
+    columns = text if extra_text_features is None else torch.cat([text, extra_text_features])
+    if normalize:
+        image, text, columns = (F.normalize(x, dim=-1) for x in (image, text, columns))
+    batch = len(image)
+    groups = torch.arange(batch, device=image.device) if groups is None else groups
+    together = (groups[:, None] == groups).to(image.dtype)
+    target = together / together.sum(1, keepdim=True)
+    losses = (
+        F.cross_entropy(logits + logit_bias, probabilities, reduction="none", label_smoothing=label_smoothing)
+        for logits, probabilities in (
+            (logit_scale * image @ columns.T, F.pad(target, (0, len(columns) - batch))),
+            (logit_scale * text @ image.T, target),
+        )
+    )
+    loss = sum(losses) / 2
+    return loss if reduction == "none" else loss.mean()
