@@ -55,22 +55,26 @@ def prepare(
     logit_scale: Tensor | float,
     logit_bias: Tensor | float | None = None,
     options: Options | None = None,
+    *,
+    problem: Exception | None = None,
     **keywords: Any,
 ) -> tuple[Tensor, Tensor, Tensor | float, Tensor | float | None, Options]:
-    """Check a loss' arguments and meet the other ranks; for :func:`clipfast.ops.dispatch.register`."""
+    """Check a loss' arguments and meet the other ranks; for :func:`clipfast.ops.dispatch.register`.
+
+    What a caller found wrong already, its ``problem``, is told to the other ranks too.
+    """
     # `explain` hands over the public function's keywords
     defaults = Options(None, "gather", "mean", False, False)
     if "extra_text_features" in keywords:
         keywords["extra"] = keywords.pop("extra_text_features")
     options = defaults._replace(**keywords) if options is None else options
-    _check_smoothing(options.label_smoothing)
+    check_smoothing(options.label_smoothing)
     for name, given, known in (
         ("comm", "gather" if options.sent else options.comm, ("gather", "ring")),
         ("reduction", options.reduction, ("mean", "none")),
     ):
         if given not in known:
             raise ValueError(f"contrastive_loss({name}): got {given!r}, expected one of {', '.join(map(repr, known))}")
-    problem: Exception | None = None
     try:
         check_features(image_features, text_features)
         check_scale(logit_scale)
@@ -79,7 +83,7 @@ def prepare(
     except (TypeError, ValueError) as error:
         if options.group is None:
             raise
-        problem = error
+        problem = problem or error
     if options.sent:
         if problem is not None:
             raise problem
@@ -121,13 +125,12 @@ def check_features(image_features: Tensor, text_features: Tensor) -> None:
             )
 
 
-def _check_smoothing(label_smoothing: float) -> None:
+def check_smoothing(label_smoothing: float, name: str = "contrastive_loss(label_smoothing)") -> None:
+    """Raise TypeError or ValueError for what is no share of a target."""
     if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"contrastive_loss(label_smoothing): got {label_smoothing!r}, expected a number")
+        raise TypeError(f"{name}: got {label_smoothing!r}, expected a number")
     if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            f"contrastive_loss(label_smoothing): got {label_smoothing}, expected a number of at least 0 and below 1"
-        )
+        raise ValueError(f"{name}: got {label_smoothing}, expected a number of at least 0 and below 1")
 
 
 def _check_groups(groups: Tensor | None, image_features: Tensor) -> None:

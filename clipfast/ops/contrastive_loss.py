@@ -167,7 +167,7 @@ def send_texts(
     )
 
 
-def _scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
+def as_scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
     """Return a scalar argument as a tensor in the precision of logits."""
     dtype = contrastive_kernels.accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
@@ -196,18 +196,18 @@ def _tiled(
     logit_bias: Tensor | float | None,
     options: Options,
 ) -> Tensor | tuple[Tensor, ContrastiveAccuracy]:
-    scale, ranks = _scalar(logit_scale, image_features), options.ranks
+    scale, ranks = as_scalar(logit_scale, image_features), options.ranks
     image, text, extra, dtype = image_features, text_features, options.extra, None
     if options.has_targets and image.dtype != scale.dtype:
         # two terms' gradients are added before they are rounded to 16 bits
         dtype = image.dtype
         image, text, extra = (None if x is None else x.to(scale.dtype) for x in (image, text, extra))
     loss, *found = contrastive_autograd.contrastive_losses(
-        _rows(image),
-        _rows(texts_of(text, options)),
+        as_rows(image),
+        as_rows(texts_of(text, options)),
         scale,
         _plan(kernels, options, dtype),
-        None if extra is None else _rows(extra),
+        None if extra is None else as_rows(extra),
     )
     if options.has_targets:
         parts = (image, text, extra)
@@ -218,7 +218,7 @@ def _tiled(
         loss = contrastive_autograd.joined_mean(loss, ranks)
     if isinstance(logit_bias, Tensor):
         # the bias moves all logits alike: its gradient is zero, not missing
-        loss = loss + 0 * _scalar(logit_bias, loss)
+        loss = loss + 0 * as_scalar(logit_bias, loss)
     if not options.return_accuracy:
         return loss
     counts = torch.stack(found).sum(1, dtype=loss.dtype)
@@ -235,22 +235,23 @@ def _siglip_tiled(
     options: Options,
 ) -> Tensor:
     losses = contrastive_autograd.siglip_losses(
-        _rows(image_features),
-        _rows(texts_of(text_features, options)),
-        _scalar(logit_scale, image_features),
-        _scalar(logit_bias, image_features),
+        as_rows(image_features),
+        as_rows(texts_of(text_features, options)),
+        as_scalar(logit_scale, image_features),
+        as_scalar(logit_bias, image_features),
         _plan(kernels, options),
     )
     return losses if options.reduction == "none" else share(losses, options.ranks)
 
 
-def _rows(features: Tensor) -> Tensor:
+def as_rows(features: Tensor) -> Tensor:
     """Return features as the kernels read them: the last dimension contiguous, no two rows in one place."""
     in_place = features.stride(1) == 1 and features.stride(0) >= features.shape[1]
     return features if in_place else features.contiguous()
 
 
-def _native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
+def native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
+    """Return why the op library's kernels cannot serve a loss of features, or None."""
     if contrastive_kernels.native is None:
         return contrastive_kernels.native_unavailable
     if image_features.device.type not in contrastive_kernels.native_devices:
@@ -258,30 +259,32 @@ def _native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
     return contrastive_cuda.refusal(op, image_features) if image_features.is_cuda else None
 
 
-def _native_kernels(image_features: Tensor) -> contrastive_kernels.Kernels:
+def native_kernels(image_features: Tensor) -> contrastive_kernels.Kernels:
+    """Return the op library's kernels for the features' device."""
     return contrastive_cuda.kernels if image_features.is_cuda else contrastive_kernels.native
 
 
 def _native(*arguments: Any) -> Any:
-    return _tiled(_native_kernels(arguments[0]), *arguments)
+    return _tiled(native_kernels(arguments[0]), *arguments)
 
 
 def _siglip_native(*arguments: Any) -> Any:
-    return _siglip_tiled(_native_kernels(arguments[0]), *arguments)
+    return _siglip_tiled(native_kernels(arguments[0]), *arguments)
 
 
 def _chunked(*arguments: Any) -> Any:
-    _announce("contrastive_loss", arguments[0])
+    announce_chunks("contrastive_loss", arguments[0])
     return _tiled(contrastive_kernels.chunked, *arguments)
 
 
 def _siglip_chunked(*arguments: Any) -> Any:
-    _announce("siglip_loss", arguments[0])
+    announce_chunks("siglip_loss", arguments[0])
     return _siglip_tiled(contrastive_kernels.chunked, *arguments)
 
 
-def _announce(op: str, image_features: Tensor) -> None:
-    reason = _native_refusal(op, image_features)
+def announce_chunks(op: str, image_features: Tensor) -> None:
+    """Warn once that PyTorch's tiles stand in for the op library's."""
+    reason = native_refusal(op, image_features)
     # a kernel that failed has been announced
     if reason is not None and fallback.failure(op, image_features.device) is None:
         dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
@@ -295,7 +298,7 @@ for _op, _implementations in (
         _op,
         prepare,
         dispatch.Implementation(
-            "native", "tiles in the op library", _implementations[0], functools.partial(_native_refusal, _op)
+            "native", "tiles in the op library", _implementations[0], functools.partial(native_refusal, _op)
         ),
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         dispatch.Implementation("reference", "all logits at once, in PyTorch", _implementations[2]),

@@ -1,8 +1,8 @@
 """Targets that are more than each row's own pair, as corrections of O(B·D) to the loss that has only that.
 
 A row's cross-entropy with any target ``q`` is its log-sum-exp less ``Σⱼ qⱼ·sᵢⱼ``. The tiles give it for a target that
-is the pair alone; what is left is ``s·Iᵢ·(Tᵢ − Σⱼ qⱼ·Tⱼ)``, and ``Σⱼ qⱼ·Tⱼ`` is a mean of features: of those of a group,
-of all for smoothed labels. No B×B matrix is needed.
+is the pair alone. What is left is ``s·Iᵢ·(Tᵢ − Σⱼ qⱼ·Tⱼ)``, and ``Σⱼ qⱼ·Tⱼ`` is a mean of features: of those of a
+group, of all for smoothed labels. No B×B matrix is needed.
 """
 
 from __future__ import annotations
