@@ -1,4 +1,4 @@
-"""CLIP's loss with other targets and columns, by PyTorch's cross-entropy over all logits, and what it is compared by."""
+"""CLIP's loss with other targets and columns, by PyTorch's cross-entropy over all logits."""
 
 from __future__ import annotations
 
@@ -52,3 +52,13 @@ def plain_loss(
     )
     loss = sum(losses) / 2
     return loss if reduction == "none" else loss.mean()
+
+
+def plain_distillation(
+    image: Tensor, text: Tensor, scale: Tensor, u: Tensor, v: Tensor, teacher_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return open_clip's pair of losses by its formulas: contrastive, and cross-entropy with the teacher's softmax."""
+    contrastive = plain_loss(image, text, scale)
+    student, teacher = scale * image @ text.T, teacher_scale * u @ v.T
+    directions = ((student, teacher), (student.T, teacher.T))
+    return contrastive, sum(-(t.softmax(1) * x.log_softmax(1)).sum(1).mean() for x, t in directions) / 2
