@@ -9,9 +9,8 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_recipes import RECIPES, plain_loss, recipe
+from contrastive_recipes import RECIPES, Largest, plain_loss, recipe
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import ops
 from clipfast.ops import contrastive_kernels
@@ -205,19 +204,6 @@ def test_wrong_recipes(options: dict, error: type[Exception], message: str) -> N
             ops.contrastive_loss(torch.ones(3, 2), torch.ones(3, 2), 1.0, **options)
 
 
-class _Largest(TorchDispatchMode):
-    """Notes the most entries that the result of any operator has."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, Tensor):
-                self.entries = max(self.entries, x.numel())
-        return out
-
-
 def test_no_block_of_all_pairs_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tensor that operators give, forward and backward, has a tile's entries or a batch of features' at most."""
     monkeypatch.setattr(contrastive_kernels, "ROWS", 64)
@@ -228,7 +214,7 @@ def test_no_block_of_all_pairs_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         # the tiles themselves run below the mode: as operators they are one call
         chunked = contrastive_kernels.Kernels(*contrastive_kernels._CHUNKED)
         monkeypatch.setattr(contrastive_kernels, "chunked", chunked)
-        with _Largest() as seen, ops.backend(backend):
+        with Largest() as seen, ops.backend(backend):
             numbers(ops.contrastive_loss, features, "all three", 14.3)
         if bound is None:
             assert seen.entries >= size * (size + extra), "the specification's block is seen"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 #: Keywords of a loss, as `recipe` makes them of a batch.
 RECIPES = ("smoothed", "grouped", "extra", "grouped and smoothed", "extra and smoothed", "all three")
@@ -62,3 +63,17 @@ def plain_distillation(
     student, teacher = scale * image @ text.T, teacher_scale * u @ v.T
     directions = ((student, teacher), (student.T, teacher.T))
     return contrastive, sum(-(t.softmax(1) * x.log_softmax(1)).sum(1).mean() for x, t in directions) / 2
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most entries that the result of any operator has."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: object, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        """Run an operator and look at what it gives."""
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, Tensor):
+                self.entries = max(self.entries, x.numel())
+        return out

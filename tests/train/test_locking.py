@@ -1,4 +1,4 @@
-"""Training with frozen towers, or first blocks: they stay, cost nothing on the way back, and are written as they were."""
+"""Training with frozen towers or first blocks: they stay as they were, and cost nothing in the backward pass."""
 
 from __future__ import annotations
 

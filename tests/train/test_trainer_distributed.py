@@ -24,12 +24,14 @@ TINY = {
 }
 HALF = ("ddp bf16", "ddp pure_bf16", "ddp fp16", "fsdp bf16", "fsdp pure_bf16")
 CASES = list(itertools.product(("ddp", "fsdp"), (None, 2)))
-LOCKS = (
-    {"lock_image": True, "label_smoothing": 0.1},
-    {"lock_text": True, "lock_image": True, "lock_image_unlocked_groups": 2},
-    {"lock_text": True, "lock_image": True},
-)
-LOCKED = list(itertools.product(LOCKS, (("ddp", None), ("ddp", 2), ("fsdp", 2))))
+_TEXT = {"lock_text": True, "lock_image": True}
+LOCKED = [
+    ({"lock_image": True, "label_smoothing": 0.1}, ("ddp", None)),
+    ({"lock_image": True, "label_smoothing": 0.1}, ("fsdp", 2)),
+    (_TEXT | {"lock_image_unlocked_groups": 2}, ("ddp", 2)),
+    (_TEXT | {"lock_image_unlocked_groups": 2}, ("fsdp", None)),
+    (_TEXT, ("ddp", 2)),
+]
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ def trained(rank: int, ranks: int) -> list:
         results.append([numbers, whole(trainer.weights), whole(trainer.ema)])
     for locks, (strategy, size) in LOCKED:
         trainer = trainer_of(place, strategy, size, **locks)
-        numbers = run_steps(trainer, range(3))
+        numbers = run_steps(trainer, range(2))
         results.append([numbers, whole(trainer.weights), whole(trainer.frozen)])
     return results
 
@@ -112,7 +114,7 @@ def test_ranks_train_as_one_process_with_the_joined_batch(ranks):
     for index, (locks, case) in enumerate(LOCKED, len(CASES)):
         alone = trainer_of(Workplace(torch.device("cpu")), "ddp", None, **locks)
         before = whole(alone.frozen)
-        numbers = torch.tensor(run_steps(alone, range(3)), dtype=torch.float64)
+        numbers = torch.tensor(run_steps(alone, range(2)), dtype=torch.float64)
         for found, weights, frozen in (rank[index] for rank in per_rank):
             torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), numbers, rtol=1e-10, atol=1e-10)
             assert frozen == before, case
