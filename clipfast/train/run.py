@@ -267,7 +267,7 @@ class _Run:
 
     def _write_model(self) -> None:
         """Write the weights, or their moving averages, where `clipfast eval` and others find them."""
-        chosen = self.trainer.ema or self.trainer.weights
+        chosen = self.trainer.frozen | (self.trainer.ema or self.trainer.weights)
         weights = {name: _whole(chosen.get(name, value)) for name, value in self._model_state()}
         self.place.together(
             "output",
