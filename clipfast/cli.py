@@ -14,6 +14,7 @@ from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
 from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
+from clipfast.cli_train import ending_on_request as _ending_on_request
 from clipfast.commands import Commands
 from clipfast.console import echo
 
@@ -51,28 +52,30 @@ def demo(
 ) -> None:
     """Train a small CLIP on emoji and their names, and report what it learned.
 
-    Takes about four minutes on two CPU cores. Ctrl-C ends training early and keeps what was learned.
+    Takes about four minutes on two CPU cores. Ctrl-C and SIGTERM end training early and keep what was learned.
     """
-    try:
-        from clipfast.train.demo import run_demo
+    with _ending_on_request() as stop:
+        try:
+            with stop.at_once():
+                from clipfast.train.demo import run_demo
 
-        run_demo(
-            model=model,
-            steps=steps,
-            batch_size=batch_size,
-            image_size=image_size,
-            learning_rate=learning_rate,
-            precision=precision,
-            device=device,
-            seed=seed,
-            output=output,
-        )
-    except ModuleNotFoundError as error:
-        echo(f"error: the demo needs {error.name}: pip install 'clipfast[demo]'", err=True)
-        raise typer.Exit(1) from error
-    except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+            run_demo(
+                model=model,
+                steps=steps,
+                batch_size=batch_size,
+                image_size=image_size,
+                learning_rate=learning_rate,
+                precision=precision,
+                device=device,
+                seed=seed,
+                output=output,
+            )
+        except ModuleNotFoundError as error:
+            echo(f"error: the demo needs {error.name}: pip install 'clipfast[demo]'", err=True)
+            raise typer.Exit(1) from error
+        except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
+            echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
 
 
 @app.command()

@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -83,6 +83,19 @@ def warnings_as_notices() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
+
+
+def for_workers() -> Callable[[], None]:
+    """Return what a process that is started anew calls first: it says warnings as this one does. It can be pickled."""
+    return _begin if warnings.showwarning is _show else _leave
+
+
+def _begin() -> None:
+    warnings.showwarning = _show
+
+
+def _leave() -> None:
+    pass
 
 
 def _show(

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from clipfast import notices
 from clipfast.cli import app
 from clipfast.console import PlainConsole
-from clipfast.notices import drawing_on, notice, say, warnings_as_notices
+from clipfast.notices import drawing_on, for_workers, notice, say, warnings_as_notices
 from clipfast.ops.dispatch import FallbackWarning
 from clipfast.ops.fallback import KernelFallbackWarning
 from clipfast.progress import RowProgress
@@ -118,6 +120,24 @@ def test_a_forked_worker_leaves_its_parents_bar_alone(monkeypatch):
         say("words [b]")
         monkeypatch.undo()
     assert (file.getvalue(), terminal.getvalue()) == ("words [b]\n", "")
+
+
+def test_workers_that_are_started_anew_do_as_their_parent(capfd):
+    """As those of a DataLoader: what they call first was pickled."""
+
+    def run_worker() -> None:
+        code = f"import pickle, warnings; pickle.loads({pickle.dumps(for_workers())})(); warnings.warn('[b]words')"
+        worker = multiprocessing.get_context("spawn").Process(target=exec, args=(code, {}))
+        worker.start()
+        worker.join(60)
+        assert worker.exitcode == 0
+
+    with warnings_as_notices():
+        run_worker()
+    assert "Warning: [b]words" not in (shown := capfd.readouterr().err)
+    assert shown.endswith("[b]words\n")
+    run_worker()
+    assert "UserWarning: [b]words" in capfd.readouterr().err
 
 
 def test_commands_say_warnings_as_notices(tmp_path, monkeypatch):

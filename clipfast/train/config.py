@@ -37,6 +37,14 @@ class TrainConfig:
         compile: Whether blocks are compiled by ``torch.compile``.
         strategy: How ranks share the model: ``"ddp"``, or ``"fsdp"`` (FSDP2).
         seed: Of all random numbers in the towers.
+        label_smoothing: The share of every target that is spread evenly over its row; see
+            :func:`clipfast.ops.contrastive_loss`.
+        lock_image: Whether the image tower is frozen, but for its last ``lock_image_unlocked_groups`` groups of layers;
+            see :meth:`clipfast.CLIP.lock_image_tower`. The names of all five are open_clip's.
+        lock_image_unlocked_groups: How many of them still learn.
+        lock_image_freeze_bn_stats: Whether a frozen ResNet's BatchNorms use their running statistics.
+        lock_text: Whether the text tower is frozen, but for its last ``lock_text_unlocked_layers`` groups.
+        lock_text_unlocked_layers: How many of them still learn.
     """
 
     steps: Annotated[int, "Optimizer steps."]
@@ -52,6 +60,12 @@ class TrainConfig:
     compile: Annotated[bool, "Compile the blocks with torch.compile."] = False
     strategy: Annotated[Strategy, "How ranks share the model: ddp, or fsdp."] = "ddp"
     seed: Annotated[int, "Of the data's order, crops and dropout."] = 0
+    label_smoothing: Annotated[float, "The share of every target that is spread over its row."] = 0.0
+    lock_image: Annotated[bool, "Freeze the image tower (LiT)."] = False
+    lock_image_unlocked_groups: Annotated[int, "But for its last groups of layers."] = 0
+    lock_image_freeze_bn_stats: Annotated[bool, "A frozen ResNet keeps BatchNorm's statistics."] = False
+    lock_text: Annotated[bool, "Freeze the text tower."] = False
+    lock_text_unlocked_layers: Annotated[int, "But for its last groups of layers."] = 0
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -62,6 +76,17 @@ class TrainConfig:
             raise ValueError(f"ema_decay: got {self.ema_decay}, expected a number from 0 up to, not including, 1")
         if self.micro_batch_size is not None and self.micro_batch_size < 1:
             raise ValueError(f"micro_batch_size: got {self.micro_batch_size}, expected at least 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"label_smoothing: got {self.label_smoothing}, expected a number from 0 up to, not including, 1"
+            )
+        for lock, names in (
+            ("lock_image", ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats")),
+            ("lock_text", ("lock_text_unlocked_layers",)),
+        ):
+            for name in names:
+                if getattr(self, name) and not getattr(self, lock):
+                    raise ValueError(f"{name}: got {getattr(self, name)} without {lock}, expected both or neither")
         for name, kind in (("precision", Precision), ("schedule", Schedule), ("strategy", Strategy)):
             known = get_args(kind)
             if getattr(self, name) not in known:
