@@ -122,6 +122,23 @@ def test_a_forked_worker_leaves_its_parents_bar_alone(monkeypatch):
     assert (file.getvalue(), terminal.getvalue()) == ("words [b]\n", "")
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), BrokenPipeError(), ValueError("I/O operation on closed file")]
+)
+def test_a_notice_that_cannot_be_written_ends_nothing(error, monkeypatch):
+    """As Python's own warnings: the run that is warned of a full disk goes on."""
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise error
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    monkeypatch.setattr(notices, "_notices", notices._Notices())
+    with warnings_as_notices():
+        warnings.warn("clipfast: words", stacklevel=1)
+        warnings.warn("clipfast: others", stacklevel=1)
+
+
 def test_workers_that_are_started_anew_do_as_their_parent(capfd):
     """As those of a DataLoader: what they call first was pickled."""
 
