@@ -135,8 +135,12 @@ class _Run:
         if self.config.val_data is None:
             return None
         batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
+        try:
+            source = open_pairs(self.config.val_data, self.config.data_options())
+        except (ValueError, OSError) as error:
+            raise type(error)(f"val_data: {str(error).removeprefix('data: ')}") from error
         validation = Validation(
-            open_pairs(self.config.val_data, self.config.data_options()),
+            source,
             self.config.val_pairs,
             self._transform(train=False),
             self._tokenizer(),

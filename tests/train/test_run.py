@@ -23,6 +23,7 @@ from clipfast.data.shards import write_shards
 from clipfast.data.sources import Pair, open_pairs
 from clipfast.train.checkpoint import CheckpointError, Checkpoints
 from clipfast.train.config import make_run_config, read_settings
+from clipfast.train.run import run_training
 from clipfast.train.validation import Validation
 from clipfast.train.workplace import Workplace
 
@@ -129,7 +130,7 @@ def test_held_out_pairs_that_vanish_cost_a_warning_and_not_the_run(place, tmp_pa
         return original(self, trainer, stop)
 
     (place / "gone").mkdir()
-    for name in ("a", "b"):
+    for name in "abcdefghij":
         (place / "gone" / f"{name}.png").write_bytes(b"\x89PNG and no more")
         (place / "gone" / f"{name}.txt").write_text("gone")
     monkeypatch.setattr(Validation, "measure", lose_them)
@@ -140,11 +141,11 @@ def test_held_out_pairs_that_vanish_cost_a_warning_and_not_the_run(place, tmp_pa
 
 
 def test_pairs_that_none_can_be_read_of_are_one_line(place, tmp_path):
-    pairs = [Pair(str(i), b"\x89PNG and no more", f"pair {i}") for i in range(12)]
-    write_shards(pairs, tmp_path / "shards")
+    lines = [f"{name}.png,{name}" for name in "abcdefghijkl"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
     for workers in (0, 1):
         with pytest.raises(ValueError, match="^data: 100 pairs in a row cannot be used, the last is .*$") as error:
-            train(place, tmp_path / "run", data=str(tmp_path / "shards"), workers=workers)
+            train(place, tmp_path / "run", data=str(tmp_path / "pairs.csv"), workers=workers)
         assert "\n" not in str(error.value)
 
 
@@ -185,7 +186,7 @@ def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
     ("changes", "error", "message"),
     [
         ({"data": "nowhere-{0..3}.tar"}, FileNotFoundError, "4 of 4 shards are missing, the first is nowhere-0.tar"),
-        ({"val_data": "nowhere"}, FileNotFoundError, "got nowhere"),
+        ({"val_data": "nowhere"}, FileNotFoundError, "val_data: got nowhere"),
         ({"batch_size": 41}, ValueError, "batch_size: got 41, expected at most 40"),
         ({"model": "ViT-B-33"}, ValueError, "model name: got 'ViT-B-33'"),
         ({"weights": "none.pt"}, FileNotFoundError, "none.pt"),
@@ -193,12 +194,12 @@ def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
         ({"device": "tpu"}, ValueError, "device: got 'tpu'"),
         ({"output": "{}/tiny.json"}, NotADirectoryError, "output: got .*expected a folder: .*tiny.json is a file"),
         ({"output": "{}/tiny.json/run"}, NotADirectoryError, "output: got .*expected a folder: .*tiny.json is a file"),
-        ({"val_data": "{}/empty"}, ValueError, "got no pairs in .*empty, expected at least one"),
+        ({"val_data": "{}/empty"}, ValueError, "val_data: got no pairs in .*empty, expected"),
         ({"val_data": "{}/one.csv"}, ValueError, "val_data: got 1 pairs of which 1 can be read, expected 2 or more"),
         (
             {"val_data": "{}/broken.csv"},
             ValueError,
-            "val_data: got 3 pairs of which 1 can be read, .*2 or more: .*b.png",
+            "got 3 pairs of which 1 can be read, .*2 or more: .*b.png",
         ),
         ({"val_data": "{}/broken.csv", "val_pairs": 2}, ValueError, "val_data: got 2 pairs of which 1 can be read"),
     ],
@@ -211,7 +212,7 @@ def test_what_cannot_work_is_told_before_training(place, tmp_path, changes, erro
     (place / "broken.csv").write_text("image,caption\ngood.png,good\nb.png,broken\nnowhere.png,missing\n")
     changes = {n: v.replace("{}", str(place)) if isinstance(v, str) else v for n, v in changes.items()}
     with pytest.raises(error, match=message):
-        train(place, tmp_path, **changes)
+        run_training(make_run_config(settings(place, tmp_path) | changes))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
