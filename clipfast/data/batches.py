@@ -93,8 +93,13 @@ def training_batches(
 
     A pair that cannot be used (missing, corrupt or huge picture, empty caption) is replaced by one that is drawn from
     those shuffled with it, and named in the batch. Batches never become smaller. Of several captions of a picture an
+<<<<<<< HEAD
     epoch takes one (:func:`clipfast.data.captions.draw_caption`). Closing the generator ends the workers, also those
     that hang.
+=======
+    epoch takes one (:func:`clipfast.data.captions.draw_caption`). Closing the generator ends the workers, even
+    those that hang.
+>>>>>>> stop
 
     Args:
         source: The pairs.
@@ -179,6 +184,15 @@ def read_pairs(
     return torch.stack(images), tokenizer(list(captions)), torch.tensor(good)
 
 
+def why_unusable(source: PairSource, index: int, transform: ImageTransform) -> str | None:
+    """Say why a pair cannot be used, or None if it can."""
+    try:
+        _usable_pair(_read(source, index), 0, transform)
+    except _Unusable as error:
+        return f"{error.key}: {error.reason}"
+    return None
+
+
 class _Positions:
     """What each step reads, in the form in which ``DataLoader`` asks for it."""
 
@@ -192,7 +206,7 @@ class _Positions:
         return max(0, self.last_step - self.first_step)
 
 
-class _Reader(Dataset[Batch]):
+class _Reader(Dataset[Batch | ValueError]):
     """Reads and decodes whole batches by their positions in the run's order.
 
     Attributes:
@@ -211,9 +225,13 @@ class _Reader(Dataset[Batch]):
     ) -> None:
         self.source, self.order, self.transform, self.tokenizer, self.seed = source, order, transform, tokenizer, seed
 
-    def __getitems__(self, positions: range) -> Batch:
+    def __getitems__(self, positions: range) -> Batch | ValueError:
         skipped: list[tuple[str, str]] = []
-        images, captions = zip(*(self._usable(position, skipped) for position in positions), strict=True)
+        try:
+            images, captions = zip(*(self._usable(position, skipped) for position in positions), strict=True)
+        except ValueError as error:
+            # it is raised where it is read: PyTorch would put the worker's traceback into its words
+            return error
         return Batch(torch.stack(images), self.tokenizer(list(captions)), tuple(skipped))
 
     def _usable(self, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
@@ -273,5 +291,5 @@ def _mixed(seed: int, position: int) -> int:
     return int(np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch | ValueError) -> Batch | ValueError:
     return batch

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,12 +124,19 @@ class ParquetPictures:
         self._bases: dict[Path, Path] = {}
         self._one_folder = len({path.parent for path in rows.paths}) == 1
         if column.kind == "path":
-            first = [value for row in range(min(20, len(rows))) if (value := rows.value(row, column.name))]
+            first = list(self._first_paths(20))
             refuse_urls(first, f"the column {column.name!r} of {rows.paths[0]}")
             near = rows.paths[0].parent
             base = find_base(near, first, [near.parent])
             if base != near:
                 self._bases = dict.fromkeys({path.parent for path in rows.paths}, base)
+
+    def _first_paths(self, count: int) -> Iterator[str]:
+        for row in range(min(count, len(self._rows))):
+            # a part of a file that is damaged is an error of its rows
+            with contextlib.suppress(PairError):
+                if value := self._rows.value(row, self._column.name):
+                    yield value
 
     def short_key(self, row: int) -> str:
         """Return :meth:`key`; or a path as the column has it, where all files lie in one folder."""

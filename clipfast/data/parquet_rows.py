@@ -6,6 +6,7 @@ A row group is what lies together, so only as many of them are shuffled together
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from clipfast.data.shards import shard_names
 
 # bytes of decoded row groups that a process holds, and open files
 _HELD = 256 << 20
+_LARGE = 1 << 30
 _OPEN_FILES = 32
 
 
@@ -49,6 +51,13 @@ class ParquetRows:
         if not len(self):
             others = f" and {len(paths) - 1} files more" if len(paths) > 1 else ""
             raise ValueError(f"data: got no rows in {paths[0]}{others}, expected at least one")
+        largest = int(self._places[:, 3].max())
+        if largest > _LARGE:
+            warnings.warn(
+                f"data: {paths[0]} and its like have row groups of up to {largest / 2**30:.1f} GiB: every process that "
+                f"reads holds one in memory; write them with fewer rows a group",
+                stacklevel=3,
+            )
         self._forget()
 
     def __len__(self) -> int:

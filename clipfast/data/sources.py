@@ -13,12 +13,15 @@ from clipfast.data.options import DataOptions
 from clipfast.data.pairs import Captions, Pair, PairError, PairSource
 from clipfast.data.parquet_pairs import ParquetPairs, has_pairs
 from clipfast.data.patterns import find_parquet, find_shards
-from clipfast.data.pictures import PICTURES
+from clipfast.data.pictures import PICTURES, ending_of, is_picture
 from clipfast.data.shards import ShardedPairs
 from clipfast.data.table_pairs import TABLES, TablePairs, table_layout
-from clipfast.data.walk import files_below
+from clipfast.data.walk import Below, files_below
 
 __all__ = ["Captions", "DataOptions", "Layout", "Pair", "PairError", "PairSource", "layouts_of_folder", "open_pairs"]
+
+# a folder with more texts that belong to no picture is a collection of texts: no table is looked for in them
+_MOST_TEXTS = 50
 
 
 def open_pairs(path: str | os.PathLike[str], options: DataOptions | None = None) -> PairSource:
@@ -88,17 +91,35 @@ def layouts_of_folder(folder: Path, options: DataOptions | None = None) -> list[
     annotations = [path for top in (folder, folder / "annotations") for name in ANNOTATIONS for path in top.glob(name)]
     for path in sorted(annotations):
         found.append(Layout(f"annotations {path.relative_to(folder)}", lambda p=path: AnnotatedPairs(p, options)))
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLES and p.is_file()):
+    below = files_below(folder, (*PICTURES, *caption_endings(options), *TABLES, ".parquet"))
+    for path in _tables(folder, below):
         if is_table(path, options):
             found.append(Layout(f"a table {path.name}", lambda p=path: TablePairs(p, options)))
-    below = files_below(folder, (*PICTURES, *caption_endings(options), ".parquet"))
-    parquet = [folder / name for name in below.ordered() if name.lower().endswith(".parquet")]
-    if parquet and has_pairs(parquet[0], options):
+    beside = with_captions(below, options)
+    parquet = [folder / name for name in below.ordered() if ending_of(name) == ".parquet"]
+    if parquet and _is_of_pairs(parquet[0], options, alone=not any(map(is_picture, below.files))):
         found.append(Layout(f"Parquet {parquet[0].relative_to(folder)}", lambda: ParquetPairs(parquet, options)))
-    below.files = [name for name in below.files if not name.lower().endswith(".parquet")]
-    if with_captions(below, options):
-        found.append(Layout("pictures with captions beside them", lambda: FolderPairs(folder, options, below), False))
+    if beside:
+        words = "pictures with captions beside them"
+        found.append(Layout(words, lambda: FolderPairs(folder, options, below), listed=False))
     return found
+
+
+def _tables(folder: Path, below: Below) -> list[Path]:
+    """Return the files in a folder itself that may be tables: no captions of a picture, no collection of texts."""
+    files = [name for name in below.ordered() if "/" not in name]
+    stems = {os.path.splitext(name)[0] for name in files if is_picture(name)}
+    tables = [name for name in files if ending_of(name) in TABLES and os.path.splitext(name)[0] not in stems]
+    texts = [name for name in tables if ending_of(name) == ".txt"]
+    return [folder / name for name in tables if ending_of(name) != ".txt" or len(texts) <= _MOST_TEXTS]
+
+
+def _is_of_pairs(path: Path, options: DataOptions, *, alone: bool) -> bool:
+    try:
+        return has_pairs(path, options)
+    except ImportError:
+        # img2dataset leaves Parquet beside pictures, which can be read without pyarrow
+        return alone
 
 
 def _open_folder(folder: Path, options: DataOptions) -> PairSource:

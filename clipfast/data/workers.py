@@ -99,6 +99,8 @@ def until_stopped(
 ) -> Generator[T, None, None]:
     """Start a loader, and yield its batches until there are no more or ``stop()`` is true.
 
+    An exception in the place of a batch is raised.
+
     Args:
         loader: With ``timeout=WAIT`` if it has workers: a batch and the end are waited for at once.
         workers: Its ``multiprocessing_context``; None if this process reads itself.
@@ -122,6 +124,8 @@ def _until_stopped(
                 if stop is not None and stop():
                     return
                 continue
+            if isinstance(batch, Exception):
+                raise batch
             yield batch
     finally:
         if workers is not None:

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clipfast.console import tell
+from clipfast.console import make_console, tell
 from clipfast.data.emoji_classes import zero_shot_questions
 from clipfast.data.emoji_pairs import EmojiPairs, load_emoji_pairs
 from clipfast.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from clipfast.train.demo_report import HeldOutPairs, metrics_table, write_demo_r
 from clipfast.train.emoji_batches import encode_all, normalized_pixels, training_batches, whole_tokens
 from clipfast.train.engine import TrainResult, train
 from clipfast.train.interrupt import Stopped, stop_on_interrupt
-from clipfast.train.progress import TrainingConsole, TrainingProgress
+from clipfast.train.progress import TrainingProgress
 
 # 13.7 M parameters, 9.5 M of them CLIP's vocabulary; two cores take a step of 256 pairs in 0.65 s
 SMALL = CLIPConfig(
@@ -89,7 +89,7 @@ def run_demo(
         Stopped: The end was asked for before the first step.
     """
     started = time.perf_counter()
-    console = console or TrainingConsole()
+    console = console or make_console()
     output = Path(output)
     with stop_on_interrupt() as stop:
         with stop.at_once():

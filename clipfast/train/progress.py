@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from clipfast.console import PlainConsole, tell
+from clipfast.console import tell
 from clipfast.notices import drawing_on
 from clipfast.progress import draws, in_words
 from clipfast.train.engine import StepRecord
-
-
-class TrainingConsole(PlainConsole):
-    """A console that falls silent where rich's would end the process: when nobody reads any more.
-
-    Ctrl-C on ``clipfast train | tee log`` ends ``tee`` first, and the run has yet to be saved.
-    """
-
-    def on_broken_pipe(self) -> None:
-        """Say nothing from now on, and let what is still in the buffer go nowhere."""
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.file.fileno())
-        os.close(nowhere)
 
 
 class TrainingProgress:

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from clipfast.console import tell
+from clipfast.console import make_console, tell
 from clipfast.data.batches import Shares, training_batches
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
@@ -29,7 +29,8 @@ from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig
 from clipfast.train.engine import StepRecord, TrainResult, train_on
 from clipfast.train.interrupt import StopRequest, stop_on_interrupt
-from clipfast.train.progress import TrainingConsole, TrainingProgress
+from clipfast.train.limits import check_output
+from clipfast.train.progress import TrainingProgress
 from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, step_values
 from clipfast.train.trainer import Trainer
 from clipfast.train.validation import Validation
@@ -85,7 +86,7 @@ def _run(config: RunConfig, console: Console | None, stop: StopRequest) -> RunRe
     torch.manual_seed(config.seed)
     place = join_workplace(config.device, timeout=config.timeout)
     try:
-        return _prepared(config, place, console or TrainingConsole(quiet=not place.leads), stop).go()
+        return _prepared(config, place, console or make_console(quiet=not place.leads), stop).go()
     except BaseException as error:
         if place.group is not None:  # the frames hold DDP, which holds the group that `leave` lets go of
             traceback.clear_frames(error.__traceback__)
@@ -107,16 +108,17 @@ class _Run:
         self.config, self.place, self.console, self.stop = config, place, console, stop
         self.output = Path(config.output)
         place.agree("settings", self._settings())
+        self.model_config = place.together("model", self._model_config)
+        place.together("output", lambda: check_output(self.output))
         self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
-        self.model_config = self._model_config()
+        self.validation = place.together("val_data", self._make_validation)
         model = place.together("model", lambda: create_model(self.model_config, weights=config.weights))
         # ranks meet in here: nothing may have gone wrong on one of them before
         self.trainer = Trainer(model, self.training, place, equal_batches=True)
         self.checkpoints = Checkpoints(self.output / "checkpoints", place, keep=config.keep)
-        self.validation = place.together("val_data", self._make_validation)
         self.metrics: dict[str, float] = {}
         # whether there is something that no checkpoint holds
         self._unsaved = True
@@ -133,13 +135,19 @@ class _Run:
         if self.config.val_data is None:
             return None
         batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
-        return Validation(
-            open_pairs(self.config.val_data, self.config.data_options()),
+        try:
+            source = open_pairs(self.config.val_data, self.config.data_options())
+        except (ValueError, OSError) as error:
+            raise type(error)(f"val_data: {str(error).removeprefix('data: ')}") from error
+        validation = Validation(
+            source,
             self.config.val_pairs,
             self._transform(train=False),
             self._tokenizer(),
             batch,
         )
+        validation.check()
+        return validation
 
     def _transform(self, train: bool) -> ImageTransform:
         size = self.model_config.vision_cfg.image_size

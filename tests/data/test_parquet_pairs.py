@@ -188,6 +188,10 @@ def test_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ImportError, match=r"Parquet needs pyarrow.*: pip install 'clipfast\[embed\]'"):
         open_pairs(path)
+    # pictures beside Parquet that says where they came from
+    (tmp_path / "0.png").write_bytes(png(0))
+    (tmp_path / "0.txt").write_text("a")
+    assert open_pairs(tmp_path).read(0)[1:3] == (png(0), "a")
 
 
 def test_what_is_shuffled_together_fits_into_memory(tmp_path, monkeypatch):

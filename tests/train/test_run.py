@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -21,9 +20,11 @@ from typer.testing import CliRunner
 import clipfast
 from clipfast.cli import app
 from clipfast.data.shards import write_shards
-from clipfast.data.sources import Pair
+from clipfast.data.sources import Pair, open_pairs
 from clipfast.train.checkpoint import CheckpointError, Checkpoints
 from clipfast.train.config import make_run_config, read_settings
+from clipfast.train.run import run_training
+from clipfast.train.validation import Validation
 from clipfast.train.workplace import Workplace
 
 
@@ -121,6 +122,33 @@ def test_bad_pairs_are_counted_and_named(place, tmp_path):
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 2
 
 
+def test_held_out_pairs_that_vanish_cost_a_warning_and_not_the_run(place, tmp_path, monkeypatch):
+    original = Validation.measure
+
+    def lose_them(self, trainer, stop=None):
+        self.source = open_pairs(place / "gone")
+        return original(self, trainer, stop)
+
+    (place / "gone").mkdir()
+    for name in "abcdefghij":
+        (place / "gone" / f"{name}.png").write_bytes(b"\x89PNG and no more")
+        (place / "gone" / f"{name}.txt").write_text("gone")
+    monkeypatch.setattr(Validation, "measure", lose_them)
+    with pytest.warns(UserWarning, match="val_data: got 0 pairs that can be read at step 3, expected 2 or more"):
+        result, _ = train(place, tmp_path, val_data=str(place / "held_out"), val_every=3)
+    assert result.step == 6
+    assert result.metrics == {"val_pairs": 0}
+
+
+def test_pairs_that_none_can_be_read_of_are_one_line(place, tmp_path):
+    lines = [f"{name}.png,{name}" for name in "abcdefghijkl"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="^data: 100 pairs in a row cannot be used, the last is .*$") as error:
+            train(place, tmp_path / "run", data=str(tmp_path / "pairs.csv"), workers=workers)
+        assert "\n" not in str(error.value)
+
+
 def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
     """A save that fails in the middle is told, training goes on, and the end is an error only if it fails there too."""
     original, full = Checkpoints.save, {4}
@@ -158,17 +186,33 @@ def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
     ("changes", "error", "message"),
     [
         ({"data": "nowhere-{0..3}.tar"}, FileNotFoundError, "4 of 4 shards are missing, the first is nowhere-0.tar"),
-        ({"val_data": "nowhere"}, FileNotFoundError, "got nowhere"),
+        ({"val_data": "nowhere"}, FileNotFoundError, "val_data: got nowhere"),
         ({"batch_size": 41}, ValueError, "batch_size: got 41, expected at most 40"),
         ({"model": "ViT-B-33"}, ValueError, "model name: got 'ViT-B-33'"),
         ({"weights": "none.pt"}, FileNotFoundError, "none.pt"),
         ({"resume": "checkpoints/step-1"}, FileNotFoundError, "expected a folder with checkpoint.json"),
         ({"device": "tpu"}, ValueError, "device: got 'tpu'"),
+        ({"output": "{}/tiny.json"}, NotADirectoryError, "output: got .*expected a folder: .*tiny.json is a file"),
+        ({"output": "{}/tiny.json/run"}, NotADirectoryError, "output: got .*expected a folder: .*tiny.json is a file"),
+        ({"val_data": "{}/empty"}, ValueError, "val_data: got no pairs in .*empty, expected"),
+        ({"val_data": "{}/one.csv"}, ValueError, "val_data: got 1 pairs of which 1 can be read, expected 2 or more"),
+        (
+            {"val_data": "{}/broken.csv"},
+            ValueError,
+            "got 3 pairs of which 1 can be read, .*2 or more: .*b.png",
+        ),
+        ({"val_data": "{}/broken.csv", "val_pairs": 2}, ValueError, "val_data: got 2 pairs of which 1 can be read"),
     ],
 )
 def test_what_cannot_work_is_told_before_training(place, tmp_path, changes, error, message):
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "good.png").write_bytes(picture(0))
+    (place / "b.png").write_bytes(picture(0)[:60])
+    (place / "one.csv").write_text("image,caption\ngood.png,good\n")
+    (place / "broken.csv").write_text("image,caption\ngood.png,good\nb.png,broken\nnowhere.png,missing\n")
+    changes = {n: v.replace("{}", str(place)) if isinstance(v, str) else v for n, v in changes.items()}
     with pytest.raises(error, match=message):
-        train(place, tmp_path, **changes)
+        run_training(make_run_config(settings(place, tmp_path) | changes))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -381,24 +425,3 @@ def test_killed_twenty_times_it_ends_the_same(place, tmp_path):
     # nothing is left of what was half written but the last part, if it was killed there
     left = {re.sub(r"\d+", "N", p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir()}
     assert left <= {"step-N", ".step-N.part"}
-
-
-@pytest.mark.slow
-def test_a_scheduler_that_ends_the_job_costs_nothing(place, tmp_path):
-    """SIGTERM ends training after the step in progress, saved; the next run goes on."""
-    values = settings(place, tmp_path / "run", steps=3000, save_every=1000, schedule="constant")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clipfast", "train", *flags(values)], stdout=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    taken = int(re.search(r"stopped after step (\d+) of 3000", output)[1])
-    assert 5 < taken < 3000
-    with pytest.warns(UserWarning, match="steps = "):
-        _, said = train(place, tmp_path / "run", steps=taken + 2, schedule="constant")
-    assert f"going on from step {taken}" in said

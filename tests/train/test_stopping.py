@@ -252,7 +252,9 @@ def test_stopped_at_twenty_random_moments_it_ends_the_same(place, tmp_path, rank
         assert output.count("Traceback") == (0 if early else ranks - 1), (seed, turn, output)
         saved = saved_steps(tmp_path / "stopped")
         before = saved[0] if saved else 0
-        assert before == (len(logged(tmp_path / "stopped")) if saved else 0), (seed, turn, output)
+        # a look at the held-out pairs that was left is owed, with the line of its step
+        lines = len(logged(tmp_path / "stopped")) if saved else 0
+        assert before == lines or (before == lines + 1 and before % 9 == 0), (seed, turn, output)
         print(f"seed {seed}, moment {turn}: status {code}, step {before}", flush=True)
     last = settings(place, tmp_path / "stopped", **options | {"steps": before + 20})
     straight = settings(place, tmp_path / "straight", **options | {"steps": before + 20})
