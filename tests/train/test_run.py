@@ -374,6 +374,7 @@ import torch
 torch.set_num_threads(1)
 from clipfast.train.config import make_run_config
 from clipfast.train.run import run_training
+from rich.console import Console
 
 values, kills, seed = json.loads(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 rng = random.Random(seed)
