@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -164,8 +165,12 @@ class ShardClasses:
         self._samples: list[tuple[int, ShardSample]] = []
         self.labels: list[int] = []
         for number, shard in enumerate(shards):
+            samples, problem = scan_shard(shard)
+            if problem:
+                words = f"data: a shard is broken, what is whole of it is used: {shard}: {problem}"
+                warnings.warn(words, stacklevel=3)
             with shard.open("rb") as file:
-                for sample in scan_shard(shard)[0]:
+                for sample in samples:
                     if sample.problem:
                         raise ValueError(f"data: {shard}: {sample.key}: {sample.problem}")
                     part = find_part(sample, ["cls"])
@@ -191,7 +196,8 @@ class ShardClasses:
         """See :class:`LabelledSource`."""
         shard, sample = self._samples[index]
         path = self._shards[shard]
-        if identity(path) != self._identities[shard]:
+        # its classes are in memory; the last of an identity changes with a file's permissions too
+        if identity(path)[:2] != self._identities[shard][:2]:
             raise PairError(f"{path}: it changed since its classes were read")
         part = find_part(sample, [suffix[1:] for suffix in PICTURES])
         if part is None or part[1] < 0:

@@ -21,8 +21,12 @@ def require_pyarrow() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-def open_parquet(path: Path) -> Any:
-    """Return a ``pyarrow.parquet.ParquetFile``, mapped into memory.
+def open_parquet(path: Path, *, mapped: bool = True) -> Any:
+    """Return a ``pyarrow.parquet.ParquetFile``.
+
+    Args:
+        path: The file.
+        mapped: Whether it is mapped into memory. A mapped file that is cut while it is read ends the process.
 
     Raises:
         ImportError: pyarrow is missing.
@@ -33,7 +37,7 @@ def open_parquet(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        return parquet.ParquetFile(path, memory_map=True)
+        return parquet.ParquetFile(path, memory_map=mapped)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: got no whole Parquet file: {str(error).splitlines()[0]}") from error
 

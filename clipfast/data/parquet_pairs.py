@@ -190,6 +190,7 @@ class ParquetPairs(Pairs):
         self._pictures = ParquetPictures(self._rows, picture)
         self._caption = caption.name
         self.files = self._rows.paths
+        self.repeats = picture.kind != "bytes"
         self.groups = self._rows.groups.tolist()
         self.together = self._rows.together
 

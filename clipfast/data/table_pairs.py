@@ -116,6 +116,7 @@ class TablePairs(Pairs):
         self._base = find_base(table.parent, names)
         self._rows = _grouped(rows) if layout.grouped else [[row] for row in rows]
         self.groups = (len(self._rows),)
+        self.repeats = True
 
     def key(self, index: int) -> str:
         """See :class:`clipfast.data.pairs.PairSource`."""

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 from samples import png, write_tar
 
-from clipfast.data.labelled import has_labels
+from clipfast.data.labelled import has_labels, open_labelled
 from clipfast.data.options import DataOptions
 from clipfast.data.pairs import PairError
 from clipfast.data.sources import open_pairs
@@ -286,4 +286,7 @@ def test_json_beside_pictures(tmp_path):
 def test_classes_are_still_classes(tmp_path):
     pictures(tmp_path, ["cat/a.jpg", "dog/b.jpg"])
     (tmp_path / "notes.txt").write_text("collected in May\n")
+    # a stray archive makes no shards of pictures
+    write_tar(tmp_path / "cat" / "more.tar", [("x.png", png(0)), ("x.txt", b"words")])
     assert has_labels(str(tmp_path))
+    assert len(open_labelled(tmp_path)) == 2
