@@ -91,32 +91,27 @@ def training_batches(
 ) -> Generator[Batch, None, None]:
     """Yield this rank's batches of the steps from ``first_step`` up to, not including, ``last_step``.
 
-        A pair that cannot be used (missing, corrupt or huge picture, empty caption) is replaced by one that is drawn from
-        those shuffled with it, and named in the batch. Batches never become smaller. Of several captions of a picture an
-    <<<<<<< HEAD
-        epoch takes one (:func:`clipfast.data.captions.draw_caption`). Closing the generator ends the workers, also those
-        that hang.
-    =======
-        epoch takes one (:func:`clipfast.data.captions.draw_caption`). Closing the generator ends the workers, even
-        those that hang.
-    >>>>>>> stop
+    A pair that cannot be used (missing, corrupt or huge picture, empty caption) is replaced by one that is drawn from
+    those shuffled with it, and named in the batch. Batches never become smaller. Of several captions of a picture an
+    epoch takes one (:func:`clipfast.data.captions.draw_caption`). Closing the generator ends the workers, even
+    those that hang.
 
-        Args:
-            source: The pairs.
-            transform: From picture to tensor; a random crop is drawn from a generator of its own for each pair.
-            tokenizer: From captions to token ids ``[b, L]``.
-            shares: Which part of every step is this rank's.
-            seed: Of the order, the crops, the captions and the replacements.
-            first_step: Where to go on, counted from 0.
-            last_step: Where to end.
-            workers: Processes that read and decode; 0 does it in this one.
-            pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
-            pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`. Fewer, where the source cannot
-                hold so many in memory.
-            stop: Asked several times a second while a batch is waited for; once it returns True, batches end.
+    Args:
+        source: The pairs.
+        transform: From picture to tensor; a random crop is drawn from a generator of its own for each pair.
+        tokenizer: From captions to token ids ``[b, L]``.
+        shares: Which part of every step is this rank's.
+        seed: Of the order, the crops, the captions and the replacements.
+        first_step: Where to go on, counted from 0.
+        last_step: Where to end.
+        workers: Processes that read and decode; 0 does it in this one.
+        pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
+        pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`. Fewer, where the source cannot
+            hold so many in memory.
+        stop: Asked several times a second while a batch is waited for; once it returns True, batches end.
 
-        Raises:
-            ValueError: Fewer pairs than a batch holds, or none that can be read.
+    Raises:
+        ValueError: Fewer pairs than a batch holds, or none that can be read.
     """
     if len(source) < shares.batch_size:
         raise ValueError(f"batch_size: got {shares.batch_size}, expected at most {len(source)}, the pairs there are")
