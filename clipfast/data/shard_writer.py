@@ -34,6 +34,7 @@ FORMATS = ("jpg", "png", "webp")
 _FORMAT = "clipfast.shards.1"
 _MANIFEST, _SKIPPED = "shards.json", "skipped.jsonl"
 _OPTIONS: dict[str, dict[str, Any]] = {"jpg": {"quality": 95}, "png": {}, "webp": {"lossless": True}}
+_STARTS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"RIFF", "webp"))
 _PILLOWS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -263,14 +264,17 @@ def _extension(kind: str) -> str:
 
 
 def _header_extension(pair: Pair) -> str:
-    """Return the extension of a picture that is not decoded here."""
+    """Return the extension of a picture that is not decoded here: what it begins as, though the rest may be broken."""
     try:
         image = identify(pair.image)
-    except Exception as error:  # a corrupt header can make a decoder raise anything
-        raise ImageError(f"{pair.key}: got a picture with a corrupt header: {error}") from error
-    if image is None:
-        raise ImageError(f"{pair.key}: got bytes that start with {pair.image[:8]!r}, expected a picture")
-    return _extension(str(image.format))
+    except Exception:  # a corrupt header can make a decoder raise anything
+        image = None
+    if image is not None:
+        return _extension(str(image.format))
+    for start, extension in _STARTS:
+        if pair.image.startswith(start):
+            return extension
+    raise ImageError(f"{pair.key}: got bytes that start with {pair.image[:8]!r}, expected a picture")
 
 
 def _sample(row: int, pair: Pair, extension: str) -> dict[str, Any]:
