@@ -31,6 +31,7 @@ _HOME_OF = {
     "TextTransformer": "clipfast.modules.text",
     "ContrastiveLoss": "clipfast.modules.loss",
     "SigLipLoss": "clipfast.modules.loss",
+    "DistillClipLoss": "clipfast.modules.distill_loss",
     "Tokenizer": "clipfast.data.tokenizer",
     "tokenize": "clipfast.data.tokenizer",
     "image_transform": "clipfast.data.transform",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from clipfast.models.export import export
     from clipfast.models.warm_up import warm_up
     from clipfast.models.weights import load_weights
+    from clipfast.modules.distill_loss import DistillClipLoss
     from clipfast.modules.inference import forget_packed_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
     from clipfast.modules.packing import trim_captions

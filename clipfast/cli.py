@@ -6,27 +6,19 @@ Commands import what they need when they run: ``clipfast --help`` should not wai
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
 from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
-from clipfast.console import degrade_streams, echo
-from clipfast.notices import warnings_as_notices
+from clipfast.cli_train import ending_on_request as _ending_on_request
+from clipfast.commands import Commands
+from clipfast.console import echo
 
-
-class _Commands(TyperGroup):
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        degrade_streams()  # before help and errors of usage are printed too
-        with warnings_as_notices():
-            return super().main(*arguments, **options)
-
-
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
 def _print_version(wanted: bool) -> None:
@@ -60,28 +52,30 @@ def demo(
 ) -> None:
     """Train a small CLIP on emoji and their names, and report what it learned.
 
-    Takes about four minutes on two CPU cores. Ctrl-C ends training early and keeps what was learned.
+    Takes about four minutes on two CPU cores. Ctrl-C and SIGTERM end training early and keep what was learned.
     """
-    try:
-        from clipfast.train.demo import run_demo
+    with _ending_on_request() as stop:
+        try:
+            with stop.at_once():
+                from clipfast.train.demo import run_demo
 
-        run_demo(
-            model=model,
-            steps=steps,
-            batch_size=batch_size,
-            image_size=image_size,
-            learning_rate=learning_rate,
-            precision=precision,
-            device=device,
-            seed=seed,
-            output=output,
-        )
-    except ModuleNotFoundError as error:
-        echo(f"error: the demo needs {error.name}: pip install 'clipfast[demo]'", err=True)
-        raise typer.Exit(1) from error
-    except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
+            run_demo(
+                model=model,
+                steps=steps,
+                batch_size=batch_size,
+                image_size=image_size,
+                learning_rate=learning_rate,
+                precision=precision,
+                device=device,
+                seed=seed,
+                output=output,
+            )
+        except ModuleNotFoundError as error:
+            echo(f"error: the demo needs {error.name}: pip install 'clipfast[demo]'", err=True)
+            raise typer.Exit(1) from error
+        except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
+            echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from error
 
 
 @app.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -12,7 +14,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 
 from clipfast.console import echo
+from clipfast.data.workers import ignore_stop_signals
 from clipfast.train.config import RunConfig
+from clipfast.train.interrupt import Stopped, StopRequest, stop_on_interrupt
 
 
 def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -46,21 +50,46 @@ def train(
     """Train a CLIP on pictures and captions, alone or under torchrun; run it again to go on where it stopped.
 
     Each setting is a flag, or a line such as 'batch_size = 256' in the TOML file. Ctrl-C and SIGTERM end training after
-    the step in progress and keep what was learned.
+    the step in progress and keep what was learned; the exit status is 0 then, too.
+    """
+    with ending_on_request() as stop:
+        try:
+            # one rank of many may not leave before all have agreed to
+            with contextlib.nullcontext() if "RANK" in os.environ else stop.at_once():
+                from clipfast.train.config import make_run_config, read_settings
+                from clipfast.train.run import run_training
+
+            settings = read_settings(config) if config else {}
+            given = {name: value for name, value in flags.items() if value is not None}
+            run_training(make_run_config(settings | given))
+        except ModuleNotFoundError as error:
+            echo(f"error: training needs {error.name}: pip install 'clipfast[train]'", err=True)
+            raise typer.Exit(1) from error
+        except (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
+            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+            echo(f"error: {rank}{error}", err=True)
+            raise typer.Exit(1) from error
+
+
+@contextlib.contextmanager
+def ending_on_request() -> Iterator[StopRequest]:
+    """Let SIGINT and SIGTERM end a command of training as :func:`stop_on_interrupt` does, without a traceback.
+
+    It exits with 0 where nothing is lost, and with 130 where a second SIGINT ended it at once.
     """
     try:
-        from clipfast.train.config import make_run_config, read_settings
-        from clipfast.train.run import run_training
-
-        settings = read_settings(config) if config else {}
-        run_training(make_run_config(settings | {name: value for name, value in flags.items() if value is not None}))
-    except ModuleNotFoundError as error:
-        echo(f"error: training needs {error.name}: pip install 'clipfast[train]'", err=True)
-        raise typer.Exit(1) from error
-    except (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
-        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        echo(f"error: {rank}{error}", err=True)
-        raise typer.Exit(1) from error
+        with stop_on_interrupt() as stop:
+            yield stop
+            # what is saved is not to look lost because a scheduler repeats itself while the interpreter ends
+            atexit.register(ignore_stop_signals)
+    except Stopped:
+        atexit.register(ignore_stop_signals)
+        # who was to read it may have been stopped too
+        with contextlib.suppress(OSError):
+            echo("stopped before the first step: there is nothing to save")
+    except KeyboardInterrupt as error:
+        echo("ended at once: what was learned since the last checkpoint is lost", err=True)
+        raise typer.Exit(130) from error
 
 
 def add_train_commands(app: typer.Typer) -> None:

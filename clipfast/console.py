@@ -7,6 +7,7 @@ rich's markup, none of them moves the cursor, and no character ends a command be
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 from typing import Any, TextIO
 
@@ -86,6 +87,17 @@ class PlainConsole(Console):
         """Print as rich does, but strings as they are, with control characters written out."""
         _degrade(self.file)
         super().print(*(visible(o) if isinstance(o, str) else o for o in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Fall silent where nobody reads any more; rich's own would end the process.
+
+        Ctrl-C on ``clipfast train | tee log`` ends ``tee`` first, and the run has yet to be saved.
+        """
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        # what is still in the stream's buffer goes there, too
+        os.dup2(nowhere, self.file.fileno())
+        os.close(nowhere)
 
     def notice(self, words: str) -> None:
         """Print a line to read, whole: it is not cut or wrapped where a terminal or a log file ends."""

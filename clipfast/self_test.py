@@ -89,6 +89,14 @@ def cases(device_type: str) -> list[Case]:
             lambda *x: (x, {}),
             scales=(1.0, feature_scale, feature_scale, 1.0),
         ),
+        # both losses are near 6, and targets that are no label double the terms of gradients
+        Case(
+            "distillation_loss",
+            "",
+            (images, texts, scale),
+            lambda x, y, s: ((x, y, s, y.detach(), x.detach(), 8.0), {}),
+            scales=(6.0, 6.0, 2 * feature_scale, 2 * feature_scale, 2.0),
+        ),
         # a sum over 48 texts with logits of up to 20
         Case(
             "siglip_loss",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 import pytest
@@ -86,3 +87,12 @@ def test_control_characters_are_written_out():
 def test_a_quiet_console_is_quiet(capsys):
     make_console(quiet=True).notice("words")
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_console_that_nobody_reads_falls_silent():
+    reading, writing = os.pipe()
+    with open(writing, "w") as stream:
+        os.close(reading)
+        console = PlainConsole(file=stream)
+        for _ in range(2):
+            console.print("a line")

@@ -64,6 +64,19 @@ def test_training_says_what_it_is_given(here):
     assert "model: [bold]out[/]/model.safetensors" in done.stdout
 
 
+@pytest.mark.parametrize(("text", "word"), [(b"\xef\xbb\xbfsteps = 0", None), (b"data = 'caf\xe9'", "not TOML")])
+def test_a_configuration_with_a_mark_or_in_another_encoding(here, text, word):
+    (here / "c.toml").write_bytes(text)
+    expected = f"c.toml: {word}" if word else "data: got none"
+    assert f"error: {expected}" in run("train", "--config", "c.toml").stderr
+    (here / "m.json").write_bytes(text)
+    done = run("train", "--data", "x", "--steps", "1", "--model", "m.json")
+    assert "m.json" in done.stderr or "data: got x" in done.stderr
+    done = run("eval", "m.json", "--weights", "run/model.safetensors", "--data", "x")
+    assert "error: " in done.stderr
+    assert "m.json" in done.stderr
+
+
 @pytest.mark.parametrize("query", ["[bold]a cat[/bold]", "[/] :smile: [link=x]"])
 def test_queries_and_names_are_shown_as_they_are(here, query):
     (here / "t.txt").write_bytes("\n".join([query, *CAPTIONS]).encode())

@@ -6,8 +6,9 @@ that goes on at step k, on as many ranks as it likes, sees what it would have se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ from clipfast.data.captions import draw_caption
 from clipfast.data.order import ShuffledOrder
 from clipfast.data.pairs import Pair, PairError, PairSource
 from clipfast.data.transform import ImageError, ImageTransform, load_image
+from clipfast.data.workers import WAIT, StoppedReading, Workers, start_worker, until_stopped
+from clipfast.notices import for_workers
 
 # a pair is replaced by another this many times before the data as a whole are called unreadable
 _ATTEMPTS = 100
@@ -84,12 +87,14 @@ def training_batches(
     workers: int = 0,
     pin_memory: bool = False,
     pool: int = 200_000,
-) -> Iterator[Batch]:
+    stop: Callable[[], bool] | None = None,
+) -> Generator[Batch, None, None]:
     """Yield this rank's batches of the steps from ``first_step`` up to, not including, ``last_step``.
 
     A pair that cannot be used (missing, corrupt or huge picture, empty caption) is replaced by one that is drawn from
     those shuffled with it, and named in the batch. Batches never become smaller. Of several captions of a picture an
-    epoch takes one (:func:`clipfast.data.captions.draw_caption`).
+    epoch takes one (:func:`clipfast.data.captions.draw_caption`). Closing the generator ends the workers, even
+    those that hang.
 
     Args:
         source: The pairs.
@@ -103,6 +108,7 @@ def training_batches(
         pin_memory: Whether batches lie in page-locked memory, for copies to a GPU.
         pool: Pairs shuffled together; see :class:`clipfast.data.order.ShuffledOrder`. Fewer, where the source cannot
             hold so many in memory.
+        stop: Asked several times a second while a batch is waited for; once it returns True, batches end.
 
     Raises:
         ValueError: Fewer pairs than a batch holds, or none that can be read.
@@ -111,19 +117,23 @@ def training_batches(
         raise ValueError(f"batch_size: got {shares.batch_size}, expected at most {len(source)}, the pairs there are")
     pool = min(pool, source.together or pool)
     reader = _Reader(source, ShuffledOrder(source.groups, seed, pool=pool), transform, tokenizer, seed)
+    crew = Workers() if workers else None
+    if crew is None:
+        reader.stop = stop
     loader = DataLoader(
         reader,
         batch_sampler=_Positions(shares, first_step, last_step),
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
-        # a fork of a process that has computed with OpenMP can wait forever
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=crew,
+        worker_init_fn=partial(start_worker, begin=for_workers()) if workers else None,
+        timeout=WAIT if workers else 0,
         prefetch_factor=4 if workers else None,
         # PyTorch's own generator, which dropout draws from, is not to notice
         generator=torch.Generator(),
     )
-    return iter(loader)
+    return until_stopped(loader, crew, stop)
 
 
 def read_pairs(
@@ -132,7 +142,9 @@ def read_pairs(
     count: int,
     transform: ImageTransform,
     tokenizer: Callable[[list[str]], Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
+    *,
+    stop: Callable[[], bool] | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
     """Read pairs in their order, for measuring: a batch of one size, whatever can be read of it.
 
     Of several captions of a picture it is the first.
@@ -143,15 +155,18 @@ def read_pairs(
         count: How many pairs there are to read in all.
         transform: From picture to tensor.
         tokenizer: From captions to token ids.
+        stop: Asked before each pair.
 
     Returns:
         ``images [b, 3, H, W]``, ``tokens [b, L]`` and bool ``[b]``: whether a row is a pair, or blank because there is
-        none or it cannot be read.
+        none or it cannot be read. None once ``stop()`` is true.
     """
     blank = torch.zeros(3, *transform.image_size), ""
     rows: list[tuple[Tensor, str]] = []
     good = []
     for index in indices:
+        if stop is not None and stop():
+            return None
         try:
             if index >= count:
                 raise _Unusable(f"pair {index}", "there is none")
@@ -162,6 +177,15 @@ def read_pairs(
             good.append(False)
     images, captions = zip(*rows, strict=True)
     return torch.stack(images), tokenizer(list(captions)), torch.tensor(good)
+
+
+def why_unusable(source: PairSource, index: int, transform: ImageTransform) -> str | None:
+    """Say why a pair cannot be used, or None if it can."""
+    try:
+        _usable_pair(_read(source, index), 0, transform)
+    except _Unusable as error:
+        return f"{error.key}: {error.reason}"
+    return None
 
 
 class _Positions:
@@ -177,8 +201,14 @@ class _Positions:
         return max(0, self.last_step - self.first_step)
 
 
-class _Reader(Dataset[Batch]):
-    """Reads and decodes whole batches by their positions in the run's order."""
+class _Reader(Dataset[Batch | ValueError]):
+    """Reads and decodes whole batches by their positions in the run's order.
+
+    Attributes:
+        stop: Asked before each pair, where a process reads for itself.
+    """
+
+    stop: Callable[[], bool] | None = None
 
     def __init__(
         self,
@@ -190,13 +220,19 @@ class _Reader(Dataset[Batch]):
     ) -> None:
         self.source, self.order, self.transform, self.tokenizer, self.seed = source, order, transform, tokenizer, seed
 
-    def __getitems__(self, positions: range) -> Batch:
+    def __getitems__(self, positions: range) -> Batch | ValueError:
         skipped: list[tuple[str, str]] = []
-        images, captions = zip(*(self._usable(position, skipped) for position in positions), strict=True)
+        try:
+            images, captions = zip(*(self._usable(position, skipped) for position in positions), strict=True)
+        except ValueError as error:
+            # it is raised where it is read: PyTorch would put the worker's traceback into its words
+            return error
         return Batch(torch.stack(images), self.tokenizer(list(captions)), tuple(skipped))
 
     def _usable(self, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
         """Return the picture and caption at a position, or those that take its place."""
+        if self.stop is not None and self.stop():
+            raise StoppedReading
         for attempt in range(_ATTEMPTS):
             index = self.order.beside(position, attempt) if attempt else self.order[position]
             try:
@@ -250,5 +286,5 @@ def _mixed(seed: int, position: int) -> int:
     return int(np.random.SeedSequence([seed, position]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Batch | ValueError) -> Batch | ValueError:
     return batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 import torch.distributed.nn as dist_nn
@@ -9,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast import ops
+from clipfast.ops.contrastive_arguments import check_smoothing
 
 
 def _process_group(owner: str, rank: int | None, world_size: int | None) -> dist.ProcessGroup | None:
@@ -31,15 +34,15 @@ def _process_group(owner: str, rank: int | None, world_size: int | None) -> dist
     return dist.group.WORLD
 
 
-def _of_one_dtype(image_features: Tensor, text_features: Tensor) -> tuple[Tensor, Tensor]:
+def of_one_dtype(*features: Tensor | None) -> tuple[Tensor | None, ...]:
     """Widen features to one dtype under autocast, whose products take two; elsewhere the op refuses two."""
-    both = (image_features, text_features)
-    if not all(isinstance(f, Tensor) and f.is_floating_point() for f in both) or both[0].dtype == both[1].dtype:
-        return both
-    if not torch.is_autocast_enabled(image_features.device.type):
-        return both
-    dtype = torch.promote_types(image_features.dtype, text_features.dtype)
-    return image_features.to(dtype), text_features.to(dtype)
+    given = [f for f in features if f is not None]
+    if not all(isinstance(f, Tensor) and f.is_floating_point() for f in given) or len({f.dtype for f in given}) == 1:
+        return features
+    if not torch.is_autocast_enabled(given[0].device.type):
+        return features
+    dtype = functools.reduce(torch.promote_types, (f.dtype for f in given))
+    return tuple(f if f is None else f.to(dtype) for f in features)
 
 
 class ContrastiveLoss(nn.Module):
@@ -60,9 +63,12 @@ class ContrastiveLoss(nn.Module):
         use_horovod: Must be False.
         comm: How texts reach the other ranks, ``"gather"`` or ``"ring"``: see :func:`clipfast.ops.contrastive_loss`.
         equal_batches: The promise that all ranks hold equally many rows, which spares an exchange of sizes.
+        label_smoothing: The share of every target that is spread evenly over its row, as in
+            :func:`torch.nn.functional.cross_entropy`.
 
     A subclass that overrides :meth:`get_logits` (margins, masks, another similarity) or :meth:`get_ground_truth` gets
-    what it says: logits are then materialised, as in open_clip, and cross-entropy is PyTorch's.
+    what it says: logits are then materialised, as in open_clip, and cross-entropy is PyTorch's. Such a loss takes
+    neither ``groups`` nor extra texts.
 
     Raises:
         ValueError: ``local_loss`` without ``gather_with_grad`` on more than one rank, Horovod, or a rank or size
@@ -82,8 +88,10 @@ class ContrastiveLoss(nn.Module):
         *,
         comm: str = "gather",
         equal_batches: bool = False,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        check_smoothing(label_smoothing, "ContrastiveLoss(label_smoothing)")
         if use_horovod:
             raise ValueError("ContrastiveLoss(use_horovod): got True, expected False: torch.distributed is used")
         self.local_loss = local_loss
@@ -94,6 +102,7 @@ class ContrastiveLoss(nn.Module):
         self.world_size = world_size
         self.comm = comm
         self.equal_batches = equal_batches
+        self.label_smoothing = label_smoothing
 
     def forward(
         self,
@@ -102,6 +111,9 @@ class ContrastiveLoss(nn.Module):
         logit_scale: Tensor | float,
         logit_bias: Tensor | float | None = None,
         output_dict: bool = False,
+        *,
+        groups: Tensor | None = None,
+        extra_text_features: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
         """Compute the loss.
 
@@ -111,15 +123,25 @@ class ContrastiveLoss(nn.Module):
             logit_scale: A scalar, ``model.logit_scale.exp()``.
             logit_bias: Added to every logit; it cannot change this loss.
             output_dict: Whether to return ``{"contrastive_loss": loss}``.
+            groups: Integers ``[B]``; pairs with one id belong together. See :func:`clipfast.ops.contrastive_loss`.
+            extra_text_features: ``[M, D]`` texts of no image, against which images are held; see there.
 
         Returns:
             A scalar, the loss of the batch joined over ranks (or the dict around it).
 
         Raises:
-            TypeError, ValueError: As :func:`clipfast.ops.contrastive_loss`.
+            TypeError, ValueError: As :func:`clipfast.ops.contrastive_loss`; or a loss with logits or labels of its own
+                was given groups or extra texts.
         """
-        image_features, text_features = _of_one_dtype(image_features, text_features)
+        image_features, text_features, extra_text_features = of_one_dtype(
+            image_features, text_features, extra_text_features
+        )
         if self._is_customised():
+            for name, given in (("groups", groups), ("extra_text_features", extra_text_features)):
+                if given is not None:
+                    raise ValueError(
+                        f"ContrastiveLoss({name}): got some for a loss with logits or labels of its own, expected None"
+                    )
             loss = self._plain_loss(image_features, text_features, logit_scale, logit_bias)
             return {"contrastive_loss": loss} if output_dict else loss
         group = self._group()
@@ -131,6 +153,9 @@ class ContrastiveLoss(nn.Module):
             group=group,
             comm=self.comm,
             equal_batches=self.equal_batches,
+            label_smoothing=self.label_smoothing,
+            groups=groups,
+            extra_text_features=extra_text_features,
         )
         return {"contrastive_loss": loss} if output_dict else loss
 
@@ -179,13 +204,15 @@ class ContrastiveLoss(nn.Module):
     ) -> Tensor:
         per_image, per_text = self.get_logits(image_features, text_features, logit_scale, logit_bias)
         labels = self.get_ground_truth(image_features.device, per_image.shape[0])
-        return (F.cross_entropy(per_image, labels) + F.cross_entropy(per_text, labels)) / 2
+        smoothing = self.label_smoothing
+        return sum(F.cross_entropy(x, labels, label_smoothing=smoothing) for x in (per_image, per_text)) / 2
 
     def _is_customised(self) -> bool:
-        return any(
-            name in self.__dict__ or getattr(type(self), name) is not getattr(ContrastiveLoss, name)
-            for name in ("get_logits", "get_ground_truth")
-        )
+        return self._overrides(ContrastiveLoss, "get_logits", "get_ground_truth")
+
+    def _overrides(self, home: type[nn.Module], *names: str) -> bool:
+        """Return whether a method of a class is another one here, by a subclass or on this object alone."""
+        return any(n in self.__dict__ or getattr(type(self), n) is not getattr(home, n) for n in names)
 
     def _group(self) -> dist.ProcessGroup | None:
         group = _process_group("ContrastiveLoss", self.rank, self.world_size)
@@ -263,7 +290,7 @@ class SigLipLoss(nn.Module):
         Raises:
             TypeError, ValueError: As :func:`clipfast.ops.siglip_loss`.
         """
-        image_features, text_features = _of_one_dtype(image_features, text_features)
+        image_features, text_features = of_one_dtype(image_features, text_features)
         group = _process_group("SigLipLoss", self.rank, self.world_size)
         loss = ops.siglip_loss(
             image_features,

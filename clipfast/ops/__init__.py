@@ -8,6 +8,7 @@ from clipfast.ops.attention import attention
 from clipfast.ops.bias_gelu import bias_gelu
 from clipfast.ops.contrastive_loss import contrastive_loss, send_texts, siglip_loss
 from clipfast.ops.dispatch import FallbackWarning, backend, deterministic, explain
+from clipfast.ops.distillation_loss import distillation_loss
 from clipfast.ops.encoder import release_workspace
 from clipfast.ops.layer_norm import add_layer_norm, layer_norm
 from clipfast.ops.single_query_attention import single_query_attention
@@ -20,6 +21,7 @@ __all__ = [
     "bias_gelu",
     "contrastive_loss",
     "deterministic",
+    "distillation_loss",
     "explain",
     "layer_norm",
     "release_workspace",

@@ -15,7 +15,9 @@ from clipfast.ops.contrastive_ranks import Ranks
 class Plan(NamedTuple):
     """How a loss is computed: the kernels, the ranks (None for one process), and what the caller asked for.
 
-    With ``arrived``, ``text`` are the texts of all ranks, and their gradients find the way back by themselves.
+    With ``arrived``, ``text`` are the texts of all ranks, and their gradients find the way back by themselves. With a
+    ``dtype``, the kernels are given features in it, which came in the precision of sums to have gradients in that.
+    ``extra_ranks`` and ``extra_learns`` are those of :class:`clipfast.ops.contrastive_arguments.Options`.
     """
 
     kernels: Kernels
@@ -23,11 +25,19 @@ class Plan(NamedTuple):
     ring: bool = False
     normalize: bool = False
     arrived: bool = False
+    dtype: torch.dtype | None = None
+    extra_ranks: Ranks | None = None
+    extra_learns: bool = True
 
 
-def contrastive_losses(image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each pair's loss ``[b]`` and whether each image and each text finds its own first (bool ``[b]``)."""
-    return _Contrastive.apply(image, text, logit_scale, plan)
+def contrastive_losses(
+    image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan, extra: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each pair's loss ``[b]`` and whether each image and each text finds its own first (bool ``[b]``).
+
+    ``extra`` are this rank's texts ``[m, D]`` beside the pairs: columns that images are held against, without a row.
+    """
+    return _Contrastive.apply(image, text, extra, logit_scale, plan)
 
 
 def siglip_losses(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, plan: Plan) -> Tensor:
@@ -78,8 +88,11 @@ def _through_norm(grad: Tensor, features: Tensor, normalize: bool) -> Tensor:
 class _Contrastive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan
+        ctx: Any, image: Tensor, text: Tensor, extra: Tensor | None, logit_scale: Tensor, plan: Plan
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.dtypes = [None if x is None else x.dtype for x in (image, text, extra)]
+        if plan.dtype is not None:
+            image, text, extra = (None if x is None else x.to(plan.dtype) for x in (image, text, extra))
         ranks = plan.ranks
         if ranks is None:
             others = text
@@ -103,8 +116,11 @@ class _Contrastive(torch.autograd.Function):
         own = slice(0, image.shape[0])
         if ranks is not None:
             col_lse, col_rival, own = ranks.join_lse(col_lse), ranks.max(col_rival), ranks.own
+        extra, extra_lse = _all_extra(extra, plan), None
+        if extra is not None:
+            row_lse, row_rival, extra_lse = _with_extra(image, extra, logit_scale, row_lse, row_rival, plan)
         ctx.plan = plan
-        ctx.save_for_backward(image, others, logit_scale, row_lse, col_lse)
+        ctx.save_for_backward(image, others, extra, logit_scale, row_lse, col_lse, extra_lse)
         # the large parts first: what is left of them is small, and exact
         losses = sum((lse[0] - positive + lse[1]) / 2 for lse in (row_lse, col_lse[:, own]))
         found = positive > row_rival, positive > col_rival[own]
@@ -114,7 +130,7 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        image, text, logit_scale, row_lse, col_lse = ctx.saved_tensors
+        image, text, extra, logit_scale, row_lse, col_lse, extra_lse = ctx.saved_tensors
         plan, ranks = ctx.plan, ctx.plan.ranks
         row_weight = (grad / 2).contiguous()
         col_weight = row_weight if ranks is None else ranks.gather(row_weight)
@@ -134,8 +150,61 @@ class _Contrastive(torch.autograd.Function):
             )
 
         d_image, d_text, text, (d_scale,) = _all_blocks(image, text, plan, block)
-        d_image = _through_norm(d_image, image, plan.normalize)
-        return d_image, _through_norm(d_text, text, plan.normalize), d_scale, None
+        d_extra = None
+        if extra is not None:
+            of_image, d_extra, of_scale = plan.kernels.gradients(
+                image,
+                extra,
+                logit_scale,
+                _factor(image, plan.normalize),
+                _factor(extra, plan.normalize),
+                row_lse,
+                extra_lse,
+                row_weight,
+                row_weight.new_zeros(extra.shape[0]),  # these columns have no loss of their own
+                extra.shape[0],
+            )
+            d_image = d_image.to(row_lse.dtype).add_(of_image)
+            d_scale = d_scale + of_scale
+            d_extra, extra = _own_extra(d_extra, extra, plan)
+        elif ctx.needs_input_grad[2]:
+            d_extra = extra = text.new_zeros(0, text.shape[1])
+        gradients = (
+            None if d is None else _through_norm(d, x, plan.normalize).to(dtype)
+            for d, x, dtype in zip((d_image, d_text, d_extra), (image, text, extra), ctx.dtypes, strict=True)
+        )
+        return *gradients, d_scale, None
+
+
+def _all_extra(extra: Tensor | None, plan: Plan) -> Tensor | None:
+    """Return the extra texts of all ranks, or None where there are none."""
+    if extra is not None and plan.ranks is not None:
+        extra = plan.extra_ranks.gather(extra) if plan.extra_ranks.total else None
+    return extra if extra is not None and extra.shape[0] else None
+
+
+def _own_extra(d_extra: Tensor, extra: Tensor, plan: Plan) -> tuple[Tensor | None, Tensor]:
+    """Return the gradient of this rank's extra texts, where any rank wants one, and these texts."""
+    if not plan.extra_learns:
+        return None, extra
+    if plan.ranks is None:
+        return d_extra, extra
+    return plan.extra_ranks.reduce_scatter(d_extra), extra[plan.extra_ranks.own]
+
+
+def _with_extra(
+    image: Tensor, extra: Tensor, logit_scale: Tensor, row_lse: Tensor, row_rival: Tensor, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Join the rows' statistics with those over extra columns; return those columns' own log-sum-exps too."""
+    of_rows, of_columns, _, rival, _ = plan.kernels.statistics(
+        image,
+        extra,
+        logit_scale,
+        _factor(image, plan.normalize),
+        _factor(extra, plan.normalize),
+        extra.shape[0],  # past the end: no column is a row's label
+    )
+    return join_lse(row_lse, of_rows), torch.maximum(row_rival, rival), of_columns
 
 
 class _SigLip(torch.autograd.Function):

@@ -78,6 +78,12 @@ def _tiles(
                 yield _Tile(i, j, rows, columns, rows @ columns.T, offset)
 
 
+def products(image: Tensor, text: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield the rows and columns of each tile of ``image @ text.T``, and its entries in the precision of sums."""
+    for tile in _tiles(image, text, None, None, 0):
+        yield tile.i, tile.j, tile.product
+
+
 def _scaled(features: Tensor, factor: Tensor | None, part: slice) -> Tensor:
     return features if factor is None else features * factor[part, None]
 

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import contrastive_autograd, contrastive_cuda, contrastive_kernels, dispatch, fallback
-from clipfast.ops.contrastive_arguments import Options, check_features, prepare
+from clipfast.ops import (
+    contrastive_autograd,
+    contrastive_cuda,
+    contrastive_kernels,
+    contrastive_reference,
+    dispatch,
+    fallback,
+)
+from clipfast.ops.contrastive_arguments import ContrastiveAccuracy, Options, check_features, prepare
 from clipfast.ops.contrastive_autograd import Plan
-from clipfast.ops.contrastive_ranks import Ranks, TextExchange, meet
-
-
-class ContrastiveAccuracy(NamedTuple):
-    """The share of images whose own text has the largest logit of this batch, and of texts; ties count as misses."""
-
-    image_to_text: Tensor
-    text_to_image: Tensor
+from clipfast.ops.contrastive_ranks import TextExchange, meet
+from clipfast.ops.contrastive_reference import share, texts_of
+from clipfast.ops.contrastive_targets import corrections
 
 
 def contrastive_loss(
@@ -36,6 +37,9 @@ def contrastive_loss(
     normalize: bool = False,
     equal_batches: bool = False,
     return_accuracy: bool = False,
+    label_smoothing: float = 0.0,
+    groups: Tensor | None = None,
+    extra_text_features: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ContrastiveAccuracy]:
     """CLIP's symmetric cross-entropy over the similarities of a batch; image i belongs to text i.
 
@@ -58,6 +62,14 @@ def contrastive_loss(
         equal_batches: The promise that all ranks hold equally many rows. It spares the exchange of sizes, which
             waits for the device, and is needed to capture a CUDA graph; broken, ranks may wait for each other forever.
         return_accuracy: Whether to return the batch's top-1 accuracies too, which cost nothing more.
+        label_smoothing: The share ε of every target that is spread evenly over all columns of its row, as
+            :func:`torch.nn.functional.cross_entropy` does in both directions.
+        groups: Integers ``[B]``. All images and texts of pairs with one id belong together: a row's target is even over
+            them, as in SupCon's ``L_out`` and UniCL; ε is taken off that. None: every pair is alone.
+        extra_text_features: ``[M, D]`` texts that belong to no image (hard negatives, a queue of earlier texts), M ≥ 0:
+            columns of the images' rows, which then have B + M of them, and no rows of their own. They get gradients if
+            they want some. With a group, each rank brings its own and every image is held against those of all: what
+            all ranks keep alike, such as one queue, must come from one of them.
 
     Returns:
         A scalar, in float32 at least: logits and sums are taken in float32 for half-precision features. With
@@ -66,13 +78,26 @@ def contrastive_loss(
     Raises:
         TypeError: Features that are not floating point, or differ in dtype.
         ValueError: Features that are not ``[B, D]`` of one shape with B ≥ 1, lie on two devices, a ``logit_scale``
-            that is not a scalar or, in host memory, negative or NaN, or an unknown ``comm`` or ``reduction``. With a
+            that is not a scalar or, in host memory, negative or NaN, an unknown ``comm`` or ``reduction``, a
+            ``label_smoothing`` outside 0 ≤ ε < 1, or ``groups`` or extra texts of another shape or device. With a
             group, what is wrong on one rank is an error on all of them.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021); tiles as in
-    Cheng et al., "Breaking the Memory Barrier" (Inf-CL, 2024).
+    Cheng et al., "Breaking the Memory Barrier" (Inf-CL, 2024); groups as in Khosla et al., "Supervised Contrastive
+    Learning" (2020), and Yang et al., "Unified Contrastive Learning in Image-Text-Label Space" (2022); extra texts as
+    in Yuksekgonul et al., "When and Why Vision-Language Models Behave like Bags-Of-Words" (NegCLIP, 2023).
     """
-    options = Options(group, comm, reduction, normalize, equal_batches, return_accuracy)
+    options = Options(
+        group,
+        comm,
+        reduction,
+        normalize,
+        equal_batches,
+        return_accuracy,
+        label_smoothing,
+        groups,
+        extra_text_features,
+    )
     return dispatch.call("contrastive_loss", image_features, text_features, logit_scale, logit_bias, options)
 
 
@@ -142,88 +167,7 @@ def send_texts(
     )
 
 
-def _logits(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-) -> Tensor:
-    # logits stay float32 under autocast too: rounded to bfloat16, gradients are 5% off at a scale of 100
-    with torch.autocast(image_features.device.type, enabled=False):
-        if image_features.dtype in (torch.float16, torch.bfloat16):
-            image_features, text_features = image_features.float(), text_features.float()
-        logits = logit_scale * (image_features @ text_features.T)
-        return logits if logit_bias is None else logits + logit_bias
-
-
-def _gather(features: Tensor, ranks: Ranks | None) -> Tensor:
-    """Join the features of all ranks; its backward sums every rank's gradient for this rank's rows."""
-    if ranks is None:
-        return features
-    most = max(ranks.sizes)
-    parts = dist_nn.all_gather(F.pad(features, (0, 0, 0, most - features.shape[0])), group=ranks.group)
-    return torch.cat([part[:size] for part, size in zip(parts, ranks.sizes, strict=True)])
-
-
-def _gather_texts(features: Tensor, options: Options) -> Tensor:
-    return features if options.sent else _gather(features, options.ranks)
-
-
-def _texts(text_features: Tensor, options: Options) -> Tensor:
-    """Return this rank's texts, or those of all ranks where they have been sent."""
-    return options.comm.arrive() if options.sent else text_features
-
-
-def _reference(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-    options: Options,
-) -> Tensor | tuple[Tensor, ContrastiveAccuracy]:
-    """The specification: all logits at once."""
-    text_features = _texts(text_features, options)
-    if options.normalize:
-        image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-    image_features, text_features = _gather(image_features, options.ranks), _gather_texts(text_features, options)
-    logits = _logits(image_features, text_features, logit_scale, logit_bias)
-    labels = torch.arange(logits.shape[0], device=logits.device)
-    own = slice(None) if options.ranks is None else options.ranks.own
-    losses = [F.cross_entropy(x, labels, reduction="none") for x in (logits, logits.T)]
-    loss = (losses[0][own] + losses[1][own]) / 2 if options.reduction == "none" else (losses[0] + losses[1]).mean() / 2
-    if not options.return_accuracy:
-        return loss
-    rivals = logits.detach().masked_fill(torch.eye(len(labels), dtype=torch.bool, device=logits.device), -torch.inf)
-    found = ((logits.detach().diagonal() > rivals.amax(dim)).to(logits.dtype).mean() for dim in (1, 0))
-    return loss, ContrastiveAccuracy(*found)
-
-
-def _siglip_reference(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor | float,
-    logit_bias: Tensor | float | None,
-    options: Options,
-) -> Tensor:
-    """The specification: all of this rank's logits at once."""
-    text_features = _texts(text_features, options)
-    if options.normalize:
-        image_features, text_features = F.normalize(image_features, dim=-1), F.normalize(text_features, dim=-1)
-    batch, ranks = image_features.shape[0], options.ranks
-    logits = _logits(image_features, _gather_texts(text_features, options), logit_scale, logit_bias)
-    own = torch.arange(batch, device=logits.device)
-    signs = torch.full_like(logits, -1.0)
-    signs[own, own + (0 if ranks is None else ranks.own.start)] = 1.0
-    losses = -F.logsigmoid(signs * logits).sum(1)
-    return losses if options.reduction == "none" else _share(losses, ranks)
-
-
-def _share(losses: Tensor, ranks: Ranks | None) -> Tensor:
-    """Return this rank's share of a mean: the mean over ranks of shares is the mean over the joined batch."""
-    return losses.mean() if ranks is None else losses.sum() * (len(ranks.sizes) / ranks.total)
-
-
-def _scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
+def as_scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
     """Return a scalar argument as a tensor in the precision of logits."""
     dtype = contrastive_kernels.accumulation_dtype(like.dtype)
     if isinstance(value, Tensor):
@@ -231,8 +175,17 @@ def _scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
     return torch.full((), 0.0 if value is None else float(value), device=like.device, dtype=dtype)
 
 
-def _plan(kernels: contrastive_kernels.Kernels, options: Options) -> Plan:
-    return Plan(kernels, options.ranks, options.comm == "ring", options.normalize, options.sent)
+def _plan(kernels: contrastive_kernels.Kernels, options: Options, dtype: torch.dtype | None = None) -> Plan:
+    return Plan(
+        kernels,
+        options.ranks,
+        options.comm == "ring",
+        options.normalize,
+        options.sent,
+        dtype,
+        options.extra_ranks,
+        options.extra_learns,
+    )
 
 
 def _tiled(
@@ -243,15 +196,29 @@ def _tiled(
     logit_bias: Tensor | float | None,
     options: Options,
 ) -> Tensor | tuple[Tensor, ContrastiveAccuracy]:
-    scale, ranks = _scalar(logit_scale, image_features), options.ranks
+    scale, ranks = as_scalar(logit_scale, image_features), options.ranks
+    image, text, extra, dtype = image_features, text_features, options.extra, None
+    if options.has_targets and image.dtype != scale.dtype:
+        # two terms' gradients are added before they are rounded to 16 bits
+        dtype = image.dtype
+        image, text, extra = (None if x is None else x.to(scale.dtype) for x in (image, text, extra))
     loss, *found = contrastive_autograd.contrastive_losses(
-        _rows(image_features), _rows(_texts(text_features, options)), scale, _plan(kernels, options)
+        as_rows(image),
+        as_rows(texts_of(text, options)),
+        scale,
+        _plan(kernels, options, dtype),
+        None if extra is None else as_rows(extra),
     )
+    if options.has_targets:
+        parts = (image, text, extra)
+        if options.normalize:
+            parts = (None if x is None else F.normalize(x, dim=-1) for x in parts)
+        loss = loss + scale * corrections(*parts, options)
     if options.reduction == "mean":
         loss = contrastive_autograd.joined_mean(loss, ranks)
     if isinstance(logit_bias, Tensor):
         # the bias moves all logits alike: its gradient is zero, not missing
-        loss = loss + 0 * _scalar(logit_bias, loss)
+        loss = loss + 0 * as_scalar(logit_bias, loss)
     if not options.return_accuracy:
         return loss
     counts = torch.stack(found).sum(1, dtype=loss.dtype)
@@ -268,22 +235,23 @@ def _siglip_tiled(
     options: Options,
 ) -> Tensor:
     losses = contrastive_autograd.siglip_losses(
-        _rows(image_features),
-        _rows(_texts(text_features, options)),
-        _scalar(logit_scale, image_features),
-        _scalar(logit_bias, image_features),
+        as_rows(image_features),
+        as_rows(texts_of(text_features, options)),
+        as_scalar(logit_scale, image_features),
+        as_scalar(logit_bias, image_features),
         _plan(kernels, options),
     )
-    return losses if options.reduction == "none" else _share(losses, options.ranks)
+    return losses if options.reduction == "none" else share(losses, options.ranks)
 
 
-def _rows(features: Tensor) -> Tensor:
+def as_rows(features: Tensor) -> Tensor:
     """Return features as the kernels read them: the last dimension contiguous, no two rows in one place."""
     in_place = features.stride(1) == 1 and features.stride(0) >= features.shape[1]
     return features if in_place else features.contiguous()
 
 
-def _native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
+def native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
+    """Return why the op library's kernels cannot serve a loss of features, or None."""
     if contrastive_kernels.native is None:
         return contrastive_kernels.native_unavailable
     if image_features.device.type not in contrastive_kernels.native_devices:
@@ -291,44 +259,46 @@ def _native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
     return contrastive_cuda.refusal(op, image_features) if image_features.is_cuda else None
 
 
-def _native_kernels(image_features: Tensor) -> contrastive_kernels.Kernels:
+def native_kernels(image_features: Tensor) -> contrastive_kernels.Kernels:
+    """Return the op library's kernels for the features' device."""
     return contrastive_cuda.kernels if image_features.is_cuda else contrastive_kernels.native
 
 
 def _native(*arguments: Any) -> Any:
-    return _tiled(_native_kernels(arguments[0]), *arguments)
+    return _tiled(native_kernels(arguments[0]), *arguments)
 
 
 def _siglip_native(*arguments: Any) -> Any:
-    return _siglip_tiled(_native_kernels(arguments[0]), *arguments)
+    return _siglip_tiled(native_kernels(arguments[0]), *arguments)
 
 
 def _chunked(*arguments: Any) -> Any:
-    _announce("contrastive_loss", arguments[0])
+    announce_chunks("contrastive_loss", arguments[0])
     return _tiled(contrastive_kernels.chunked, *arguments)
 
 
 def _siglip_chunked(*arguments: Any) -> Any:
-    _announce("siglip_loss", arguments[0])
+    announce_chunks("siglip_loss", arguments[0])
     return _siglip_tiled(contrastive_kernels.chunked, *arguments)
 
 
-def _announce(op: str, image_features: Tensor) -> None:
-    reason = _native_refusal(op, image_features)
+def announce_chunks(op: str, image_features: Tensor) -> None:
+    """Warn once that PyTorch's tiles stand in for the op library's."""
+    reason = native_refusal(op, image_features)
     # a kernel that failed has been announced
     if reason is not None and fallback.failure(op, image_features.device) is None:
         dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
 
 
 for _op, _implementations in (
-    ("contrastive_loss", (_native, _chunked, _reference)),
-    ("siglip_loss", (_siglip_native, _siglip_chunked, _siglip_reference)),
+    ("contrastive_loss", (_native, _chunked, contrastive_reference.contrastive_loss)),
+    ("siglip_loss", (_siglip_native, _siglip_chunked, contrastive_reference.siglip_loss)),
 ):
     dispatch.register(
         _op,
         prepare,
         dispatch.Implementation(
-            "native", "tiles in the op library", _implementations[0], functools.partial(_native_refusal, _op)
+            "native", "tiles in the op library", _implementations[0], functools.partial(native_refusal, _op)
         ),
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         dispatch.Implementation("reference", "all logits at once, in PyTorch", _implementations[2]),

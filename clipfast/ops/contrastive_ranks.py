@@ -204,7 +204,13 @@ class _Arrive(torch.autograd.Function):
 
 
 def meet(
-    image: Tensor, text: Tensor, group: dist.ProcessGroup, *, equal_batches: bool, problem: Exception | None
+    image: Tensor,
+    text: Tensor,
+    group: dist.ProcessGroup,
+    *,
+    equal_batches: bool,
+    problem: Exception | None,
+    given: tuple[str, ...] = (),
 ) -> Ranks:
     """Learn what every rank holds: a batch that does not fit is an error on all of them, and none waits forever.
 
@@ -214,16 +220,19 @@ def meet(
         group: The process group.
         equal_batches: The caller's promise that all ranks hold as much as this one; nothing is exchanged then.
         problem: What is wrong on this rank already.
+        given: Which of the arguments that make ranks exchange more came, of ``("groups", "extra")``.
 
     Raises:
-        ValueError: A rank has an empty batch, another width or dtype, or something wrong of its own.
+        ValueError: A rank has an empty batch, another width or dtype, was given other arguments, or has something wrong
+            of its own.
     """
     world = dist.get_world_size(group)
     if equal_batches:
         if problem is not None:
             raise problem
         return Ranks(group, (image.shape[0],) * world)
-    facts = [-1, -1, -1] if problem is not None else [*image.shape, _DTYPES.index(image.dtype)]
+    code = ("groups" in given) + 2 * ("extra" in given)
+    facts = [-1] * 4 if problem is not None else [*image.shape, _DTYPES.index(image.dtype), code]
     mine = torch.tensor(facts, device=image.device)
     gathered = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(gathered, mine, group=group)
@@ -231,15 +240,32 @@ def meet(
         raise problem
     # one wait for the device; `equal_batches` spares it
     facts_of = torch.stack(gathered).tolist()
-    for rank, (size, width, dtype) in enumerate(facts_of):
+    for rank, (size, width, dtype, other_code) in enumerate(facts_of):
         if size < 1:
             raise ValueError(
                 f"contrastive_loss(image_features): rank {rank} cannot take part (an empty batch or wrong features), "
                 f"expected at least 1 row on every rank"
             )
-        if (width, dtype) != tuple(facts_of[0][1:]):
+        if other_code != code:
+            raise ValueError(
+                f"contrastive_loss(groups, extra_text_features): got one of them on rank {rank} or on this one and not "
+                f"on the other, expected the same arguments on all; a rank without extra texts brings [0, D]"
+            )
+        if (width, dtype) != tuple(facts_of[0][1:3]):
             raise ValueError(
                 f"contrastive_loss(image_features): got width {width} and {_DTYPES[dtype]} on rank {rank}, expected "
                 f"{facts_of[0][1]} and {_DTYPES[facts_of[0][2]]}, as on rank 0"
             )
-    return Ranks(group, tuple(size for size, _, _ in facts_of))
+    return Ranks(group, tuple(size for size, *_ in facts_of))
+
+
+def meet_extra(extra: Tensor, ranks: Ranks, *, equal_batches: bool) -> tuple[Ranks, bool]:
+    """Learn how many extra texts ``[m, D]`` every rank brings (m may be 0), and whether any of them wants gradients."""
+    learns = extra.requires_grad and torch.is_grad_enabled()
+    if equal_batches:
+        return Ranks(ranks.group, (extra.shape[0],) * len(ranks.sizes)), learns
+    mine = torch.tensor([extra.shape[0], learns], device=extra.device)
+    gathered = [torch.empty_like(mine) for _ in ranks.sizes]
+    dist.all_gather(gathered, mine, group=ranks.group)
+    facts = torch.stack(gathered).tolist()
+    return Ranks(ranks.group, tuple(size for size, _ in facts)), any(wants for _, wants in facts)

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from clipfast.data.options import DataOptions
+from clipfast.settings import check_settings
+from clipfast.train.limits import MOST_STEPS, RULES, RUN_RULES, check_together
 
 Precision = Literal["fp32", "bf16", "pure_bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
@@ -37,6 +39,14 @@ class TrainConfig:
         compile: Whether blocks are compiled by ``torch.compile``.
         strategy: How ranks share the model: ``"ddp"``, or ``"fsdp"`` (FSDP2).
         seed: Of all random numbers in the towers.
+        label_smoothing: The share of every target that is spread evenly over its row; see
+            :func:`clipfast.ops.contrastive_loss`.
+        lock_image: Whether the image tower is frozen, but for its last ``lock_image_unlocked_groups`` groups of layers;
+            see :meth:`clipfast.CLIP.lock_image_tower`. The names of all five are open_clip's.
+        lock_image_unlocked_groups: How many of them still learn.
+        lock_image_freeze_bn_stats: Whether a frozen ResNet's BatchNorms use their running statistics.
+        lock_text: Whether the text tower is frozen, but for its last ``lock_text_unlocked_layers`` groups.
+        lock_text_unlocked_layers: How many of them still learn.
     """
 
     steps: Annotated[int, "Optimizer steps."]
@@ -52,25 +62,17 @@ class TrainConfig:
     compile: Annotated[bool, "Compile the blocks with torch.compile."] = False
     strategy: Annotated[Strategy, "How ranks share the model: ddp, or fsdp."] = "ddp"
     seed: Annotated[int, "Of the data's order, crops and dropout."] = 0
+    label_smoothing: Annotated[float, "The share of every target that is spread over its row."] = 0.0
+    lock_image: Annotated[bool, "Freeze the image tower (LiT)."] = False
+    lock_image_unlocked_groups: Annotated[int, "But for its last groups of layers."] = 0
+    lock_image_freeze_bn_stats: Annotated[bool, "A frozen ResNet keeps BatchNorm's statistics."] = False
+    lock_text: Annotated[bool, "Freeze the text tower."] = False
+    lock_text_unlocked_layers: Annotated[int, "But for its last groups of layers."] = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps: got {self.steps}, expected at least 1")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate: got {self.learning_rate}, expected a positive number")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: got {self.ema_decay}, expected a number from 0 up to, not including, 1")
-        if self.micro_batch_size is not None and self.micro_batch_size < 1:
-            raise ValueError(f"micro_batch_size: got {self.micro_batch_size}, expected at least 1")
-        for name, kind in (("precision", Precision), ("schedule", Schedule), ("strategy", Strategy)):
-            known = get_args(kind)
-            if getattr(self, name) not in known:
-                words = ", ".join(map(repr, known[:-1])) + f" or {known[-1]!r}"
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {words}")
-        if self.precision == "fp16" and self.strategy == "fsdp":
-            raise ValueError(
-                "precision: got 'fp16' with fsdp, expected 'bf16': the scale of fp16 is not shared by ranks"
-            )
+        values = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}
+        check_settings(values, get_type_hints(TrainConfig), RULES)
+        check_together(values, TrainConfig.warmup_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,18 +135,12 @@ class RunConfig(TrainConfig):
     tensorboard: Annotated[bool, "Write TensorBoard's logs too."] = True
 
     def __post_init__(self) -> None:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        check_settings(values, get_type_hints(RunConfig), RUN_RULES)
         if (self.steps > 0) == (self.epochs > 0):
             raise ValueError(f"steps, epochs: got {self.steps} and {self.epochs:g}, expected one of them above 0")
-        for name, least in (("val_every", 1), ("save_every", 1), ("keep", 1), ("workers", 0), ("val_pairs", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
-        if not 0 <= self.patch_dropout < 1:
-            raise ValueError(
-                f"patch_dropout: got {self.patch_dropout}, expected a share from 0 up to, not including, 1"
-            )
+        check_together(values, RunConfig.warmup_steps)
         self.data_options()
-        if self.steps:
-            super().__post_init__()
 
     def data_options(self) -> DataOptions:
         """Return what of the data is the picture and what the caption.
@@ -158,6 +154,10 @@ class RunConfig(TrainConfig):
         """Return how to train on so many pairs: epochs become steps."""
         values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
         values["steps"] = self.steps or math.ceil(self.epochs * pairs / self.batch_size)
+        if values["steps"] > MOST_STEPS:
+            raise ValueError(
+                f"epochs: got {self.epochs:g}, which are {values['steps']:,} steps, expected {MOST_STEPS:,}"
+            )
         return TrainConfig(**values)
 
 
@@ -173,8 +173,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        settings = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:  # TOML is UTF-8, whatever is around it
         raise ValueError(f"{path}: not TOML: {error}") from error
     known = [field.name for field in fields(RunConfig)]
     for name in settings:
@@ -192,12 +192,9 @@ def make_run_config(settings: Mapping[str, Any]) -> RunConfig:
     if "data" not in settings:
         raise ValueError("data: got none, expected where the pairs are")
     hints = get_type_hints(RunConfig)
-    values = dict(settings)
-    for name, value in values.items():
-        kinds = [kind for kind in (get_args(hints[name]) or (hints[name],)) if isinstance(kind, type)] or [str]
-        if float in kinds and type(value) is int:
-            values[name] = value = float(value)
-        if type(value) not in kinds:
-            words = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{name}: got {value!r}, expected {words}")
+    # TOML and people write 1 where 1.0 is meant
+    values = {
+        name: float(value) if type(value) is int and float in (hints[name], *get_args(hints[name])) else value
+        for name, value in settings.items()
+    }
     return RunConfig(**values)

@@ -27,6 +27,7 @@ from clipfast.train.config import Precision, TrainConfig
 from clipfast.train.demo_report import HeldOutPairs, metrics_table, write_demo_report
 from clipfast.train.emoji_batches import encode_all, normalized_pixels, training_batches, whole_tokens
 from clipfast.train.engine import TrainResult, train
+from clipfast.train.interrupt import Stopped, stop_on_interrupt
 from clipfast.train.progress import TrainingProgress
 
 # 13.7 M parameters, 9.5 M of them CLIP's vocabulary; two cores take a step of 256 pairs in 0.65 s
@@ -67,7 +68,7 @@ def run_demo(
 ) -> DemoResult:
     """Draw the emoji pairs, train a CLIP on them, measure it on held-out compositions and write a report.
 
-    Ctrl-C ends training early; what was learned until then is measured, saved and reported.
+    Ctrl-C and SIGTERM end training early; what was learned until then is saved, measured and reported.
 
     Args:
         model: ``"small"``, a name of :func:`clipfast.list_models`, or the path of a JSON file.
@@ -85,64 +86,69 @@ def run_demo(
         ImportError: A package of the extra ``clipfast[demo]`` is missing.
         ValueError: An argument is out of range, or captions are longer than the model's context.
         FloatingPointError: The loss is not finite.
+        Stopped: The end was asked for before the first step.
     """
     started = time.perf_counter()
     console = console or make_console()
     output = Path(output)
-    training = TrainConfig(steps, learning_rate, warmup_steps=max(1, min(20, steps // 5)), precision=precision)
-    config = _with_image_size(SMALL if model == "small" else get_config(model), image_size)
-    torch_device = find_device(device)
-    torch.manual_seed(seed)
-    clip = create_model(config, device=torch_device)
-    parameters = sum(parameter.numel() for parameter in clip.parameters())
-    threads = f"{torch_device}, {torch.get_num_threads()} threads"
-    tell(console, f"model {os.fspath(model)}: {parameters / 1e6:.1f} M parameters, {threads}")
+    with stop_on_interrupt() as stop:
+        with stop.at_once():
+            training = TrainConfig(steps, learning_rate, warmup_steps=max(1, min(20, steps // 5)), precision=precision)
+            config = _with_image_size(SMALL if model == "small" else get_config(model), image_size)
+            torch_device = find_device(device)
+            torch.manual_seed(seed)
+            clip = create_model(config, device=torch_device)
+            parameters = sum(parameter.numel() for parameter in clip.parameters())
+            threads = f"{torch_device}, {torch.get_num_threads()} threads"
+            tell(console, f"model {os.fspath(model)}: {parameters / 1e6:.1f} M parameters, {threads}")
 
-    size = config.vision_cfg.image_size
-    console.print(f"pictures: OpenMoji at {size}×{size} pixels (drawn once, then kept)", highlight=False)
-    pairs = load_emoji_pairs(size, seed=seed)
-    tokens = whole_tokens(pairs.captions, config.text_cfg.context_length)
-    train_count, held_out_count = len(pairs.train_indices), len(pairs.held_out_indices)
-    if not 2 <= batch_size <= train_count:
-        raise ValueError(f"batch_size: got {batch_size}, expected 2 to {train_count}, the pairs to train on")
-    console.print(f"pairs: {train_count} to train on, {held_out_count} held out", highlight=False)
+            size = config.vision_cfg.image_size
+            console.print(f"pictures: OpenMoji at {size}×{size} pixels (drawn once, then kept)", highlight=False)
+            pairs = load_emoji_pairs(size, seed=seed)
+            tokens = whole_tokens(pairs.captions, config.text_cfg.context_length)
+            train_count, held_out_count = len(pairs.train_indices), len(pairs.held_out_indices)
+            if not 2 <= batch_size <= train_count:
+                raise ValueError(f"batch_size: got {batch_size}, expected 2 to {train_count}, the pairs to train on")
+            console.print(f"pairs: {train_count} to train on, {held_out_count} held out", highlight=False)
 
-    output.mkdir(parents=True, exist_ok=True)
-    batches = training_batches(pairs, tokens, batch_size, seed)
-    with TrainingProgress(steps, console) as progress:
-        result = train(clip, batches, training, log_path=output / "log.jsonl", on_step=progress.update)
-    taken = len(result.history)
-    if result.interrupted:
-        console.print(f"stopped after step {taken} of {steps}; what was learned is kept", highlight=False)
-    write_model_folder(output, config, {name: value.cpu() for name, value in clip.state_dict().items()})
+            output.mkdir(parents=True, exist_ok=True)
+        batches = training_batches(pairs, tokens, batch_size, seed)
+        with TrainingProgress(steps, console) as progress:
+            result = train(clip, batches, training, log_path=output / "log.jsonl", on_step=progress.update)
+        taken = len(result.history)
+        if not taken:
+            raise Stopped
+        write_model_folder(output, config, {name: value.cpu() for name, value in clip.state_dict().items()})
+        if result.interrupted:
+            console.print(f"stopped after step {taken} of {steps}; what was learned is kept", highlight=False)
 
-    clip.eval()
-    held_out = pairs.held_out_indices
-    images = encode_all(clip.encode_image, normalized_pixels(pairs.pictures[held_out]), batch_size, torch_device)
-    texts = encode_all(clip.encode_text, tokens[held_out], batch_size, torch_device)
-    metrics = retrieval_recall(images, texts) | _zero_shot_metrics(clip, pairs, images)
-    _write_json(output / "metrics.json", metrics)
-    console.print(metrics_table(metrics))
+        clip.eval()
+        held_out = pairs.held_out_indices
+        images = encode_all(clip.encode_image, normalized_pixels(pairs.pictures[held_out]), batch_size, torch_device)
+        texts = encode_all(clip.encode_text, tokens[held_out], batch_size, torch_device)
+        metrics = retrieval_recall(images, texts) | _zero_shot_metrics(clip, pairs, images)
+        _write_json(output / "metrics.json", metrics)
+        console.print(metrics_table(metrics))
 
-    settings = {
-        "model": f"{os.fspath(model)}, {parameters:,} parameters",
-        "pictures": f"{size}×{size} pixels",
-        "pairs": f"{train_count} to train on, {held_out_count} held out",
-        "steps": f"{taken} (stopped by hand; {steps} were planned)" if result.interrupted else str(steps),
-        "batch size": str(batch_size),
-        "learning rate": f"{learning_rate:g} after {training.warmup_steps} steps, then a cosine",
-        "weight decay": f"{training.weight_decay:g}",
-        "gradient norm": f"at most {training.max_grad_norm:g}",
-        "precision": precision,
-        "seed": str(seed),
-        "device": f"{threads}, PyTorch {torch.__version__}",
-        "training time": f"{result.history[-1].seconds:.0f} s",
-    }
-    report = output / "report.html"
-    shown = HeldOutPairs(pairs.pictures[held_out], [pairs.captions[i] for i in held_out], images, texts)
-    write_demo_report(report, clip, shown, metrics, result, batch_size, settings)
-    tell(console, f"report: {report} · {time.perf_counter() - started:.0f} s in all")
-    return DemoResult(metrics, result, output)
+        settings = {
+            "model": f"{os.fspath(model)}, {parameters:,} parameters",
+            "pictures": f"{size}×{size} pixels",
+            "pairs": f"{train_count} to train on, {held_out_count} held out",
+            "steps": f"{taken} (stopped by hand; {steps} were planned)" if result.interrupted else str(steps),
+            "batch size": str(batch_size),
+            "learning rate": f"{learning_rate:g} after {training.warmup_steps} steps, then a cosine",
+            "weight decay": f"{training.weight_decay:g}",
+            "gradient norm": f"at most {training.max_grad_norm:g}",
+            "precision": precision,
+            "seed": str(seed),
+            "device": f"{threads}, PyTorch {torch.__version__}",
+            "training time": f"{result.history[-1].seconds:.0f} s",
+        }
+        report = output / "report.html"
+        shown = HeldOutPairs(pairs.pictures[held_out], [pairs.captions[i] for i in held_out], images, texts)
+        write_demo_report(report, clip, shown, metrics, result, batch_size, settings)
+        tell(console, f"report: {report} · {time.perf_counter() - started:.0f} s in all")
+        return DemoResult(metrics, result, output)
 
 
 def _with_image_size(config: CLIPConfig, image_size: int | None) -> CLIPConfig:

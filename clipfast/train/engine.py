@@ -95,7 +95,8 @@ def train_on(
     """Go on training from where a trainer stands, up to its ``config.steps``.
 
     Ctrl-C, and the signal by which a cluster's scheduler announces the end, on any rank end training on all of them
-    after the step in progress.
+    after the step in progress: ranks agree before each step, when they have its batch or wait for it in vain. Batches
+    that are to be waited for and left at once are :func:`clipfast.data.batches.training_batches` with ``stop``.
 
     Args:
         trainer: The model and its optimizer.
@@ -112,7 +113,10 @@ def train_on(
     supply = iter(batches)
     with stop_on_interrupt() as stop:
         while trainer.step < steps:
-            batch = next(supply, None)
+            batch = None if stop.requested else next(supply, None)
+            if workplace.any(stop.requested):
+                result.interrupted = True
+                break
             if batch is None:
                 raise ValueError(
                     f"batches: ended after {trainer.step - first}, expected {steps - first}, one for each step"
@@ -136,7 +140,4 @@ def train_on(
                 listener(record)
             # what listeners do, such as saving, is no step's time
             before = time.perf_counter()
-            if workplace.any(stop.requested):
-                result.interrupted = True
-                break
     return result

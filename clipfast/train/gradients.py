@@ -49,13 +49,15 @@ def compute_gradients(
     micro_batch_size: int | None = None,
     loss_factor: Tensor | float = 1.0,
     equal_batches: bool = False,
+    label_smoothing: float = 0.0,
 ) -> StepLoss:
     """Add a batch's gradients to the parameters'.
 
     With ``micro_batch_size``, parts of the batch are encoded without a graph, the loss of the whole batch gives the
     gradients of all features, and each part is encoded once more to pass its own back: the gradients of the whole
     batch, for every parameter and the temperature, with the activations of one part. Random numbers are the same in
-    both passes (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021).
+    both passes (Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", 2021). A tower
+    that has nothing to learn is encoded once.
 
     Args:
         shared: :class:`clipfast.train.towers.Towers`, or what :func:`clipfast.train.towers.share_towers` made of it.
@@ -65,14 +67,15 @@ def compute_gradients(
         micro_batch_size: Pairs encoded at once; all of them if None.
         loss_factor: What the loss is multiplied by before the backward pass (fp16's scale).
         equal_batches: The promise that all ranks hold equally many pairs.
+        label_smoothing: The loss's; see :func:`clipfast.ops.contrastive_loss`.
     """
     whole = micro_batch_size is None or micro_batch_size >= len(images)
     if whole:
         features = shared(images, tokens, seeds.of_part(0), _has_ranks(shared), equal_batches)
-        loss = _loss(features, shared)
+        loss = _loss(features, shared, label_smoothing)
         (loss * loss_factor).backward()
         return StepLoss(loss.detach(), features.logit_scale.detach())
-    return _by_parts(shared, images, tokens, seeds, micro_batch_size, loss_factor, equal_batches)
+    return _by_parts(shared, images, tokens, seeds, micro_batch_size, loss_factor, equal_batches, label_smoothing)
 
 
 def _by_parts(
@@ -83,6 +86,7 @@ def _by_parts(
     size: int,
     loss_factor: Tensor | float,
     equal_batches: bool,
+    label_smoothing: float,
 ) -> StepLoss:
     towers = _plain(shared)
     images, tokens = images.split(size), tokens.split(size)
@@ -97,25 +101,29 @@ def _by_parts(
     with torch.no_grad():
         image = torch.cat([towers(images[i], None, seeds.of_part(i)).image for i in parts])
     image.requires_grad_()
-    loss = _loss(Features(image, text, scale, sent), shared)
+    loss = _loss(Features(image, text, scale, sent), shared, label_smoothing)
     (loss * loss_factor).backward()
 
+    # a tower that learns nothing has no second pass
+    image_learns, text_learns = _towers(shared).image_learns, _towers(shared).text_learns
     of_images, of_texts = image.grad.split(size), text.grad.split(size)
     for i in parts:
         last = i == parts[-1]
         with nullcontext() if last else _without_sync(shared):
-            features = shared(images[i], tokens[i], seeds.of_part(i))
+            features = shared(images[i] if image_learns else None, tokens[i] if text_learns else None, seeds.of_part(i))
             # the temperature's gradient goes with the last part, which is the one that ranks exchange
             of_scale = scale.grad if last else torch.zeros_like(scale.grad)
-            torch.autograd.backward(
-                [features.image, features.text, features.logit_scale], [of_images[i], of_texts[i], of_scale]
-            )
+            results = ((features.image, of_images[i]), (features.text, of_texts[i]), (features.logit_scale, of_scale))
+            pairs = [(x, gradient) for x, gradient in results if x is not None and x.requires_grad]
+            torch.autograd.backward(*zip(*pairs, strict=True))
     return StepLoss(loss.detach(), scale.detach())
 
 
-def _loss(features: Features, shared: nn.Module) -> Tensor:
+def _loss(features: Features, shared: nn.Module, label_smoothing: float) -> Tensor:
     options = {} if features.sent is None else {"group": _towers(shared).workplace.group, "comm": features.sent}
-    return ops.contrastive_loss(features.image, features.text, features.logit_scale, **options)
+    return ops.contrastive_loss(
+        features.image, features.text, features.logit_scale, label_smoothing=label_smoothing, **options
+    )
 
 
 def _plain(shared: nn.Module) -> nn.Module:

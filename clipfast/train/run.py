@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from clipfast.models.model_folder import write_model_folder
 from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig
 from clipfast.train.engine import StepRecord, TrainResult, train_on
+from clipfast.train.interrupt import StopRequest, stop_on_interrupt
+from clipfast.train.limits import check_output
 from clipfast.train.progress import TrainingProgress
 from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, step_values
 from clipfast.train.trainer import Trainer
@@ -62,6 +65,9 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
     anything, goes on from its last checkpoint as if nothing had been. What cannot work is found out before training
     begins, and on all ranks at once.
 
+    SIGINT and SIGTERM, whichever processes of a run get them, end it after the step in progress, saved; see
+    :func:`clipfast.train.interrupt.stop_on_interrupt`.
+
     Args:
         config: The configuration, the same on every rank.
         console: Where rank 0 reports; standard output by default.
@@ -71,11 +77,17 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         OSError: Files that are missing, a folder that cannot be written to, or a full disk.
         FloatingPointError: The loss is not finite. The last checkpoint is from before.
         RuntimeError: Something went wrong on another rank.
+        Stopped: A process without others was told to stop while it prepared the run, of which nothing is lost.
     """
+    with stop_on_interrupt() as stop:
+        return _run(config, console, stop)
+
+
+def _run(config: RunConfig, console: Console | None, stop: StopRequest) -> RunResult:
     torch.manual_seed(config.seed)
     place = join_workplace(config.device, timeout=config.timeout)
     try:
-        return _Run(config, place, console or make_console(quiet=not place.leads)).go()
+        return _prepared(config, place, console or make_console(quiet=not place.leads), stop).go()
     except BaseException as error:
         if place.group is not None:  # the frames hold DDP, which holds the group that `leave` lets go of
             traceback.clear_frames(error.__traceback__)
@@ -84,23 +96,35 @@ def run_training(config: RunConfig, *, console: Console | None = None) -> RunRes
         place.leave()
 
 
+def _prepared(config: RunConfig, place: Workplace, console: Console, stop: StopRequest) -> _Run:
+    # ranks wait for each other: one of many may not leave before all have agreed to
+    with stop.at_once() if place.group is None else contextlib.nullcontext():
+        run = _Run(config, place, console, stop)
+        run.resume()
+    return run
+
+
 class _Run:
-    def __init__(self, config: RunConfig, place: Workplace, console: Console) -> None:
-        self.config, self.place, self.console = config, place, console
+    def __init__(self, config: RunConfig, place: Workplace, console: Console, stop: StopRequest) -> None:
+        self.config, self.place, self.console, self.stop = config, place, console, stop
         self.output = Path(config.output)
         place.agree("settings", self._settings())
+        self.model_config = place.together("model", self._model_config)
+        place.together("output", lambda: check_output(self.output))
         self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
-        self.model_config = self._model_config()
+        self.validation = place.together("val_data", self._make_validation)
         model = place.together("model", lambda: create_model(self.model_config, weights=config.weights))
         # ranks meet in here: nothing may have gone wrong on one of them before
         self.trainer = Trainer(model, self.training, place, equal_batches=True)
         self.checkpoints = Checkpoints(self.output / "checkpoints", place, keep=config.keep)
-        self.validation = place.together("val_data", self._make_validation)
         self.metrics: dict[str, float] = {}
-        self._unsaved: str | None = None
+        # whether there is something that no checkpoint holds
+        self._unsaved = True
+        # of a step whose look at the held-out pairs was left when the run was told to stop
+        self._owed: dict[str, Any] | None = None
 
     def _model_config(self) -> CLIPConfig:
         config = get_config(self.config.model)
@@ -112,13 +136,21 @@ class _Run:
         if self.config.val_data is None:
             return None
         batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
-        return Validation(
-            DistinctPictures(open_pairs(self.config.val_data, self.config.data_options()), self.config.val_pairs),
+        try:
+            source = open_pairs(self.config.val_data, self.config.data_options())
+        except (ValueError, OSError) as error:
+            # of an error in JSON or of an encoding no second one is made with a text alone
+            kind = type(error) if isinstance(error, OSError) else ValueError
+            raise kind(f"val_data: {str(error).removeprefix('data: ')}") from error
+        validation = Validation(
+            DistinctPictures(source, self.config.val_pairs),
             self.config.val_pairs,
             self._transform(train=False),
             self._tokenizer(),
             batch,
         )
+        validation.check()
+        return validation
 
     def _transform(self, train: bool) -> ImageTransform:
         size = self.model_config.vision_cfg.image_size
@@ -131,7 +163,6 @@ class _Run:
 
     def go(self) -> RunResult:
         config, place, trainer = self.config, self.place, self.trainer
-        self._resume()
         self.checkpoints.check_room(trainer.state())
         batches = training_batches(
             self.source,
@@ -144,38 +175,60 @@ class _Run:
             workers=config.workers,
             pin_memory=place.device.type == "cuda",
             pool=config.shuffle_pool,
+            stop=self.stop.asked,
         )
         self._announce()
         logs = place.together("output", lambda: self._open_logs() if place.leads else [])
         skipped = SkippedLog(self.output / f"skipped-{place.rank}.jsonl")
-        with TrainingProgress(self.training.steps, self.console, first=trainer.step) as progress:
+        with (
+            contextlib.closing(batches),
+            TrainingProgress(self.training.steps, self.console, first=trainer.step) as progress,
+        ):
 
             def keep_books(record: StepRecord) -> None:
+                self._unsaved = True
                 values = step_values(record)
-                if self.validation and (self._due(config.val_every) or record.step == self.training.steps):
-                    self.metrics = self.validation.measure(trainer)
-                    values |= self.metrics
-                for log in logs:
-                    log.write(values)
+                if self._due(config.val_every) or record.step == self.training.steps:
+                    self._measure(values, logs)
+                else:
+                    self._log(values, logs)
                 progress.update(record)
                 if self._due(config.save_every):
                     self._save(last=False)
 
+            if self._owed is not None:
+                self._unsaved = True
+                self._measure(self._owed, logs)
             result = train_on(trainer, skipped.watch(batches), [keep_books])
+        if self._unsaved and (trainer.step or result.interrupted):
+            self._save(last=True)
         for log in logs:
             log.close()
-        if result.interrupted:
-            self.console.print(f"stopped after step {trainer.step} of {self.training.steps}", highlight=False)
-        if result.history and (self._unsaved or not self._due(config.save_every)):
-            self._save(last=True)
-        self._write_model()
+        if result.interrupted or self._owed is not None:
+            result.interrupted = True
+            self._say(f"stopped after step {trainer.step} of {self.training.steps}, saved")
+        if trainer.step:
+            self._write_model()
         self._report(result, skipped)
         return RunResult(result, trainer.step, self.metrics, self.output)
+
+    def _measure(self, values: dict[str, Any], logs: Sequence[JsonLog | TensorBoardLog]) -> None:
+        """Look at the held-out pairs after a step; a look that is left because of a stop is owed to the next run."""
+        found = self.validation.measure(self.trainer, self.stop.asked) if self.validation else {}
+        self._owed = values if found is None else None
+        if found is not None:
+            self.metrics = found or self.metrics
+            self._log(values | found, logs)
+
+    def _log(self, values: dict[str, Any], logs: Sequence[JsonLog | TensorBoardLog]) -> None:
+        for log in logs:
+            log.write(values)
 
     def _due(self, every: int) -> bool:
         return self.trainer.step % every == 0
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Go on from a checkpoint, where the settings want it and there is one."""
         resume, state = self.config.resume, self.trainer.state()
         if resume == "never":
             if self.place.any(bool(self.checkpoints.list())):
@@ -191,7 +244,8 @@ class _Run:
             return
         self._compare(facts["settings"])
         self.trainer.loaded(facts["numbers"])
-        self.metrics = facts["metrics"]
+        self.metrics, self._owed = facts["metrics"], facts.get("owed")
+        self._unsaved = False
 
     def _compare(self, before: dict[str, Any]) -> None:
         """Warn of settings that make the rest of the run another one; a run may be made longer, for instance."""
@@ -210,21 +264,21 @@ class _Run:
             "numbers": self.trainer.numbers(),
             "settings": self._settings(),
             "metrics": self.metrics,
+            "owed": self._owed,
             "model": self.model_config.to_dict(),
         }
         try:
             self.checkpoints.save(self.trainer.state(), facts, score=self.metrics.get("val_loss"))
-            self._unsaved = None
+            self._unsaved = False
         except (OSError, RuntimeError) as error:
             if last:
                 raise
-            self._unsaved = str(error)
             if self.place.leads:
                 warnings.warn(f"step {self.trainer.step} was not saved, training goes on: {error}", stacklevel=2)
 
     def _write_model(self) -> None:
         """Write the weights, or their moving averages, where `clipfast eval` and others find them."""
-        chosen = self.trainer.ema or self.trainer.weights
+        chosen = self.trainer.frozen | (self.trainer.ema or self.trainer.weights)
         weights = {name: _whole(chosen.get(name, value)) for name, value in self._model_state()}
         self.place.together(
             "output",
@@ -239,10 +293,12 @@ class _Run:
     def _open_logs(self) -> list[JsonLog | TensorBoardLog]:
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
-        logs: list[JsonLog | TensorBoardLog] = [JsonLog(self.output / "log.jsonl", self.trainer.step)]
+        # what is owed has no line yet, or one of a run that paid and was killed before it saved
+        step = self.trainer.step - (self._owed is not None)
+        logs: list[JsonLog | TensorBoardLog] = [JsonLog(self.output / "log.jsonl", step)]
         if self.config.tensorboard:
             try:
-                logs.append(TensorBoardLog(self.output / "tensorboard", self.trainer.step))
+                logs.append(TensorBoardLog(self.output / "tensorboard", step))
             except ImportError as error:
                 warnings.warn(f"no logs for TensorBoard: {error}: pip install 'clipfast[train]'", stacklevel=2)
         return logs
@@ -263,7 +319,8 @@ class _Run:
             self._say(f"skipped {count} pairs, which {self.output}/skipped-*.jsonl names")
         for name, value in self.metrics.items():
             self._say(f"{name}: {value:.4g}")
-        self._say(f"model: {self.output / 'model.safetensors'}")
+        if self.trainer.step:
+            self._say(f"model: {self.output / 'model.safetensors'}")
 
     @property
     def _say(self) -> Callable[[str], None]:

@@ -40,6 +40,8 @@ class Features(NamedTuple):
 class Towers(nn.Module):
     """Both towers of a model, in the order in which ranks wait the least: texts travel while images are encoded.
 
+    A tower that has nothing to learn keeps no activations and has no backward pass.
+
     Args:
         model: The model.
         precision: ``"fp32"``; ``"bf16"`` and ``"fp16"`` for autocast around the towers; ``"pure_bf16"`` for a model
@@ -73,16 +75,29 @@ class Towers(nn.Module):
         text = image = sent = None
         if tokens is not None:
             _seed(seeds and seeds[0])
-            text = self._normalized(self.model.encode_text, tokens)
+            text = self._normalized(self.model.encode_text, tokens, self.text_learns)
             if send:
                 sent = ops.send_texts(text, self.workplace.group, equal_batches=equal_batches)
         if images is not None:
             _seed(seeds and seeds[1])
-            image = self._normalized(self.model.encode_image, images.to(self.model.visual.conv1.weight.dtype))
+            images = images.to(self.model.visual.conv1.weight.dtype)
+            image = self._normalized(self.model.encode_image, images, self.image_learns)
         return Features(image, text, self.model.logit_scale.exp(), sent)
 
-    def _normalized(self, encode: nn.Module, inputs: Tensor) -> Tensor:
-        with autocast_of(self.precision, inputs.device):
+    @property
+    def image_learns(self) -> bool:
+        """Whether any weight of the image tower wants a gradient."""
+        return any(p.requires_grad for p in self.model.visual.parameters())
+
+    @property
+    def text_learns(self) -> bool:
+        """Whether any weight of the text tower wants a gradient."""
+        others = ("visual.", "logit_scale", "logit_bias")
+        return any(p.requires_grad for n, p in self.model.named_parameters() if not n.startswith(others))
+
+    def _normalized(self, encode: nn.Module, inputs: Tensor, learns: bool) -> Tensor:
+        grad = nullcontext() if learns else torch.no_grad()
+        with autocast_of(self.precision, inputs.device), grad:
             features = encode(inputs)
         # logits need more than sixteen bits
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

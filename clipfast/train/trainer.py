@@ -50,6 +50,7 @@ class Trainer:
         step: Steps taken.
         weights: The trainable weights in full precision, by name: the model's parameters, or copies that the optimizer
             works on.
+        frozen: The weights that do not learn, in full precision, by name.
         ema: The moving averages of the weights, by name; empty without ``ema_decay``.
         buffers: What the model keeps beside its parameters (BatchNorm's statistics), by name.
 
@@ -64,6 +65,7 @@ class Trainer:
         self.config = config
         self.equal_batches = equal_batches
         self.step = 0
+        _lock(model, config)
         if config.micro_batch_size is not None and any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
         ):
@@ -74,7 +76,10 @@ class Trainer:
         if config.grad_checkpointing:
             model.set_grad_checkpointing()
         copies = config.precision == "pure_bf16" and not (self.workplace.group and config.strategy == "fsdp")
-        masters = {n: p.detach().clone() for n, p in model.named_parameters() if copies and p.requires_grad and p.dim()}
+        whole = {n: p.detach() for n, p in model.named_parameters() if copies and p.dim()}
+        masters = {n: p.clone() for n, p in whole.items() if model.get_parameter(n).requires_grad}
+        # what is frozen is no coarser for it when the model is written; beside the model, to take no room on its device
+        frozen = {n: p.to("cpu", copy=True) for n, p in whole.items() if n not in masters}
         if copies:
             halve(model)
         if self.workplace.device.type == "cuda":
@@ -88,6 +93,8 @@ class Trainer:
         self.shared = share_towers(Towers(model, config.precision, self.workplace), config.strategy)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {n: masters.get(n, p) for n, p in self._parameters.items()}
+        others = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
+        self.frozen: dict[str, Tensor] = {n: frozen.get(n, p) for n, p in others}
         self.optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, self.weights)
         self.ema = {n: w.detach().clone() for n, w in self.weights.items()} if config.ema_decay else {}
         self.buffers = dict(model.named_buffers())
@@ -111,6 +118,7 @@ class Trainer:
             micro_batch_size=config.micro_batch_size,
             loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
             equal_batches=self.equal_batches,
+            label_smoothing=config.label_smoothing,
         )
         self._average_scalars()
         self._hand_gradients_over()
@@ -172,7 +180,7 @@ class Trainer:
         The tensors are the live ones: what is copied into them is loaded.
         """
         state = {f"weights.{n}": w.detach() for n, w in self.weights.items()}
-        state |= {f"frozen.{n}": p.detach() for n, p in self.model.named_parameters() if n not in self.weights}
+        state |= {f"frozen.{n}": p.detach() for n, p in self.frozen.items()}
         state |= {f"buffers.{n}": b for n, b in self.buffers.items()}
         state |= {f"ema.{n}": a for n, a in self.ema.items()}
         for name, weight in self.weights.items():
@@ -192,6 +200,11 @@ class Trainer:
         if scaler and self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
         self._hand_weights_back()
+        with torch.no_grad():
+            for name, weight in self.frozen.items():
+                parameter = self.model.get_parameter(name)
+                if parameter is not weight:
+                    parameter.copy_(weight)
 
     def _moments(self, weight: Tensor) -> dict[str, Tensor]:
         """Return AdamW's state of one weight, as it is before the first step where there is none yet."""
@@ -201,3 +214,11 @@ class Trainer:
             state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         return state
+
+
+def _lock(model: CLIP, config: TrainConfig) -> None:
+    """Freeze what the configuration says; what a model's owner froze stays frozen."""
+    if config.lock_image:
+        model.lock_image_tower(config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
+    if config.lock_text:
+        model.lock_text_tower(config.lock_text_unlocked_layers)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from clipfast import ops
-from clipfast.data.batches import read_pairs
+from clipfast.data.batches import read_pairs, why_unusable
 from clipfast.data.sources import PairSource
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform
@@ -34,16 +35,36 @@ class Validation:
         self.count = min(pairs, len(source))
         self.transform, self.tokenizer, self.batch_size = transform, tokenizer, batch_size
 
-    def measure(self, trainer: Trainer) -> dict[str, float]:
+    def check(self) -> None:
+        """Look for pairs that can be read: two, without which there is nothing to compare.
+
+        Raises:
+            ValueError: There are none. All that would be looked at have been tried then.
+        """
+        found, reasons = 0, []
+        for index in range(self.count):
+            reason = why_unusable(self.source, index, self.transform)
+            if reason is None and (found := found + 1) == 2:
+                return
+            if reason is not None:
+                reasons.append(reason)
+        more = f": {reasons[0]}" if reasons else ""
+        raise ValueError(f"val_data: got {self.count} pairs of which {found} can be read, expected 2 or more{more}")
+
+    def measure(self, trainer: Trainer, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         """Return ``val_loss`` (the contrastive loss of all pairs as one batch) and ``val_<direction>_recall@k``.
 
-        The same on every rank. The model is in ``eval()`` meanwhile.
+        The same on every rank; None if ``stop()`` became true on one of them. The model is in ``eval()`` meanwhile.
         """
         model, place = trainer.model, trainer.workplace
         model.eval()
         try:
             with torch.no_grad():
-                features = [self._encoded(trainer.shared, batch, place.device) for batch in self._shares(trainer)]
+                features = []
+                for batch in self._shares(trainer, stop):
+                    if place.any(batch is None):
+                        return None
+                    features.append(self._encoded(trainer.shared, batch, place.device))
         finally:
             model.train()
         # a rank's rows and whether each counts
@@ -51,19 +72,25 @@ class Validation:
         joined = place.gather((image.cpu(), text.cpu(), counts))
         image, text, counts = (torch.cat(parts) for parts in zip(*joined, strict=True))
         image, text = image[counts], text[counts]
+        if len(image) < 2:
+            if place.leads:
+                words = f"got {len(image)} pairs that can be read at step {trainer.step}, expected 2 or more"
+                warnings.warn(f"val_data: {words}: training goes on", stacklevel=2)
+            return {"val_pairs": len(image)}
         loss = ops.contrastive_loss(image, text, float(model.logit_scale.detach().exp()))
         recall = {f"val_{k}": v for k, v in retrieval_recall(image, text).items() if "recall" in k}
         return {"val_loss": float(loss), "val_pairs": len(image)} | recall
 
-    def _shares(self, trainer: Trainer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _shares(
+        self, trainer: Trainer, stop: Callable[[], bool] | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
         """Yield this rank's batches: as many of one size on every rank, for FSDP2's ranks take every step together."""
         place = trainer.workplace
         rounds = -(-self.count // (self.batch_size * place.world_size))
         for turn in range(rounds):
             first = (turn * place.world_size + place.rank) * self.batch_size
-            yield read_pairs(
-                self.source, range(first, first + self.batch_size), self.count, self.transform, self.tokenizer
-            )
+            share = range(first, first + self.batch_size)
+            yield read_pairs(self.source, share, self.count, self.transform, self.tokenizer, stop=stop)
 
     def _encoded(
         self, shared: nn.Module, batch: tuple[Tensor, Tensor, Tensor], device: torch.device

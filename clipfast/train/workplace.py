@@ -37,10 +37,10 @@ class Workplace:
         return self.rank == 0
 
     def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank; ranks exchange it between CPUs, and no device is waited for."""
         if self.group is None:
             return flag
-        value = torch.tensor(int(flag), device=self.device)
+        value = torch.tensor(int(flag))
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return bool(value.item())
 
@@ -133,7 +133,8 @@ def join_workplace(device: str = "auto", *, timeout: float = 600.0) -> Workplace
         torch.cuda.set_device(found)
     if not dist.is_initialized():
         dist.init_process_group(
-            "nccl" if found.type == "cuda" else "gloo",
+            # gloo for what ranks agree on beside the tensors of the step
+            "cpu:gloo,cuda:nccl" if found.type == "cuda" else "gloo",
             timeout=timedelta(seconds=timeout),
             rank=rank,
             world_size=world_size,

@@ -8,6 +8,7 @@ import open_clip.loss
 import pytest
 import torch
 import torch.nn.functional as F
+from contrastive_recipes import RECIPES, plain_loss, recipe
 from oracle import relative_error
 from torch import Tensor
 
@@ -167,3 +168,37 @@ def test_logits_are_those_of_open_clip(bias: bool) -> None:
 def test_siglips_loss_refuses_what_it_would_not_call() -> None:
     with pytest.raises(TypeError, match="subclass with get_logits"):
         type("Changed", (clipfast.SigLipLoss,), {"get_logits": lambda self: None})()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes(name: str) -> None:
+    image, text, extra = (F.normalize(torch.randn(n, 8, dtype=torch.float64), dim=-1) for n in (20, 20, 9))
+    options = recipe(name, 20, extra)
+    expected = plain_loss(image, text, 14.3, **options)
+    loss = clipfast.ContrastiveLoss(label_smoothing=options.pop("label_smoothing", 0.0))
+    torch.testing.assert_close(loss(image, text, 14.3, **options), expected, rtol=1e-12, atol=0)
+    named = loss(image, text, 14.3, output_dict=True, **options)
+    torch.testing.assert_close(named["contrastive_loss"], expected, rtol=1e-12, atol=0)
+
+
+def test_extra_texts_of_another_dtype_under_autocast() -> None:
+    image, text, extra = (F.normalize(torch.randn(n, 8), dim=-1) for n in (20, 20, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = clipfast.ContrastiveLoss()(image, text, 14.3, extra_text_features=extra.bfloat16())
+    exact = clipfast.ContrastiveLoss()(image, text, 14.3, extra_text_features=extra)
+    torch.testing.assert_close(mixed, exact, rtol=0.01, atol=0)
+
+
+def test_a_loss_with_logits_of_its_own_smooths_and_refuses_the_rest() -> None:
+    class Doubled(clipfast.ContrastiveLoss):
+        def get_logits(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
+            return tuple(2 * x for x in super().get_logits(*args, **kwargs))
+
+    image, text = (F.normalize(torch.randn(9, 8), dim=-1) for _ in range(2))
+    smoothed = Doubled(label_smoothing=0.2)(image, text, 3.0)
+    torch.testing.assert_close(smoothed, clipfast.ContrastiveLoss(label_smoothing=0.2)(image, text, 6.0))
+    for name, given in (("groups", torch.arange(9)), ("extra_text_features", text)):
+        with pytest.raises(ValueError, match=rf"ContrastiveLoss\({name}\): got some for a loss with logits"):
+            Doubled()(image, text, 3.0, **{name: given})
+    with pytest.raises(ValueError, match=r"ContrastiveLoss\(label_smoothing\): got 1.5"):
+        clipfast.ContrastiveLoss(label_smoothing=1.5)

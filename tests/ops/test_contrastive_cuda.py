@@ -30,8 +30,8 @@ NOT_LAUNCHED = "contrastive: a kernel could not be launched: cudaErrorNoKernelIm
 def on_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let features in host memory take the way of features on a card."""
     file = contrastive_loss.__globals__  # the name is the function's, and not that of its file
-    monkeypatch.setitem(file, "_native_kernels", lambda _: contrastive_cuda.kernels)
-    monkeypatch.setitem(file, "_native_refusal", lambda op, image, *_: fallback.failure(op, image.device))
+    monkeypatch.setitem(file, "native_kernels", lambda _: contrastive_cuda.kernels)
+    monkeypatch.setitem(file, "native_refusal", lambda op, image, *_: fallback.failure(op, image.device))
 
 
 def let_fail(monkeypatch: pytest.MonkeyPatch, op: str, which: str, error: BaseException) -> list[int]:

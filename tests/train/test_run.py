@@ -2,116 +2,41 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from rich.console import Console
 from safetensors.torch import load_file
+from train_runs import TINY, assert_same_end, flags, free_port, last_state, make_place, picture, settings, train
 from typer.testing import CliRunner
 
 import clipfast
 from clipfast.cli import app
 from clipfast.data.shards import write_shards
-from clipfast.data.sources import Pair
+from clipfast.data.sources import Pair, open_pairs
 from clipfast.train.checkpoint import CheckpointError, Checkpoints
 from clipfast.train.config import make_run_config, read_settings
-from clipfast.train.run import RunResult, run_training
+from clipfast.train.run import run_training
+from clipfast.train.validation import Validation
 from clipfast.train.workplace import Workplace
-
-TINY = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 16, "layers": 1, "head_width": 8},
-    "text_cfg": {"context_length": 8, "width": 16, "heads": 2, "layers": 1},
-}
-COUNT = 40
-
-
-def picture(seed: int) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with shards, held-out pairs and a model's configuration."""
-    folder = tmp_path_factory.mktemp("train")
-    words = ["red", "green", "blue", "large", "small"]
-    for name, count in (("shards", COUNT), ("held_out", 10)):
-        pairs = (Pair(str(i), picture(i), f"{words[i % 5]} {words[i // 5 % 5]} {i}") for i in range(count))
-        write_shards(pairs, folder / name, shard_size=15)
-    (folder / "tiny.json").write_text(json.dumps(TINY))
-    return folder
+    return make_place(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def settings(place: Path, output: Path, **changes: object) -> dict[str, object]:
-    values = {
-        "data": str(place / "shards"),
-        "model": str(place / "tiny.json"),
-        "output": str(output),
-        "steps": 6,
-        "batch_size": 8,
-        "learning_rate": 1e-2,
-        "warmup_steps": 2,
-        "save_every": 2,
-        "workers": 0,
-        "device": "cpu",
-        "tensorboard": False,
-    }
-    return values | changes
-
-
-def train(place: Path, output: Path, **changes: object) -> tuple[RunResult, str]:
-    console = Console(file=io.StringIO(), width=200)
-    result = run_training(make_run_config(settings(place, output, **changes)), console=console)
-    return result, console.file.getvalue()
-
-
-def last_state(output: Path) -> dict[str, torch.Tensor]:
-    from clipfast.models.config import CLIPConfig
-    from clipfast.train.checkpoint import read_facts
-    from clipfast.train.config import TrainConfig
-    from clipfast.train.trainer import Trainer
-
-    checkpoints = Checkpoints(output / "checkpoints", Workplace(torch.device("cpu")))
-    facts = read_facts(checkpoints.list()[0])
-    model = clipfast.create_model(CLIPConfig.from_dict(facts["model"]))
-    ema = facts["settings"]["ema_decay"]
-    trainer = Trainer(model, TrainConfig(9, ema_decay=ema))
-    state = trainer.state()
-    checkpoints.load_last(state)
-    return state
-
-
-def assert_same_end(a: Path, b: Path) -> None:
-    """Weights, moments and averages are the same bits, and so are the losses on the way."""
-    first, second = last_state(a), last_state(b)
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
-    lines = [[json.loads(line) for line in (p / "log.jsonl").read_text().splitlines()] for p in (a, b)]
-    assert [(x["step"], x["loss"]) for x in lines[0]] == [(x["step"], x["loss"]) for x in lines[1]]
-    weights = [load_file(p / "model.safetensors") for p in (a, b)]
-    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
 
 
 def test_what_a_run_leaves(place, tmp_path):
@@ -197,6 +122,33 @@ def test_bad_pairs_are_counted_and_named(place, tmp_path):
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])["skipped"] == 2
 
 
+def test_held_out_pairs_that_vanish_cost_a_warning_and_not_the_run(place, tmp_path, monkeypatch):
+    original = Validation.measure
+
+    def lose_them(self, trainer, stop=None):
+        self.source = open_pairs(place / "gone")
+        return original(self, trainer, stop)
+
+    (place / "gone").mkdir()
+    for name in "abcdefghij":
+        (place / "gone" / f"{name}.png").write_bytes(b"\x89PNG and no more")
+        (place / "gone" / f"{name}.txt").write_text("gone")
+    monkeypatch.setattr(Validation, "measure", lose_them)
+    with pytest.warns(UserWarning, match="val_data: got 0 pairs that can be read at step 3, expected 2 or more"):
+        result, _ = train(place, tmp_path, val_data=str(place / "held_out"), val_every=3)
+    assert result.step == 6
+    assert result.metrics == {"val_pairs": 0}
+
+
+def test_pairs_that_none_can_be_read_of_are_one_line(place, tmp_path):
+    lines = [f"{name}.png,{name}" for name in "abcdefghijkl"]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]))
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match="^data: 100 pairs in a row cannot be used, the last is .*$") as error:
+            train(place, tmp_path / "run", data=str(tmp_path / "pairs.csv"), workers=workers)
+        assert "\n" not in str(error.value)
+
+
 def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
     """A save that fails in the middle is told, training goes on, and the end is an error only if it fails there too."""
     original, full = Checkpoints.save, {4}
@@ -234,17 +186,33 @@ def test_a_disk_that_fills_up_loses_nothing(place, tmp_path, monkeypatch):
     ("changes", "error", "message"),
     [
         ({"data": "nowhere-{0..3}.tar"}, FileNotFoundError, "4 of 4 shards are missing, the first is nowhere-0.tar"),
-        ({"val_data": "nowhere"}, FileNotFoundError, "got nowhere"),
+        ({"val_data": "nowhere"}, FileNotFoundError, "val_data: got nowhere"),
         ({"batch_size": 41}, ValueError, "batch_size: got 41, expected at most 40"),
         ({"model": "ViT-B-33"}, ValueError, "model name: got 'ViT-B-33'"),
         ({"weights": "none.pt"}, FileNotFoundError, "none.pt"),
         ({"resume": "checkpoints/step-1"}, FileNotFoundError, "expected a folder with checkpoint.json"),
         ({"device": "tpu"}, ValueError, "device: got 'tpu'"),
+        ({"output": "{}/tiny.json"}, NotADirectoryError, "output: got .*expected a folder: .*tiny.json is a file"),
+        ({"output": "{}/tiny.json/run"}, NotADirectoryError, "output: got .*expected a folder: .*tiny.json is a file"),
+        ({"val_data": "{}/empty"}, ValueError, "val_data: got no pairs in .*empty, expected"),
+        ({"val_data": "{}/one.csv"}, ValueError, "val_data: got 1 pairs of which 1 can be read, expected 2 or more"),
+        (
+            {"val_data": "{}/broken.csv"},
+            ValueError,
+            "got 3 pairs of which 1 can be read, .*2 or more: .*b.png",
+        ),
+        ({"val_data": "{}/broken.csv", "val_pairs": 2}, ValueError, "val_data: got 2 pairs of which 1 can be read"),
     ],
 )
 def test_what_cannot_work_is_told_before_training(place, tmp_path, changes, error, message):
+    (place / "empty").mkdir(exist_ok=True)
+    (place / "good.png").write_bytes(picture(0))
+    (place / "b.png").write_bytes(picture(0)[:60])
+    (place / "one.csv").write_text("image,caption\ngood.png,good\n")
+    (place / "broken.csv").write_text("image,caption\ngood.png,good\nb.png,broken\nnowhere.png,missing\n")
+    changes = {n: v.replace("{}", str(place)) if isinstance(v, str) else v for n, v in changes.items()}
     with pytest.raises(error, match=message):
-        train(place, tmp_path, **changes)
+        run_training(make_run_config(settings(place, tmp_path) | changes))
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
@@ -311,20 +279,6 @@ def test_epochs_become_steps(place, tmp_path):
 
 
 # --- processes --------------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def flags(values: dict[str, object]) -> list[str]:
-    given = []
-    for name, value in values.items():
-        flag = name.replace("_", "-")
-        given += [f"--{flag}" if value else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
-    return given
 
 
 def on_ranks(per_rank: list[dict[str, object]], folders: Sequence[Path | None] = (None, None)) -> list[tuple[int, str]]:
@@ -472,24 +426,3 @@ def test_killed_twenty_times_it_ends_the_same(place, tmp_path):
     # nothing is left of what was half written but the last part, if it was killed there
     left = {re.sub(r"\d+", "N", p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir()}
     assert left <= {"step-N", ".step-N.part"}
-
-
-@pytest.mark.slow
-def test_a_scheduler_that_ends_the_job_costs_nothing(place, tmp_path):
-    """SIGTERM ends training after the step in progress, saved; the next run goes on."""
-    values = settings(place, tmp_path / "run", steps=3000, save_every=1000, schedule="constant")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "clipfast", "train", *flags(values)], stdout=subprocess.PIPE, text=True
-    )
-    log = tmp_path / "run" / "log.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not (log.exists() and log.read_text().count("\n") > 5):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, output
-    taken = int(re.search(r"stopped after step (\d+) of 3000", output)[1])
-    assert 5 < taken < 3000
-    with pytest.warns(UserWarning, match="steps = "):
-        _, said = train(place, tmp_path / "run", steps=taken + 2, schedule="constant")
-    assert f"going on from step {taken}" in said

@@ -24,6 +24,14 @@ TINY = {
 }
 HALF = ("ddp bf16", "ddp pure_bf16", "ddp fp16", "fsdp bf16", "fsdp pure_bf16")
 CASES = list(itertools.product(("ddp", "fsdp"), (None, 2)))
+_TEXT = {"lock_text": True, "lock_image": True}
+LOCKED = [
+    ({"lock_image": True, "label_smoothing": 0.1}, ("ddp", None)),
+    ({"lock_image": True, "label_smoothing": 0.1}, ("fsdp", 2)),
+    (_TEXT | {"lock_image_unlocked_groups": 2}, ("ddp", 2)),
+    (_TEXT | {"lock_image_unlocked_groups": 2}, ("fsdp", None)),
+    (_TEXT, ("ddp", 2)),
+]
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -35,7 +43,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 3, 16, 16, generator=generator, dtype=torch.float64), tokens
 
 
-def config(strategy: str, size: int | None, precision: str = "fp32") -> TrainConfig:
+def config(strategy: str, size: int | None, precision: str = "fp32", **others: object) -> TrainConfig:
     return TrainConfig(
         STEPS,
         learning_rate=1e-2,
@@ -45,14 +53,15 @@ def config(strategy: str, size: int | None, precision: str = "fp32") -> TrainCon
         strategy=strategy,
         micro_batch_size=size,
         precision=precision,
+        **others,
     )
 
 
-def trainer_of(place: Workplace, strategy: str, size: int | None, precision: str = "fp32") -> Trainer:
+def trainer_of(place: Workplace, strategy: str, size: int | None, precision: str = "fp32", **others: object) -> Trainer:
     torch.manual_seed(0)
     dtype = torch.float64 if precision == "fp32" else torch.float32
     model = clipfast.create_model(TINY, dtype=dtype)
-    return Trainer(model, config(strategy, size, precision), place, equal_batches=True)
+    return Trainer(model, config(strategy, size, precision, **others), place, equal_batches=True)
 
 
 def run_steps(trainer: Trainer, steps: range) -> list[list[float]]:
@@ -76,6 +85,10 @@ def trained(rank: int, ranks: int) -> list:
         trainer = trainer_of(place, strategy, size)
         numbers = run_steps(trainer, range(STEPS))
         results.append([numbers, whole(trainer.weights), whole(trainer.ema)])
+    for locks, (strategy, size) in LOCKED:
+        trainer = trainer_of(place, strategy, size, **locks)
+        numbers = run_steps(trainer, range(2))
+        results.append([numbers, whole(trainer.weights), whole(trainer.frozen)])
     return results
 
 
@@ -98,6 +111,16 @@ def test_ranks_train_as_one_process_with_the_joined_batch(ranks):
                 for name in exact:
                     a, b = (torch.tensor(x[name], dtype=torch.float64) for x in (state, exact))
                     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=f"{case} {name}")
+    for index, (locks, case) in enumerate(LOCKED, len(CASES)):
+        alone = trainer_of(Workplace(torch.device("cpu")), "ddp", None, **locks)
+        before = whole(alone.frozen)
+        numbers = torch.tensor(run_steps(alone, range(2)), dtype=torch.float64)
+        for found, weights, frozen in (rank[index] for rank in per_rank):
+            torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), numbers, rtol=1e-10, atol=1e-10)
+            assert frozen == before, case
+            for name, exact in whole(alone.weights).items():
+                a, b = (torch.tensor(x, dtype=torch.float64) for x in (weights[name], exact))
+                torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=f"{locks} {case} {name}")
 
 
 def goes_on(rank: int, ranks: int, folder: str, strategy: str, first: int, last: int) -> list:

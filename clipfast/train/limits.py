@@ -1,0 +1,113 @@
+"""What the settings of training may be: a rule for each, and what must fit together."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from clipfast.settings import ANY, SOME_TEXT, Rule, above, at_least, between, share
+
+# folders of checkpoints are sorted by names of nine digits
+MOST_STEPS = 999_999_999
+
+RULES: dict[str, Rule] = {
+    "steps": at_least(1),
+    "learning_rate": above(0),
+    "schedule": ANY,
+    "warmup_steps": at_least(0),
+    "weight_decay": at_least(0),
+    "max_grad_norm": above(0),
+    "precision": ANY,
+    "micro_batch_size": at_least(1),
+    "ema_decay": share(),
+    "grad_checkpointing": ANY,
+    "compile": ANY,
+    "strategy": ANY,
+    "seed": between(0, 2**63 - 1),
+    "label_smoothing": share(),
+    "lock_image": ANY,
+    "lock_image_unlocked_groups": at_least(0),
+    "lock_image_freeze_bn_stats": ANY,
+    "lock_text": ANY,
+    "lock_text_unlocked_layers": at_least(0),
+}
+
+# of a whole run; ``steps`` is 0 where epochs are counted
+RUN_RULES: dict[str, Rule] = RULES | {
+    "data": SOME_TEXT,
+    "steps": between(0, MOST_STEPS),
+    "epochs": between(0, 1_000_000),
+    "batch_size": at_least(2),
+    "model": SOME_TEXT,
+    "weights": SOME_TEXT,
+    "patch_dropout": share(),
+    "caption_key": SOME_TEXT,
+    "image_key": SOME_TEXT,
+    "caption_column": SOME_TEXT,
+    "image_column": SOME_TEXT,
+    # a tab is one
+    "separator": ANY,
+    "quotes": ANY,
+    "encoding": SOME_TEXT,
+    "as_open_clip": ANY,
+    "apply_orientation": ANY,
+    "val_data": SOME_TEXT,
+    "val_every": at_least(1),
+    "val_pairs": at_least(2),
+    "output": SOME_TEXT,
+    "save_every": at_least(1),
+    "keep": at_least(1),
+    "resume": SOME_TEXT,
+    "workers": between(0, 1000),
+    "shuffle_pool": at_least(1),
+    "device": SOME_TEXT,
+    # a month; NCCL and gloo count milliseconds
+    "timeout": Rule("more than 0 and at most 2,592,000 seconds", lambda value: 0 < value <= 2_592_000),
+    "tensorboard": ANY,
+}
+
+
+def check_together(values: dict[str, Any], usual_warmup: int) -> None:
+    """Check what settings of training say together.
+
+    Args:
+        values: By name, each by its own rule already; ``steps`` is 0 where they are not yet known.
+        usual_warmup: The warm-up of who sets none: a run with fewer steps takes fewer.
+
+    Raises:
+        ValueError: They contradict each other.
+    """
+    steps, warmup = values["steps"], values["warmup_steps"]
+    if 0 < steps < warmup != usual_warmup:
+        raise ValueError(f"warmup_steps: got {warmup}, expected at most {steps}, which is steps")
+    shrink = values["learning_rate"] * values["weight_decay"]
+    if shrink >= 1:
+        raise ValueError(
+            f"weight_decay: got {values['weight_decay']}, which takes {shrink:.3g} of the weights away in a step with "
+            f"the learning rate {values['learning_rate']}, expected less than 1"
+        )
+    if values["precision"] == "fp16" and values["strategy"] == "fsdp":
+        raise ValueError("precision: got 'fp16' with fsdp, expected 'bf16': the scale of fp16 is not shared by ranks")
+    for lock, names in (
+        ("lock_image", ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats")),
+        ("lock_text", ("lock_text_unlocked_layers",)),
+    ):
+        for name in names:
+            if values[name] and not values[lock]:
+                raise ValueError(f"{name}: got {values[name]} without {lock}, expected both or neither")
+
+
+def check_output(folder: Path) -> None:
+    """Find out whether a run's folder is, or can be made, one that can be written to; nothing is made yet.
+
+    Raises:
+        OSError: It cannot.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(f"output: got {folder}, expected a folder: {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"output: got {folder}, expected a folder that can be written to: {place} cannot")
