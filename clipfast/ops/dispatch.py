@@ -220,11 +220,11 @@ def register(
     _ops[op] = _Op(prepare, implementations, key, signature, bind)
 
 
-def call(op: str, *args: Any) -> Any:
+def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     entry = _ops[op]
-    # what decides before anything is looked up, the cheapest way: this is all that a call pays for its choice
-    if not (_is_compiling() or _dispatch_modes() or _is_tracing()) and entry.current[0] is _switches:
+    # the cheapest first: this is all that a call pays for its choice
+    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs) and entry.current[0] is _switches:
         try:
             run = entry.current[1][entry.signature(*args)]
         except Exception:
@@ -232,26 +232,22 @@ def call(op: str, *args: Any) -> Any:
             run = None
         if run is not None:
             return run(*args)
-    return _first(op, entry, args)(*args)
+    return _first(op, entry, args, kwargs)
 
 
-def _first(op: str, entry: _Op, args: tuple[Any, ...]) -> Callable[..., Any]:
-    """Check arguments; return what serves them, as a function of them, and keep it if it may be."""
-    if _is_watched():
-        request = entry.prepare(*args)
-        run = _choose(op, request).run
-        return lambda *_: run(*request)
-    switches, choices = _choices(entry)
-    request = entry.prepare(*args)
+def _first(op: str, entry: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Check arguments and run what serves them, which is kept for others like them."""
+    watched = _is_watched()
+    switches, choices = (None, {}) if watched else _choices(entry)
+    request = entry.prepare(*args, **kwargs)
     choice = _choose(op, request)
-    if entry.signature is _no_signature:
-        return lambda *_: choice.run(*request)
-    run = choice.run if entry.bind is None else entry.bind(choice.run, request, *args)
     # not where a backend is not to be had: that is announced
-    if switches.wanted in ("auto", choice.backend):
-        with suppress(TypeError):  # what has no hash is not kept
-            _keep(switches, choices, entry.signature(*args), run, request)
-    return run
+    if not watched and not kwargs and switches.wanted in ("auto", choice.backend):
+        with suppress(Exception):
+            signature = entry.signature(*args)
+            run = choice.run if entry.bind is None else entry.bind(choice.run, request, *args)
+            _keep(switches, choices, signature, run, request)
+    return choice.run(*request)
 
 
 def remembered(op: str, signature: tuple[Any, ...]) -> Any:
