@@ -9,6 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import SpawnContext, SpawnProcess
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -84,8 +85,13 @@ class Workers(SpawnContext):
 
 def ignore_stop_signals(_: int = 0) -> None:
     """Ignore SIGINT and SIGTERM in this process; a ``worker_init_fn``, which undoes PyTorch's handler of SIGTERM."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    for handler in (nothing, signal.SIG_IGN):
+        for number in STOP_SIGNALS:
+            signal.signal(number, handler)
+
+
+def nothing(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal that has come by doing nothing: where its handler is SIG_IGN by then, Python prints an error."""
 
 
 def start_worker(_: int, begin: Callable[[], None]) -> None:
@@ -155,7 +161,7 @@ def _deaths_expected() -> Iterator[None]:
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    signal.signal(number, signal.SIG_DFL)
+    signal.signal(number, nothing)
     try:
         yield
     finally:

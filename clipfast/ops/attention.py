@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipfast.ops import attention_packed, attention_torch, attention_triton, dispatch
+from clipfast.ops import attention_packed, attention_torch, attention_triton, dispatch, keys
+from clipfast.ops.rules import LARGE
 
 
 def attention(
@@ -40,19 +43,18 @@ def attention(
 
     Source: Vaswani et al., "Attention Is All You Need" (2017).
     """
-    return dispatch.call("attention", qkv, num_heads, causal=causal, cu_seqlens=cu_seqlens, scale=scale)
+    return dispatch.call("attention", qkv, num_heads, causal, cu_seqlens, scale)
 
 
 def attention_weights(qkv: Tensor, num_heads: int, *, causal: bool = False, scale: float | None = None) -> Tensor:
     """Return the softmax weights ``[B, H, N, N]`` (query, key) that :func:`attention` applies to the values."""
-    qkv, causal, _, scale = _prepare(qkv, num_heads, causal=causal, cu_seqlens=None, scale=scale)
+    qkv, causal, _, scale = _prepare(qkv, num_heads, causal, None, scale)
     return attention_torch.weights(qkv, causal, scale)
 
 
 def _prepare(
     qkv: Tensor,
     num_heads: int,
-    *,
     causal: bool = False,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -86,6 +88,44 @@ def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
         attention_packed.check(cu_seqlens, total)
 
 
+def _signature(
+    qkv: Tensor, num_heads: int, causal: bool, cu_seqlens: Tensor | None, scale: float | None
+) -> tuple[Any, ...]:
+    if scale is not None:
+        scale = float(scale)
+    # a kernel that reads in place is one for aligned heads or another
+    where = None if qkv.is_cpu else (keys.place(qkv, 3 * LARGE), qkv.stride())
+    if cu_seqlens is None:
+        return qkv.shape, num_heads, causal, scale, qkv.dtype, where, keys.moment(qkv)
+    # the number of tokens is another in every batch
+    offsets = cu_seqlens.dtype, cu_seqlens.dim(), cu_seqlens.numel() > 0
+    return qkv.shape[1:], num_heads, causal, scale, qkv.dtype, where, keys.moment(qkv), offsets
+
+
+def _bind(
+    run: Callable[..., Tensor], request: tuple[Any, ...], qkv: Tensor, num_heads: int, *_: object
+) -> Callable[..., Tensor]:
+    """Return what makes an implementation's arguments, as :func:`_prepare` does, of those with a known signature."""
+    checked, _, offsets, scale = request
+    *lead, three, heads, head_dim = checked.shape
+    whole = qkv.dim() == checked.dim()
+
+    def packed(qkv: Tensor, num_heads: int, causal: bool, cu_seqlens: Tensor, _: float | None) -> Tensor:
+        total = qkv.shape[0]
+        if cu_seqlens.is_cpu:
+            attention_packed.check(cu_seqlens, total)
+        return run(qkv if whole else qkv.view(total, three, heads, head_dim), causal, cu_seqlens, scale)
+
+    def dense(qkv: Tensor, num_heads: int, causal: bool, cu_seqlens: None, _: float | None) -> Tensor:
+        # one by one, which is twice as fast as a size
+        return run(qkv if whole else qkv.view(batch, tokens, three, heads, head_dim), causal, None, scale)
+
+    if offsets is not None:
+        return packed
+    batch, tokens = lead
+    return dense
+
+
 dispatch.register(
     "attention",
     _prepare,
@@ -94,9 +134,10 @@ dispatch.register(
         "packed queries, keys and values in place",
         attention_triton.attention,
         attention_triton.refusal,
-        measured=True,
     ),
     dispatch.Implementation("torch", "scaled_dot_product_attention", attention_torch.attention),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", attention_torch.reference),
-    shape_class=attention_triton.shape_class,
+    key=keys.of_attention,
+    signature=_signature,
+    bind=_bind,
 )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import dispatch, kernel_ops, trust
+from clipfast.ops import dispatch, kernel_ops, keys, trust
 from clipfast.ops.probes import probe_rows, random
+from clipfast.ops.rules import LARGE, Key
 
 APPROXIMATIONS = ("none", "tanh", "quick")
 
@@ -46,11 +49,18 @@ def kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str = "none") -> bool
         bias: ``[H]``, the layer's.
         approximate: As for :func:`bias_gelu`.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    width, rows = bias.shape[0], x.shape[:-1]
+    signature = (
+        "adds bias", approximate, width, rows.numel() * width >= _WIDER * LARGE, x.dtype, x.device, bias.dtype,
+        bias.get_device(), keys.moment(x),
+    )  # fmt: skip
+    known = dispatch.remembered("bias_gelu", signature)
+    if known is not None:
+        return known
     # what the product will look like, without its memory
-    product = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], bias.shape[0])
-    return dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
+    product = x.new_empty((), dtype=keys.autocast_dtype(x) or x.dtype).expand(*rows, width)
+    adds = dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
+    return dispatch.remember("bias_gelu", signature, adds, product, bias)
 
 
 def check_approximate(approximate: str, owner: str) -> str:
@@ -184,14 +194,27 @@ def _triton_refusal(x: Tensor, bias: Tensor | None, approximate: str) -> str | N
     return kernel_ops.refusal("bias_gelu", lambda: _trials(x, bias, approximate), x, bias)
 
 
-def _shape_class(x: Tensor, bias: Tensor | None, approximate: str) -> str:
-    return f"{approximate}, {kernel_ops.rows_class(x)}"
+# an MLP is four times as wide as the stream
+_WIDER = 4
+
+
+def _key(x: Tensor, bias: Tensor | None, approximate: str) -> Key:
+    return keys.of_rows("bias_gelu", x, bias, scale=_WIDER, form=approximate, bias=bias is not None)
+
+
+def _signature(x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Any, ...]:
+    if bias is None:
+        where = None if x.is_cpu else keys.place(x, _WIDER * LARGE)
+        return approximate, x.shape[-1], x.dtype, where, keys.moment(x)
+    where = None if x.is_cpu else keys.place(x, _WIDER * LARGE, bias)
+    return approximate, x.shape[-1], x.dtype, bias.dim(), bias.numel(), bias.dtype, where, keys.moment(x)
 
 
 dispatch.register(
     "bias_gelu",
     _prepare,
-    dispatch.Implementation("triton", "bias and GELU in one pass", _triton, _triton_refusal, measured=True),
+    dispatch.Implementation("triton", "bias and GELU in one pass", _triton, _triton_refusal),
     dispatch.Implementation("reference", "plain PyTorch", _reference),
-    shape_class=_shape_class,
+    key=_key,
+    signature=_signature,
 )

@@ -7,6 +7,7 @@ of the teacher's logits gives ``τ·T`` and ``τᵀ·I``, of O(B·D), which are 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,14 @@ from torch.autograd.function import once_differentiable
 from clipfast.ops import contrastive_autograd, contrastive_kernels, contrastive_reference, dispatch
 from clipfast.ops.contrastive_arguments import Options, check_scale, prepare
 from clipfast.ops.contrastive_kernels import Kernels, accumulation_dtype
-from clipfast.ops.contrastive_loss import announce_chunks, as_rows, as_scalar, native_kernels, native_refusal
+from clipfast.ops.contrastive_loss import (
+    announce_chunks,
+    as_rows,
+    as_scalar,
+    key_of_loss,
+    native_kernels,
+    native_refusal,
+)
 from clipfast.ops.contrastive_ranks import Ranks, meet
 from clipfast.ops.contrastive_targets import joined_sum
 
@@ -240,5 +248,8 @@ dispatch.register(
     _prepare,
     dispatch.Implementation("native", "tiles in the op library, the teacher's in PyTorch", _native, _native_refusal),
     dispatch.Implementation("torch", "tiles in PyTorch", _chunked),
-    dispatch.Implementation("reference", "all logits at once, in PyTorch", _reference),
+    # never for its speed: it holds all logits
+    dispatch.Implementation("reference", "all logits at once, in PyTorch", _reference, planned=False),
+    # its tiles are those of the contrastive loss
+    key=functools.partial(key_of_loss, "contrastive_loss"),
 )

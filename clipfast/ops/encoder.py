@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import dispatch, library
+from clipfast.ops import dispatch, keys, library, plan
 from clipfast.ops.attention import attention
 from clipfast.ops.attention_packed import check_offsets
 from clipfast.ops.bias_gelu import APPROXIMATIONS, bias_gelu
 from clipfast.ops.layer_norm import layer_norm
+from clipfast.ops.rules import WIDTHS, Key, bound
 from clipfast.ops.single_query_attention import single_query_attention
 
 # tokens that oneDNN's implementation takes at a time: what lies between two steps stays in reach of the caches
@@ -82,22 +84,14 @@ class PackedEncoder:
         self._native: list[Tensor] | None = None
         self._onednn: list[tuple[Tensor, ...]] | None = None
         self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
+        #: The width of tokens, and that of the MLPs.
+        self.width, self.hidden = self._blocks[0].ln_1[0].shape[0], self._blocks[0].fc[0].shape[0]
 
     def set_options(self, heads: int, causal: bool, approximate: str, eps: float) -> None:
         """Take other options than those it was made with; the arguments are the constructor's."""
         if (heads, causal, approximate, eps) != (self.heads, self.causal, self.approximate, self.eps):
             self._native = self._onednn = None
             self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
-
-    @property
-    def width(self) -> int:
-        """The width of tokens."""
-        return self._blocks[0].ln_1[0].shape[0]
-
-    @property
-    def hidden(self) -> int:
-        """The MLPs' width."""
-        return self._blocks[0].fc[0].shape[0]
 
     @functools.cached_property
     def blocks(self) -> tuple[BlockWeights, ...]:
@@ -150,7 +144,7 @@ def encode(x: Tensor, encoder: PackedEncoder, *, cu_seqlens: Tensor, read: int |
     Raises:
         ValueError: The shapes, dtypes or offsets do not fit.
     """
-    return dispatch.call("encoder", x, encoder, cu_seqlens=cu_seqlens, read=read)
+    return dispatch.call("encoder", x, encoder, cu_seqlens, read)
 
 
 def refusal(encoder: PackedEncoder) -> str | None:
@@ -174,7 +168,7 @@ def release_workspace() -> int:
 
 
 def _prepare(
-    x: Tensor, encoder: PackedEncoder, *, cu_seqlens: Tensor, read: int | None = None
+    x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None = None
 ) -> tuple[Tensor, PackedEncoder, Tensor, int | None]:
     if x.dim() != 2 or x.shape[1] != encoder.width or x.dtype != encoder.dtype or x.device.type != "cpu":
         raise ValueError(
@@ -185,14 +179,34 @@ def _prepare(
         raise ValueError(
             f"encode(cu_seqlens): got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int64 offsets [S + 1]"
         )
+    _check_values(x, encoder, cu_seqlens, read)
+    return x, encoder, cu_seqlens, read
+
+
+def _check_values(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> None:
     offsets = cu_seqlens.tolist()
-    check_offsets(offsets, x.shape[0], "encode", may_be_empty=False)
-    shortest = min((end - start for start, end in pairwise(offsets)), default=1)
+    shortest = min(map(operator.sub, offsets[1:], offsets), default=1)
+    if shortest < 1 or offsets[0] != 0 or offsets[-1] != x.shape[0]:
+        check_offsets(offsets, x.shape[0], "encode", may_be_empty=False)
     if read is not None and not -1 <= read < shortest:
         raise ValueError(f"encode(read): got {read}, expected -1 to {shortest - 1}, the last of the shortest sequence")
     if encoder.causal and read is not None and read != -1:
         raise ValueError(f"encode(read): got {read}, expected -1 or None for a causal encoder")
-    return x, encoder, cu_seqlens, read
+
+
+def _signature(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> tuple[Any, ...]:
+    return (
+        x.dim(), x.shape[1], x.dtype, x.is_cpu, encoder.width, encoder.hidden, encoder.heads, encoder.dtype,
+        cu_seqlens.dtype, cu_seqlens.dim(), cu_seqlens.numel() > 0, keys.moment(x),
+    )  # fmt: skip
+
+
+def _bind(run: Callable[..., Tensor], *_: object) -> Callable[..., Tensor]:
+    def bound(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
+        _check_values(x, encoder, cu_seqlens, read)
+        return run(x, encoder, cu_seqlens, read)
+
+    return bound
 
 
 def native_unable(dtype: torch.dtype) -> str | None:
@@ -216,18 +230,23 @@ def _native_unable(encoder: PackedEncoder) -> str | None:
 
 
 def _native_refusal(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> str | None:
-    reason = _native_unable(encoder)
-    if reason is None and prefers_onednn(encoder.dtype) and _onednn_unable(encoder) is None:
-        return "this CPU has AMX, which oneDNN uses"
-    return reason
+    return _native_unable(encoder)
 
 
-def prefers_onednn(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN's products are faster here than the library's own: AMX multiplies bfloat16 for it."""
+def prefers_onednn(dtype: torch.dtype, width: int) -> bool:
+    """Return whether the plan takes oneDNN's products here, and not the library's own, for terms of a width."""
     # asked for by name, or held to one order of sums: the library's own
     if dispatch.is_wanted("native") or dispatch.is_deterministic():
         return False
-    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return plan.decision("encoder", _key_of(dtype, width), torch.device("cpu")).backend == "torch"
+
+
+def _key_of(dtype: torch.dtype, width: int) -> Key:
+    return Key("encoder", (keys.name_of(dtype),), width=bound(width, WIDTHS))
+
+
+def _key(x: Tensor, encoder: PackedEncoder, *_: object) -> Key:
+    return _key_of(encoder.dtype, encoder.width)
 
 
 def _native(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
@@ -330,4 +349,7 @@ dispatch.register(
     dispatch.Implementation("native", "the op library's own products, all steps fused", _native, _native_refusal),
     dispatch.Implementation("torch", "oneDNN's packed weights", _onednn, _onednn_refusal),
     dispatch.Implementation("reference", "block by block in plain PyTorch", _reference),
+    key=_key,
+    signature=_signature,
+    bind=_bind,
 )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import attention_packed, dispatch
+from clipfast.ops import attention_packed, dispatch, keys
+from clipfast.ops.rules import Key
 
 _OP = "single_query_attention"
 
@@ -42,9 +45,7 @@ def single_query_attention(
         TypeError: ``query`` is not floating point.
         ValueError: The shapes do not fit, a sequence is empty, or both ``lengths`` and ``cu_seqlens`` came.
     """
-    return dispatch.call(
-        "single_query_attention", query, key, value, num_heads, lengths=lengths, cu_seqlens=cu_seqlens, scale=scale
-    )
+    return dispatch.call(_OP, query, key, value, num_heads, lengths, cu_seqlens, scale)
 
 
 def _prepare(
@@ -52,7 +53,6 @@ def _prepare(
     key: Tensor,
     value: Tensor,
     num_heads: int,
-    *,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -130,9 +130,39 @@ def _reference(
     return (scores.softmax(dim=-1) @ value.transpose(1, 2)).flatten(1)
 
 
+def _key(query: Tensor, *_: object) -> Key:
+    return Key(_OP, (keys.name_of(query.dtype),), **keys.modes(query))
+
+
+def _signature(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, lengths: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    scale = None if scale is None else float(scale)
+    given = tuple(None if t is None else t.shape for t in (lengths, cu_seqlens))
+    return query.shape, key.shape, value.shape, num_heads, given, scale, query.dtype, query.device, keys.moment(query)
+
+
+def _bind(
+    run: Callable[..., Tensor], request: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> Callable[..., Tensor]:
+    of_query, of_key, scale = tuple(request[0].shape), tuple(request[1].shape), request[5]
+
+    def bound(
+        query: Tensor, key: Tensor, value: Tensor, num_heads: int, lengths: Tensor | None, cu_seqlens: Tensor | None,
+        _: float | None,
+    ) -> Tensor:  # fmt: skip
+        return run(query.view(*of_query), key.view(*of_key), value.view(*of_key), lengths, cu_seqlens, scale)
+
+    return bound
+
+
 dispatch.register(
-    "single_query_attention",
+    _OP,
     _prepare,
     dispatch.Implementation("torch", "scaled_dot_product_attention", _torch),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
+    key=_key,
+    signature=_signature,
+    bind=_bind,
 )

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from clipfast.data.workers import STOP_SIGNALS
+from clipfast.data.workers import STOP_SIGNALS, nothing
 
 # seconds in which a second SIGTERM is the first one's echo: `timeout`, shells and schedulers send it to a process and
 # to its group
@@ -106,6 +106,8 @@ def stop_on_interrupt() -> Iterator[StopRequest]:
         yield stop
     finally:
         _current = None
+        for signum in previous:
+            signal.signal(signum, nothing)
         for signum, handler in previous.items():
             # None: installed by something else than Python, which cannot put it back
             signal.signal(signum, handler if handler is not None else defaults[signum])

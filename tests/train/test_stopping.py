@@ -247,18 +247,18 @@ def test_stopped_at_twenty_random_moments_it_ends_the_same(place, tmp_path, rank
         codes.append(code)
         # before Python has read the command, SIGTERM does what it does to any process
         early = not turn % 4 and code == -signal.SIGTERM
-        assert early or code == ranks - 1, (seed, turn, output)
-        assert "exited unexpectedly" not in output, (seed, turn, output)
-        assert output.count("Traceback") == (0 if early else ranks - 1), (seed, turn, output)
+        assert early or code == ranks - 1, f"{seed}, {turn}: {output}"
+        assert "exited unexpectedly" not in output, f"{seed}, {turn}: {output}"
+        assert output.count("Traceback") == (0 if early else ranks - 1), f"{seed}, {turn}: {output}"
         saved = saved_steps(tmp_path / "stopped")
         before = saved[0] if saved else 0
         # a look at the held-out pairs that was left is owed, with the line of its step
         lines = len(logged(tmp_path / "stopped")) if saved else 0
-        assert before == lines or (before == lines + 1 and before % 9 == 0), (seed, turn, output)
+        assert before == lines or (before == lines + 1 and before % 9 == 0), f"{seed}, {turn}: {output}"
         print(f"seed {seed}, moment {turn}: status {code}, step {before}", flush=True)
     last = settings(place, tmp_path / "stopped", **options | {"steps": before + 20})
     straight = settings(place, tmp_path / "straight", **options | {"steps": before + 20})
     for end in (last, straight):
         code, output = Job(tmp_path, end, ranks=ranks, seconds=0.0).end()
-        assert code == 0, (seed, output)
+        assert code == 0, f"{seed}: {output}"
     assert_same_end(tmp_path / "straight", tmp_path / "stopped")
