@@ -71,7 +71,7 @@ def test_every_op_has_an_entry_for_every_call() -> None:
 def test_the_table_in_the_docs_is_that_of_the_rule(script: Any) -> None:
     page = script.PAGE.read_text(encoding="utf-8")
     found = page.partition(script.BEGIN)[2].partition(script.END)[0]
-    assert found == script.table(), "scripts/rule_table.py writes it anew"
+    assert found == script.text(), "scripts/rule_table.py writes it anew"
 
 
 def test_the_table_says_what_is_decided(script: Any) -> None:
