@@ -1,8 +1,7 @@
-"""Measurements of cards that are shipped: which implementation was the fastest, by card, op and class of calls.
+"""Which implementation was the fastest, by card, op and shape class: what ``auto`` goes by.
 
-The plan goes by them where no tuned file speaks (:mod:`clipfast.ops.plan`). A card's entry is what ``clipfast tune
---share`` prints on it; the record in ``benchmarks/results/`` that it prints too holds the times. No card has been
-measured so far.
+A card's entry comes from one run of ``make gpu`` on it; the run's file in ``benchmarks/results/`` holds the times. No
+card has been measured so far, so that ``auto`` takes no implementation that must be.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ class Measurements:
         torch: PyTorch's version.
         triton: Triton's version.
         commit: Of clipfast, as in the name of the run's file.
-        fastest: For every op and class of calls (:func:`clipfast.ops.dispatch.shape_class`), the fastest backend.
+        fastest: For every op and shape class (:func:`clipfast.ops.dispatch.shape_class`), the fastest backend.
     """
 
     torch: str
