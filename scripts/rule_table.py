@@ -108,7 +108,8 @@ def bytes_table() -> str:
 
 def text() -> str:
     """Return what stands between the page's marks."""
-    return bytes_table() + "\nDecisions for large batches; for small ones PyTorch, but for packed captions and the losses:\n\n" + table()
+    about = "Decisions for large batches; for small ones PyTorch, but for packed captions and the losses:"
+    return f"{bytes_table()}\n{about}\n\n{table()}"
 
 
 def _grouped(cases: set[tuple[str, str, str]], models: set[str]) -> Iterator[tuple[str, str, str]]:
