@@ -12,6 +12,7 @@ exported or watched by a dispatch mode, nor while a CUDA graph is captured.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -31,6 +32,8 @@ BACKENDS = ("auto", "reference", "torch", "native", "triton")
 _MOST = 1024
 
 _is_compiling = torch.compiler.is_compiling
+# half as long; other compilers and exports have a dispatch mode
+_is_dynamo = torch.compiler.is_dynamo_compiling
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -199,7 +202,7 @@ def register(
     op: str,
     prepare: Callable[..., tuple[Any, ...]],
     *implementations: Implementation,
-    key: Callable[..., rules.Key],
+    key: Callable[..., rules.Key] | None = None,
     signature: Callable[..., tuple[Any, ...]] = _no_signature,
     bind: Callable[..., Callable[..., Any]] | None = None,
 ) -> None:
@@ -210,21 +213,28 @@ def register(
         prepare: Checks the arguments of the public function and returns those of the implementations.
         *implementations: In the order in which they are tried where the plan's own cannot serve; the last serves every
             call.
-        key: Gets the implementations' arguments and returns what of them decides.
+        key: Gets the implementations' arguments and returns what of them decides: by default the first tensor's dtype,
+            and whether gradients are recorded or autocast is on.
         signature: Gets the arguments of :func:`call` and returns, at little cost, all of them that ``prepare``, ``key``
             and the implementations' refusals look at, hashable; it need not check anything. By default nothing is kept.
         bind: Gets an implementation, the arguments that ``prepare`` made for it and those of :func:`call`; returns a
             function of such arguments with this signature. It checks what a signature does not hold, such as values.
             By default the implementation takes the arguments of :func:`call` as they are.
     """
-    _ops[op] = _Op(prepare, implementations, key, signature, bind)
+    _ops[op] = _Op(prepare, implementations, key or functools.partial(_key, op), signature, bind)
+
+
+def _key(op: str, *request: Any) -> rules.Key:
+    first = next(argument for argument in request if isinstance(argument, torch.Tensor))
+    autocast = torch.is_autocast_enabled(first.device.type)
+    return rules.Key(op, (str(first.dtype).removeprefix("torch."),), torch.is_grad_enabled(), autocast)
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     entry = _ops[op]
     # the cheapest first: this is all that a call pays for its choice
-    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs):
+    if not (_is_dynamo() or _dispatch_modes() or _is_tracing() or kwargs):
         switches, choices = entry.current
         if switches is not _switches:
             choices = _choices(entry)[1]
@@ -302,6 +312,12 @@ momentary: list[Callable[[torch.device], bool]] = []
 def chosen(op: str, *args: Any, **kwargs: Any) -> str:
     """Return the backend that would serve a call of ``op``."""
     return _choose(op, _ops[op].prepare(*args, **kwargs)).backend
+
+
+def serving(op: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the implementation that would serve a call of ``op``, and the arguments that it would get."""
+    request = _ops[op].prepare(*args, **kwargs)
+    return _choose(op, request).run, request
 
 
 def operations() -> list[str]:
