@@ -1,0 +1,360 @@
+"""The tuned file: which implementation ``clipfast tune`` found the fastest on this machine.
+
+It is JSON, one file for a device and its versions, in the user's cache folder; docs/tuning.md describes it. Reading it
+runs no code. A file that says anything it should not is not used at all, and neither is one that was made on another
+device or with other versions: the rule serves, and :func:`find` says in one sentence why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipfast.files import cache_folder, write_atomically
+
+FORMAT = 1
+VARIABLE = "CLIPFAST_TUNED"
+_MOST_BYTES = 4 * 2**20
+_MOST_CHOICES = 10_000
+_MOST_LETTERS = 300
+_LOCK_S = 10.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What tuning found for one shape class of one op.
+
+    Attributes:
+        backend: The one that serves.
+        rule: The one that serves without a tuned file. Where it is the same, the rule stands.
+        lead: The rule's time over the backend's, the median of the rounds; 1 where the rule stands.
+        rounds: How many rounds of all sides were timed.
+        why: In a few words.
+    """
+
+    backend: str
+    rule: str
+    lead: float = 1.0
+    rounds: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned file that counts here.
+
+    Attributes:
+        path: Where it lies.
+        date: When it was last written, UTC, as ISO 8601 has it.
+        choices: By op and shape class (:func:`clipfast.ops.dispatch.shape_class`).
+        models: What was tuned for: names of models with precisions.
+    """
+
+    path: Path
+    date: str
+    choices: dict[str, dict[str, Choice]] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
+
+    @property
+    def fastest(self) -> dict[str, dict[str, str]]:
+        """The backends that serve in the place of the rule's, by op and shape class."""
+        return self._backends(changed=True)
+
+    @property
+    def confirmed(self) -> dict[str, dict[str, str]]:
+        """The rule's backends that were measured here and stand, by op and shape class."""
+        return self._backends(changed=False)
+
+    def _backends(self, changed: bool) -> dict[str, dict[str, str]]:
+        found = {
+            op: {key: c.backend for key, c in of_op.items() if (c.backend != c.rule) == changed}
+            for op, of_op in self.choices.items()
+        }
+        return {op: of_op for op, of_op in found.items() if of_op}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# reading
+
+
+def find(device: torch.device) -> tuple[Tuned | None, str]:
+    """Return the tuned file that counts on a device, and the sentence that says so; or None, and why there is none.
+
+    ``CLIPFAST_TUNED`` names another file than that of the cache folder, or is ``off``. Nothing is kept: who asks often
+    keeps the answer. It never raises for what a file holds.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == "off":
+        return None, f"tuned files are off: {VARIABLE}=off is set"
+    try:
+        path = Path(wanted).expanduser() if wanted else path_of(device)
+        if not wanted and not path.exists():
+            return None, _why_none(device, path)
+        found = read(path, device)
+    except (OSError, RuntimeError) as error:
+        # RuntimeError: a home folder that is not there
+        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+        return None, f"the tuned file{f' {short(Path(wanted))}' if wanted else ''} cannot be read: {reason}"
+    except ValueError as error:
+        return None, f"the tuned file {short(path)} is not used: {error}"
+    return found, f"tuned on {found.date[:10]} ({short(path)})"
+
+
+def path_of(device: torch.device) -> Path:
+    """Return where the tuned file of a device lies, or would, with these versions of everything.
+
+    Raises:
+        OSError: There is no cache folder.
+    """
+    device_facts, software = _identity(device)
+    digest = hashlib.sha256(json.dumps([device_facts, software], sort_keys=True).encode()).hexdigest()[:12]
+    return cache_folder() / "tuned" / f"{_stem(device_facts)}-{digest}.json"
+
+
+def read(path: Path, device: torch.device | None) -> Tuned:
+    """Read a tuned file.
+
+    Args:
+        path: The file.
+        device: The device that it is to be used on; None to take it whatever it was made on.
+
+    Raises:
+        ValueError: The file is none, or says what it should not, or was not made on this device with these versions.
+        OSError: It cannot be read.
+    """
+    content = _parse(path)
+    _validate(content)
+    if device is not None:
+        for got, expected in zip((content["device"], content["versions"]), _identity(device), strict=True):
+            if differs := _difference(got, expected):
+                raise ValueError(f"{differs}; run clipfast tune")
+    choices = {op: {key: Choice(**c) for key, c in of_op.items()} for op, of_op in content["choices"].items()}
+    return Tuned(path, content["date"], choices, tuple(content["models"]))
+
+
+def _identity(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
+    # from here, because clipfast.ops.identity asks for the op library, which asks for clipfast.ops.dispatch
+    from clipfast.ops import identity
+
+    return identity.of_device(device), identity.of_software(device.type)
+
+
+def _stem(device_facts: Mapping[str, str]) -> str:
+    """Return a device's name as a file's."""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", device_facts["name"]).strip("-")[:60] or "unnamed"
+    return name if device_facts["type"] == "cuda" else f"{device_facts['type']}-{name}"
+
+
+def _why_none(device: torch.device, path: Path) -> str:
+    """Return why there is no file: none was made, or one for something else."""
+    others = sorted(path.parent.glob(f"{_stem(_identity(device)[0])}-*.json"), key=lambda p: p.stat().st_mtime)
+    if others:
+        try:
+            read(others[-1], device)
+        except (OSError, ValueError) as error:
+            return f"the tuned file {short(others[-1])} is not used: {error}"
+    return "there is no tuned file for this device; clipfast tune makes one"
+
+
+def _difference(got: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
+    """Return in what a file's device or versions are other than those here, or None."""
+    for name in expected:
+        if got.get(name) != expected[name]:
+            return f"it was made for {name} {got.get(name, 'unknown')}, this is {name} {expected[name]}"
+    return None
+
+
+def _parse(path: Path) -> Any:
+    # no pipe that never ends, no device, nothing that fills memory
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    try:
+        return json.loads(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        what = "it nests too deeply" if isinstance(error, RecursionError) else str(error)[:80]
+        raise ValueError(f"it is damaged or cut off ({what}); run clipfast tune, or delete it") from error
+
+
+def _validate(content: Any) -> None:
+    """Raise a ValueError where a file's content is not what :func:`write` writes."""
+    _expect_keys("the file", content, {"format", "date", "device", "versions", "models", "choices"}, first="format")
+    if content["format"] != FORMAT or isinstance(content["format"], bool):
+        raise ValueError(f"format: got {_shown(content['format'])}, expected {FORMAT}; run clipfast tune")
+    _expect_text("date", content["date"])
+    try:
+        datetime.datetime.fromisoformat(content["date"])
+    except ValueError:
+        raise ValueError(f"date: got {_shown(content['date'])}, expected one of ISO 8601") from None
+    for name in ("device", "versions"):
+        if not isinstance(content[name], dict) or len(content[name]) > 50:
+            raise ValueError(f"{name}: got {_shown(content[name])}, expected an object of texts")
+        for key, value in content[name].items():
+            _expect_text(f"{name}.{key[:50]}", value)
+    if not isinstance(content["models"], list) or len(content["models"]) > 1000:
+        raise ValueError(f"models: got {_shown(content['models'])}, expected a list of texts")
+    for model in content["models"]:
+        _expect_text("models", model)
+    _validate_choices(content["choices"])
+
+
+def _validate_choices(choices: Any) -> None:
+    from clipfast.ops import dispatch
+
+    known = {op: dispatch.backends(op) for op in dispatch.operations()}
+    if not isinstance(choices, dict):
+        raise ValueError(f"choices: got {_shown(choices)}, expected an object by op")
+    count = 0
+    for op, of_op in choices.items():
+        if op not in known:
+            raise ValueError(f"choices: got op {_shown(op)}, expected one of {', '.join(known)}")
+        if not isinstance(of_op, dict):
+            raise ValueError(f"choices.{op}: got {_shown(of_op)}, expected an object by shape class")
+        count += len(of_op)
+        if count > _MOST_CHOICES:
+            raise ValueError(f"choices: got more than {_MOST_CHOICES}")
+        for key, choice in of_op.items():
+            where = f"choices.{op}"
+            _expect_text(f"{where}'s shape class", key)
+            _expect_keys(f"{where}[{_shown(key)}]", choice, {f.name for f in fields(Choice)})
+            for name in ("backend", "rule"):
+                if not isinstance(choice[name], str) or choice[name] not in known[op]:
+                    raise ValueError(f"{where}: got {name} {_shown(choice[name])}, expected one of {known[op]}")
+            _expect_text(f"{where}.why", choice["why"])
+            if not isinstance(choice["lead"], float | int) or not 0 < choice["lead"] < math.inf:
+                raise ValueError(f"{where}: got lead {_shown(choice['lead'])}, expected a positive number")
+            if type(choice["rounds"]) is not int or choice["rounds"] < 0:
+                raise ValueError(f"{where}: got rounds {_shown(choice['rounds'])}, expected a count")
+
+
+def _expect_keys(where: str, value: Any, expected: set[str], first: str | None = None) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: got {_shown(value)}, expected an object")
+    if first is not None and first not in value:
+        raise ValueError(f"{where} has no {first!r}: it is no tuned file")
+    if value.keys() != expected:
+        wrong = sorted(value.keys() ^ expected)
+        raise ValueError(f"{where}: {_shown(wrong[0])} is {'unknown' if wrong[0] in value else 'missing'}")
+
+
+def _expect_text(where: str, value: Any) -> None:
+    if not isinstance(value, str) or len(value) > _MOST_LETTERS or not value.isprintable():
+        raise ValueError(f"{where}: got {_shown(value)}, expected a line of text")
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a file for a message: short and in one line, whatever it is."""
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def short(path: Path) -> str:
+    """Return a path without the name of its user."""
+    home = os.path.expanduser("~")
+    text = str(path)
+    return f"~{text[len(home) :]}" if home != "/" and text.startswith(home + os.sep) else text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# writing
+
+
+def write(
+    device: torch.device,
+    choices: Mapping[str, Mapping[str, Choice]],
+    models: tuple[str, ...] = (),
+    path: Path | None = None,
+) -> Path:
+    """Write choices to a device's tuned file, beside those that it holds for other shape classes.
+
+    The file is replaced whole. Processes that write at the same time wait for each other, and each keeps what the others
+    wrote; where the file system has no locks, the last of them may win, and the file is whole all the same.
+
+    Args:
+        device: What was tuned.
+        choices: By op and shape class.
+        models: What for.
+        path: Another file than :func:`path_of` the device.
+
+    Returns:
+        Where it lies.
+
+    Raises:
+        OSError: It cannot be written.
+        ValueError: ``path`` is there and is no tuned file.
+    """
+    target = path or path_of(device)
+    if path is not None and path.exists():
+        _expect_tuned_file(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    device_facts, software = _identity(device)
+    with _locked(target.parent):
+        merged: dict[str, dict[str, Choice]] = {}
+        with contextlib.suppress(OSError, ValueError):
+            before = read(target, device)
+            merged = {op: dict(of_op) for op, of_op in before.choices.items()}
+            models = tuple(dict.fromkeys((*before.models, *models)))
+        for op, of_op in choices.items():
+            merged.setdefault(op, {}).update(of_op)
+        content = {
+            "format": FORMAT,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": device_facts,
+            "versions": software,
+            "models": list(models),
+            "choices": {op: {key: asdict(c) for key, c in sorted(merged[op].items())} for op in sorted(merged)},
+        }
+        _validate(content)
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(target, lambda file: file.write(f"{text}\n".encode()))
+    return target
+
+
+def _expect_tuned_file(path: Path) -> None:
+    """Raise a ValueError where a file is something else, which nobody wants replaced."""
+    try:
+        _validate(_parse(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is there and is no tuned file: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to a folder's files, for as long as they ask too."""
+    try:
+        import fcntl
+    except ImportError:
+        # not on POSIX: a file is replaced whole all the same
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        until = time.monotonic() + _LOCK_S
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                # somebody writes, which takes milliseconds; one who was stopped meanwhile is not waited for
+                time.sleep(0.01)
+            except OSError:
+                break
+        yield
+    finally:
+        os.close(descriptor)
