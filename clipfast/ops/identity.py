@@ -1,6 +1,6 @@
 """What this machine and its software are, as far as it decides which implementation is right and fastest.
 
-What was found out on a device (:mod:`clipfast.ops.trust`, :mod:`clipfast.ops.tuned`) counts where all of it is the same.
+What was measured on a device (:mod:`clipfast.ops.tuned`) counts where all of it is the same.
 """
 
 from __future__ import annotations

@@ -283,8 +283,8 @@ def write(
 ) -> Path:
     """Write choices to a device's tuned file, beside those that it holds for other shape classes.
 
-    The file is replaced whole. Processes that write at the same time wait for each other, and each keeps what the others
-    wrote; where the file system has no locks, the last of them may win, and the file is whole all the same.
+    The file is replaced whole. Processes that write at the same time wait for each other, and each keeps what the
+    others wrote; where the file system has no locks, the last of them may win, and the file is whole all the same.
 
     Args:
         device: What was tuned.
