@@ -27,6 +27,7 @@ from clipfast.files import cache_folder, write_atomically
 
 FORMAT = 1
 VARIABLE = "CLIPFAST_TUNED"
+NONE = "no tuned file"
 _MOST_BYTES = 4 * 2**20
 _MOST_CHOICES = 10_000
 _MOST_LETTERS = 300
@@ -91,26 +92,50 @@ class Tuned:
 
 
 def find(device: torch.device) -> tuple[Tuned | None, str]:
-    """Return the tuned file that counts on a device, and the sentence that says so; or None, and why there is none.
+    """Return the tuned file that counts on a device, and when it was made; or None, and why there is none.
 
     ``CLIPFAST_TUNED`` names another file than that of the cache folder, or is ``off``. Nothing is kept: who asks often
     keeps the answer. It never raises for what a file holds.
+
+    Returns:
+        The second is :data:`NONE` where nobody has tuned, and otherwise says what is wrong with which file.
     """
+    if _instead is not None:
+        return _instead
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "off":
-        return None, f"tuned files are off: {VARIABLE}=off is set"
+        return None, f"{VARIABLE}=off is set"
+    where = f"{short(Path(wanted))} ({VARIABLE})" if wanted else "the cache folder"
     try:
         path = Path(wanted).expanduser() if wanted else path_of(device)
+        where = where if wanted else short(path)
         if not wanted and not path.exists():
             return None, _why_none(device, path)
         found = read(path, device)
     except (OSError, RuntimeError) as error:
         # RuntimeError: a home folder that is not there
-        reason = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-        return None, f"the tuned file{f' {short(Path(wanted))}' if wanted else ''} cannot be read: {reason}"
+        return None, f"{where} cannot be read: {getattr(error, 'strerror', None) or error}"
     except ValueError as error:
-        return None, f"the tuned file {short(path)} is not used: {error}"
-    return found, f"tuned on {found.date[:10]} ({short(path)})"
+        return None, f"{where}: {error}"
+    return found, f"tuned on {found.date[:10]} ({where})"
+
+
+_instead: tuple[Tuned | None, str] | None = None
+
+
+@contextlib.contextmanager
+def instead(choices: Mapping[str, Mapping[str, Choice]], why: str) -> Iterator[None]:
+    """Let :func:`find` return these choices inside a ``with`` block, whatever files there are; None if there are none.
+
+    For who tries them. What was asked before does not know: ``clipfast.ops.plan.reset`` makes it ask again.
+    """
+    global _instead
+    found = Tuned(Path(why), "", {op: dict(of_op) for op, of_op in choices.items()}) if choices else None
+    before, _instead = _instead, (found, why)
+    try:
+        yield
+    finally:
+        _instead = before
 
 
 def path_of(device: torch.device) -> Path:
@@ -140,7 +165,7 @@ def read(path: Path, device: torch.device | None) -> Tuned:
     if device is not None:
         for got, expected in zip((content["device"], content["versions"]), _identity(device), strict=True):
             if differs := _difference(got, expected):
-                raise ValueError(f"{differs}; run clipfast tune")
+                raise ValueError(differs)
     choices = {op: {key: Choice(**c) for key, c in of_op.items()} for op, of_op in content["choices"].items()}
     return Tuned(path, content["date"], choices, tuple(content["models"]))
 
@@ -165,8 +190,8 @@ def _why_none(device: torch.device, path: Path) -> str:
         try:
             read(others[-1], device)
         except (OSError, ValueError) as error:
-            return f"the tuned file {short(others[-1])} is not used: {error}"
-    return "there is no tuned file for this device; clipfast tune makes one"
+            return f"{short(others[-1])}: {error}"
+    return NONE
 
 
 def _difference(got: Mapping[str, str], expected: Mapping[str, str]) -> str | None:
@@ -189,14 +214,14 @@ def _parse(path: Path) -> Any:
         return json.loads(text.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         what = "it nests too deeply" if isinstance(error, RecursionError) else str(error)[:80]
-        raise ValueError(f"it is damaged or cut off ({what}); run clipfast tune, or delete it") from error
+        raise ValueError(f"it is damaged or cut off ({what})") from error
 
 
 def _validate(content: Any) -> None:
     """Raise a ValueError where a file's content is not what :func:`write` writes."""
     _expect_keys("the file", content, {"format", "date", "device", "versions", "models", "choices"}, first="format")
     if content["format"] != FORMAT or isinstance(content["format"], bool):
-        raise ValueError(f"format: got {_shown(content['format'])}, expected {FORMAT}; run clipfast tune")
+        raise ValueError(f"format: got {_shown(content['format'])}, expected {FORMAT}")
     _expect_text("date", content["date"])
     try:
         datetime.datetime.fromisoformat(content["date"])
