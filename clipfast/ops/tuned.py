@@ -325,8 +325,8 @@ def write(
         ValueError: ``path`` is there and is no tuned file.
     """
     target = path or path_of(device)
-    if path is not None and path.exists():
-        _expect_tuned_file(path)
+    if path is not None:
+        check_target(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     device_facts, software = _identity(device)
     with _locked(target.parent):
@@ -351,12 +351,18 @@ def write(
     return target
 
 
-def _expect_tuned_file(path: Path) -> None:
-    """Raise a ValueError where a file is something else, which nobody wants replaced."""
+def check_target(path: Path) -> None:
+    """Raise a ValueError where a file is there that is no tuned file, which nobody wants replaced."""
     try:
-        _validate(_parse(path))
-    except ValueError as error:
-        raise ValueError(f"{path} is there and is no tuned file: {error}") from error
+        there = path.exists()
+    except OSError:
+        # what keeps it from being looked at keeps it from being written
+        return
+    if there:
+        try:
+            _validate(_parse(path))
+        except ValueError as error:
+            raise ValueError(f"{path} is there and is no tuned file: {error}") from error
 
 
 @contextlib.contextmanager

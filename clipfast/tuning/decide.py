@@ -71,7 +71,7 @@ class Comparison:
 
 
 def compare(rule: Times, candidate: Times) -> Comparison:
-    """Compare a candidate with the rule over rounds that both ran in."""
+    """Compare a candidate with the rule over rounds that both ran in: the first, where one was given up."""
     leads = _leads(rule.cost, candidate.cost)
     lead = math.exp(statistics.median(leads))
     if lead < 1 + LEAD:
@@ -100,7 +100,7 @@ def is_slower(before: Times, after: Times) -> bool:
 
 def _leads(before: Sequence[float], after: Sequence[float]) -> list[float]:
     """Return how much less one side takes than the other, as logarithms, round by round."""
-    return [math.log(max(a, 1e-12) / max(b, 1e-12)) for a, b in zip(before, after, strict=True)]
+    return [math.log(max(a, 1e-12) / max(b, 1e-12)) for a, b in zip(before, after, strict=False)]
 
 
 def _is_slower(leads: Sequence[float]) -> bool:
@@ -188,7 +188,7 @@ def decide(rule: str, cases: Sequence[Mapping[str, Times | str]]) -> Verdict:
     if broken is not None:
         if not right:
             return Verdict(rule, rule, 1.0, rounds, f"{rule}: {broken}; nothing else serves")
-        fastest = min(right, key=lambda name: sum(math.log(case[name].seconds) for case in cases))
+        fastest = min(right, key=lambda name: sum(case[name].seconds for case in cases)) if len(right) > 1 else right[0]
         return Verdict(fastest, rule, 1.0, rounds, f"{rule}: {broken}")
     best, words = None, []
     for name in candidates:
