@@ -294,9 +294,7 @@ def test_a_wrong_op_fails_the_examination(op: str, mistake: str, monkeypatch: py
         return x if x.dtype == torch.float64 else x * 1.01 if mistake == "wrong" else x * float("nan")
 
     broken = dispatch.Implementation("native", "broken", run)
-    monkeypatch.setitem(
-        dispatch._ops, op, dispatch._Op(entry.prepare, (broken, entry.implementations[-1]), entry.shape_class)
-    )
+    monkeypatch.setitem(dispatch._ops, op, entry.with_implementations(broken, entry.implementations[-1]))
     report = doctor.examine()
     assert doctor.exit_code(report) == 1
     failed = [text for level, text in report["problems"] if level == "failed"]

@@ -149,7 +149,12 @@ def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor],
         view: What makes ``[columns, terms]`` of it.
     """
     dtype = product_dtype(x)
-    if dtype is None or x.shape[1] % 2 or encoder.prefers_onednn(dtype) or encoder.native_unable(dtype) is not None:
+    if (
+        dtype is None
+        or x.shape[1] % 2
+        or encoder.prefers_onednn(dtype, x.shape[1])
+        or encoder.native_unable(dtype) is not None
+    ):
         return None
     packed = kept(owner, (weight,), x, lambda dtype: _pack(view(weight.detach().to(dtype))))
     if packed is None:

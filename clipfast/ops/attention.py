@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipfast.ops import attention_packed, attention_torch, attention_triton, dispatch
+from clipfast.ops import attention_packed, attention_torch, attention_triton, dispatch, keys
+from clipfast.ops.rules import LARGE
 
 
 def attention(
@@ -40,19 +43,18 @@ def attention(
 
     Source: Vaswani et al., "Attention Is All You Need" (2017).
     """
-    return dispatch.call("attention", qkv, num_heads, causal=causal, cu_seqlens=cu_seqlens, scale=scale)
+    return dispatch.call("attention", qkv, num_heads, causal, cu_seqlens, scale)
 
 
 def attention_weights(qkv: Tensor, num_heads: int, *, causal: bool = False, scale: float | None = None) -> Tensor:
     """Return the softmax weights ``[B, H, N, N]`` (query, key) that :func:`attention` applies to the values."""
-    qkv, causal, _, scale = _prepare(qkv, num_heads, causal=causal, cu_seqlens=None, scale=scale)
+    qkv, causal, _, scale = _prepare(qkv, num_heads, causal, None, scale)
     return attention_torch.weights(qkv, causal, scale)
 
 
 def _prepare(
     qkv: Tensor,
     num_heads: int,
-    *,
     causal: bool = False,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -86,6 +88,30 @@ def _check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:
         attention_packed.check(cu_seqlens, total)
 
 
+def _signature(
+    qkv: Tensor, num_heads: int, causal: bool, cu_seqlens: Tensor | None, scale: float | None
+) -> tuple[Any, ...]:
+    offsets = None if cu_seqlens is None else (cu_seqlens.dtype, cu_seqlens.dim(), len(cu_seqlens) > 0)
+    # a kernel that reads in place is one for aligned heads or another
+    strides = qkv.stride() if qkv.is_cuda else None
+    large = qkv.numel() >= 3 * LARGE
+    return qkv.shape[1:], num_heads, causal, offsets, large, qkv.dtype, qkv.device, strides, keys.moment(qkv)
+
+
+def _bind(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def bound(qkv: Tensor, num_heads: int, causal: bool, cu_seqlens: Tensor | None, scale: float | None) -> Tensor:
+        """Make the arguments of an implementation, as :func:`_prepare` does, of such as it has checked."""
+        shape = qkv.shape
+        if len(shape) < 4:
+            width = shape[-1] // 3
+            qkv = qkv.view(*shape[:-1], 3, num_heads, width // num_heads)
+        if cu_seqlens is not None and cu_seqlens.is_cpu:
+            attention_packed.check(cu_seqlens, shape[0])
+        return run(qkv, causal, cu_seqlens, qkv.shape[-1] ** -0.5 if scale is None else float(scale))
+
+    return bound
+
+
 dispatch.register(
     "attention",
     _prepare,
@@ -94,9 +120,10 @@ dispatch.register(
         "packed queries, keys and values in place",
         attention_triton.attention,
         attention_triton.refusal,
-        measured=True,
     ),
     dispatch.Implementation("torch", "scaled_dot_product_attention", attention_torch.attention),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", attention_torch.reference),
-    shape_class=attention_triton.shape_class,
+    key=keys.of_attention,
+    signature=_signature,
+    bind=_bind,
 )

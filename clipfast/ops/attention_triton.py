@@ -178,17 +178,3 @@ def refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) 
     return kernel_ops.refusal(
         "attention", lambda: _trials(qkv, cu_seqlens, causal, backward=torch.is_grad_enabled()), qkv
     )
-
-
-def shape_class(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str:
-    """Return a call's key in the table of measurements: dtype, head_dim, mask, length, and few heads or many."""
-    if cu_seqlens is None:
-        tokens = qkv.shape[1]
-        bound = next((bound for bound in (64, 80, 128, 256, 257, 577) if tokens <= bound), None)
-        length, sequences = f"≤ {bound} tokens" if bound else "> 577 tokens", qkv.shape[0]
-    else:
-        length, sequences = "packed", cu_seqlens.shape[0] - 1
-    dtype = str(qkv.dtype).removeprefix("torch.")
-    # few: a large card has a multiprocessor for each
-    heads = "few" if sequences * qkv.shape[-2] < 256 else "many"
-    return f"{dtype}, head_dim {qkv.shape[-1]}, {'causal, ' if causal else ''}{length}, {heads} heads"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import dispatch, kernel_ops, trust
+from clipfast.ops import dispatch, kernel_ops, keys, trust
 from clipfast.ops.probes import probe_rows, random
+from clipfast.ops.rules import LARGE, Key
 
 APPROXIMATIONS = ("none", "tanh", "quick")
 
@@ -184,14 +187,25 @@ def _triton_refusal(x: Tensor, bias: Tensor | None, approximate: str) -> str | N
     return kernel_ops.refusal("bias_gelu", lambda: _trials(x, bias, approximate), x, bias)
 
 
-def _shape_class(x: Tensor, bias: Tensor | None, approximate: str) -> str:
-    return f"{approximate}, {kernel_ops.rows_class(x)}"
+# an MLP is four times as wide as the stream
+_WIDER = 4
+
+
+def _key(x: Tensor, bias: Tensor | None, approximate: str) -> Key:
+    return keys.of_rows("bias_gelu", x, bias, scale=_WIDER, form=approximate, bias=bias is not None)
+
+
+def _signature(x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Any, ...]:
+    added = () if bias is None else (bias.shape, bias.dtype, bias.device)
+    # what is no floating-point number is refused
+    return approximate, x.shape[-1], x.numel() >= _WIDER * LARGE, x.dtype, x.device, added, keys.moment(x)
 
 
 dispatch.register(
     "bias_gelu",
     _prepare,
-    dispatch.Implementation("triton", "bias and GELU in one pass", _triton, _triton_refusal, measured=True),
+    dispatch.Implementation("triton", "bias and GELU in one pass", _triton, _triton_refusal),
     dispatch.Implementation("reference", "plain PyTorch", _reference),
-    shape_class=_shape_class,
+    key=_key,
+    signature=_signature,
 )

@@ -1,28 +1,39 @@
 """Which implementation serves a call: the choice, how to force it, and how to ask for it.
 
-Every op registers its implementations here, fastest first. ``auto`` takes the first that can serve the call, and
-one that must be measured only where :mod:`clipfast.ops.measured` says that it is the fastest on this card: nothing is
-tuned or timed at run time, and a card that nobody measured gets PyTorch's operators.
-A backend that was asked for but cannot serve a call is replaced by what ``auto`` would take, with one warning
-that names the reason.
+Every op registers its implementations here. ``auto`` takes the one that the process' plan names
+(:mod:`clipfast.ops.plan`: a tuned file, a shipped measurement, or the rule), or where that cannot serve the call the
+first in order that can. A backend that was asked for stands above the plan; where it cannot serve a call ``auto`` does,
+with one warning that names the reason.
+
+A choice is kept, by what of the arguments it depends on (an op's ``signature``), until something else that it depends
+on changes: a switch below, the plan, a kernel that failed or did not pass its check. Nothing is kept of what is traced,
+exported or watched by a dispatch mode, nor while a CUDA graph is captured.
 """
 
 from __future__ import annotations
 
 import os
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from clipfast.ops import measured
+from clipfast.ops import plan, rules
 
 # what runs wherever PyTorch does
 _PLAIN = ("torch", "reference")
 BACKENDS = ("auto", "reference", "torch", "native", "triton")
+# kept choices of an op; shapes that go on changing do not fill the memory
+_MOST = 1024
+
+_is_compiling = torch.compiler.is_compiling
+_is_exporting = torch.compiler.is_exporting
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,25 +65,41 @@ class FallbackWarning(UserWarning):
 class Implementation:
     """One way to compute an op.
 
-    ``refusal`` gets the call's arguments and returns why this implementation cannot serve them, or None.
-    ``auto`` takes one that is ``measured`` only where the table of measurements names it.
+    ``refusal`` gets the call's arguments and returns why this implementation cannot serve them, or None. The plan names
+    no implementation that is not ``planned``: it serves where it is asked for, or nothing else can.
     """
 
     backend: str
     description: str
     run: Callable[..., Any]
     refusal: Callable[..., str | None] = lambda *args, **kwargs: None
-    measured: bool = False
+    planned: bool = True
 
 
-@dataclass(frozen=True)
 class _Op:
-    prepare: Callable[..., tuple[Any, ...]]
-    implementations: tuple[Implementation, ...]
-    shape_class: Callable[..., str]
+    """An op; ``kept`` holds its choices for every setting of the switches."""
+
+    def __init__(
+        self,
+        prepare: Callable[..., tuple[Any, ...]],
+        implementations: tuple[Implementation, ...],
+        key: Callable[..., rules.Key],
+        signature: Callable[..., tuple[Any, ...]] | None = None,
+        bind: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
+    ) -> None:
+        self.prepare, self.implementations, self.key = prepare, implementations, key
+        self.signature, self.bind = signature, bind
+        self.planned = tuple(i.backend for i in implementations if i.planned)
+        self.kept: dict[_Switches, dict[Any, Any]] = {}
+        _all.add(self)
+
+    def with_implementations(self, *implementations: Implementation) -> _Op:
+        """Return the op with others in the place of its implementations."""
+        return _Op(self.prepare, implementations, self.key, self.signature, self.bind)
 
 
 _ops: dict[str, _Op] = {}
+_all: weakref.WeakSet[_Op] = weakref.WeakSet()
 _announced: set[tuple[str, str, str]] = set()
 _told: set[tuple[str, str]] = set()
 
@@ -83,9 +110,26 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+class _Switches(NamedTuple):
+    """What is forced: a backend, and results that are independent of the batch."""
+
+    wanted: str
+    deterministic: bool
+
+
 # One for the process, not for a thread or a context: the backward pass recomputes checkpointed blocks in threads of
-# its own, and those must choose as the forward pass did.
-_wanted = _checked(os.environ.get("CLIPFAST_BACKEND", "auto"), "CLIPFAST_BACKEND")
+# its own, and those must choose as the forward pass did. Every setting is an object of its own: what was chosen while
+# it changed is not kept.
+_switches = _Switches(_checked(os.environ.get("CLIPFAST_BACKEND", "auto"), "CLIPFAST_BACKEND"), False)
+
+
+def forget_choices() -> None:
+    """Choose anew for every call: something else than its arguments has changed that a choice depends on."""
+    for op in list(_all):
+        op.kept = {}
+
+
+plan.on_change(forget_choices)
 
 
 @contextmanager
@@ -93,8 +137,8 @@ def backend(name: str) -> Iterator[None]:
     """Force the implementations of one backend inside a ``with`` block, for the whole process.
 
     Args:
-        name: ``"auto"`` (the fastest that serves the call), ``"reference"`` (plain PyTorch, the specification),
-            ``"torch"`` (PyTorch's fused operators), ``"native"`` (the compiled library) or ``"triton"``.
+        name: ``"auto"`` (what the plan takes), ``"reference"`` (plain PyTorch, the specification), ``"torch"``
+            (PyTorch's fused operators), ``"native"`` (the compiled library) or ``"triton"``.
 
     The environment variable ``CLIPFAST_BACKEND`` sets the same for a process. A call that the backend cannot
     serve falls back to ``auto`` and is announced once by a :class:`FallbackWarning`. Run the backward pass inside
@@ -103,20 +147,18 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: ``name`` is none of these.
     """
-    global _wanted
-    previous, _wanted = _wanted, _checked(name, "backend(name)")
+    global _switches
+    previous = _switches.wanted
+    _switches = _Switches(_checked(name, "backend(name)"), _switches.deterministic)
     try:
         yield
     finally:
-        _wanted = previous
+        _switches = _Switches(previous, _switches.deterministic)
 
 
 def is_wanted(name: str) -> bool:
     """Return whether a backend was asked for by name."""
-    return _wanted == name
-
-
-_deterministic = False
+    return _switches.wanted == name
 
 
 @contextmanager
@@ -131,41 +173,101 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
     Args:
         enabled: Whether to; a block with False inside one with True goes back to any order.
     """
-    global _deterministic
-    previous, _deterministic = _deterministic, bool(enabled)
+    global _switches
+    previous = _switches.deterministic
+    _switches = _Switches(_switches.wanted, bool(enabled))
     try:
         yield
     finally:
-        _deterministic = previous
+        _switches = _Switches(_switches.wanted, previous)
 
 
 def is_deterministic() -> bool:
     """Return whether results may not depend on the batch."""
-    return _deterministic
+    return _switches.deterministic
 
 
 def register(
     op: str,
     prepare: Callable[..., tuple[Any, ...]],
     *implementations: Implementation,
-    shape_class: Callable[..., str] = lambda *args, **kwargs: "every shape",
+    key: Callable[..., rules.Key],
+    signature: Callable[..., tuple[Any, ...]] | None = None,
+    bind: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
 ) -> None:
     """Register an op.
 
     Args:
         op: Its name.
         prepare: Checks the arguments of the public function and returns those of the implementations.
-        *implementations: Fastest first; the last serves every call.
-        shape_class: Gets the implementations' arguments and returns the key under which the table of measurements
-            names the fastest one: dtype and sizes, coarse enough that a few measurements decide every call.
+        *implementations: In the order in which they are tried where the plan's own cannot serve; the last serves every
+            call.
+        key: Gets the implementations' arguments and returns what of them decides.
+        signature: Gets the arguments of :func:`call` and returns, at little cost, all that ``prepare``, ``key`` and the
+            implementations' refusals look at, hashable; it need not check anything. None: no choice is kept.
+        bind: Gets an implementation and returns a function of the arguments of :func:`call`, which checks of them what
+            a signature does not hold, such as values. By default the implementation takes them as they are.
     """
-    _ops[op] = _Op(prepare, implementations, shape_class)
+    _ops[op] = _Op(prepare, implementations, key, signature, bind)
 
 
-def call(op: str, *args: Any, **kwargs: Any) -> Any:
+def call(op: str, *args: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
-    request = _ops[op].prepare(*args, **kwargs)
-    return _choose(op, request).run(*request)
+    entry = _ops[op]
+    if entry.signature is None or _is_compiling() or _dispatch_modes() or _tracing_state() or _is_exporting():
+        request = entry.prepare(*args)
+        return _choose(op, request).run(*request)
+    switches, kept = _switches, entry.kept
+    try:
+        signature = entry.signature(*args)
+        run = kept[switches].get(signature)
+    except KeyError:
+        run = None
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
+        # the checks say it better, and what has no hash is not kept
+        signature = run = None
+    if run is None:
+        request = entry.prepare(*args)
+        choice = _choose(op, request)
+        run = entry.bind(choice.run)
+        # not where a backend is not to be had: that is announced
+        if signature is not None and switches.wanted in ("auto", choice.backend):
+            _keep(kept, switches, signature, run, request)
+    return run(*args)
+
+
+def remembered(op: str, signature: Callable[[], tuple[Any, ...]], compute: Callable[[], Any]) -> Any:
+    """Return ``compute()``, which depends on choices of ``op`` and on ``signature()``; it is kept as those are."""
+    if _is_compiling() or _dispatch_modes() or _tracing_state() or _is_exporting():
+        return compute()
+    switches, kept, key = _switches, _ops[op].kept, signature()
+    value = kept.get(switches, {}).get(key)
+    if value is None:
+        value = compute()
+        _keep(kept, switches, key, value, key)
+    return value
+
+
+def _keep(
+    kept: dict[_Switches, dict[Any, Any]],
+    switches: _Switches,
+    key: tuple[Any, ...],
+    value: Any,
+    request: tuple[Any, ...],
+) -> None:
+    """Keep what was chosen, unless it depends on something of the moment or the switches have changed meanwhile."""
+    devices = {
+        x.device if isinstance(x, torch.Tensor) else x for x in request if isinstance(x, torch.Tensor | torch.device)
+    }
+    if switches is _switches and not any(ask(device) for ask in momentary for device in devices):
+        choices = kept.setdefault(switches, {})
+        if len(choices) >= _MOST:
+            choices.clear()
+        choices[key] = value
+
+
+# asked before a choice is kept: whether something passing, such as a capture, decides on a device now
+momentary: list[Callable[[torch.device], bool]] = []
 
 
 def chosen(op: str, *args: Any, **kwargs: Any) -> str:
@@ -189,16 +291,40 @@ def able(op: str, *args: Any, **kwargs: Any) -> list[str]:
     return [c.backend for c in _ops[op].implementations if c.refusal(*request) is None]
 
 
+def plannable(op: str) -> tuple[str, ...]:
+    """Return the backends of ``op`` that a tuned file or a measurement may name."""
+    return _ops[op].planned
+
+
+def key_of(op: str, *args: Any, **kwargs: Any) -> rules.Key:
+    """Return what decides a call of ``op``: its class, as gradients, autocast and ``deterministic()`` are set now."""
+    return _ops[op].key(*_ops[op].prepare(*args, **kwargs))
+
+
 def shape_class(op: str, *args: Any, **kwargs: Any) -> str:
-    """Return the key of a call of ``op`` in the table of measurements."""
-    return _ops[op].shape_class(*_ops[op].prepare(*args, **kwargs))
+    """Return the name of a call's class in tuned files and in the table of measurements."""
+    return key_of(op, *args, **kwargs).name
 
 
 def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
     if leaves_clipfast():
         # before the sizes are looked at: the number of rows may be none yet
         return next(c for c in _ops[op].implementations if c.backend in _PLAIN and c.refusal(*request) is None)
-    return _fastest(op, request)
+    candidates, wanted = _ops[op].implementations, _switches.wanted
+    if wanted != "auto":
+        reason = f"it has no {wanted} implementation"
+        for candidate in candidates:
+            if candidate.backend == wanted:
+                refusal = candidate.refusal(*request)
+                if refusal is None:
+                    return candidate
+                reason = refusal
+        _announce(op, reason)
+    planned = _plan(op, request)[0]
+    for candidate in candidates:
+        if candidate.backend == planned and candidate.refusal(*request) is None:
+            return candidate
+    return next(c for c in candidates if c.refusal(*request) is None)
 
 
 def leaves_clipfast() -> bool:
@@ -206,40 +332,19 @@ def leaves_clipfast() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _fastest(op: str, request: tuple[Any, ...]) -> Implementation:
-    candidates = _ops[op].implementations
-    if _wanted != "auto":
-        reason = f"it has no {_wanted} implementation"
-        for candidate in candidates:
-            if candidate.backend == _wanted:
-                refusal = candidate.refusal(*request)
-                if refusal is None:
-                    return candidate
-                reason = refusal
-        _announce(op, reason)
-    # a look into the table costs less than a refusal's checks
-    return next(c for c in candidates if _slower(op, c, request) is None and c.refusal(*request) is None)
-
-
-def _slower(op: str, candidate: Implementation, request: tuple[Any, ...]) -> str | None:
-    """Return why ``auto`` does not take a candidate that could serve the call, or None."""
-    if not candidate.measured:
-        return None
+def _plan(op: str, request: tuple[Any, ...]) -> tuple[str, str, str]:
+    """Return what the plan decides for a call (:class:`clipfast.ops.plan.Decision`)."""
     device = next(argument.device for argument in request if isinstance(argument, torch.Tensor))
-    fastest, reason = _measurement(op, _ops[op].shape_class(*request), device.type, device.index)
-    return None if fastest == candidate.backend else reason
+    return _decision(op, tuple(_ops[op].key(*request)), device.type, device.index, plan.generation)
 
 
 @constant_when_compiled
-def _measurement(op: str, key: str, device_type: str, index: int | None) -> tuple[str | None, str]:
-    """Return the backend that was fastest on a device, or None, and the sentence that says so."""
-    card = torch.cuda.get_device_name(index) if device_type == "cuda" else device_type
-    if card not in measured.CARDS:
-        return None, f"no measurement for {card}"
-    fastest = measured.CARDS[card].fastest.get(op, {}).get(key)
-    if fastest is None:
-        return None, f"no measurement for {card} of {key}"
-    return fastest, f"{fastest} was faster on {card} for {key}"
+def _decision(
+    op: str, key: tuple[Any, ...], device_type: str, index: int | None, generation: str
+) -> tuple[str, str, str]:
+    # compiled code is guarded by the generation that it was decided in
+    device = torch.device(device_type) if index is None else torch.device(device_type, index)
+    return tuple(plan.decision(op, rules.Key(*key), device, _ops[op].planned))
 
 
 def mark_told(op: str, reason: str) -> None:
@@ -248,22 +353,26 @@ def mark_told(op: str, reason: str) -> None:
 
 
 def _announce(op: str, reason: str) -> None:
-    key = (op, _wanted, reason)
+    wanted = _switches.wanted
+    key = (op, wanted, reason)
     if key not in _announced and (op, reason) not in _told and not torch.compiler.is_compiling():
         _announced.add(key)
         warnings.warn(
-            f"clipfast: {op} does not use the {_wanted} backend that was asked for: {reason}",
+            f"clipfast: {op} does not use the {wanted} backend that was asked for: {reason}",
             FallbackWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 
 def announce_slower(what: str, how: str) -> None:
     """Warn, once a process, that ``auto`` has to do with a slower implementation."""
-    key = (what, _wanted, how)
-    if _wanted == "auto" and key not in _announced and not torch.compiler.is_compiling():
+    key = (what, "auto", how)
+    if is_wanted("auto") and key not in _announced and not torch.compiler.is_compiling():
         _announced.add(key)
         warnings.warn(f"clipfast: {what} {how}", FallbackWarning, stacklevel=5)
+
+
+_SPOKE = {"tuned": "the tuned file", "measured": "the measurement of this card", "rule": "the rule"}
 
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
@@ -274,7 +383,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         *args, **kwargs: The arguments of the call, as for ``clipfast.ops.<op>``.
 
     Returns:
-        One line for the implementation that serves the call, then one for each that does not, with its reason.
+        One line for the implementation that serves the call, one for who decided so (a backend that was asked for, the
+        tuned file, a shipped measurement of this card, or the rule), then one for each of the others, with its reason.
 
     Raises:
         ValueError: There is no op of that name.
@@ -284,11 +394,16 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     request = _ops[op].prepare(*args, **kwargs)
     serving = _choose(op, request)
     lines = [f"{op}: {serving.backend} ({serving.description})"]
+    if is_wanted(serving.backend):
+        why = f"the {serving.backend} backend was asked for"
+        lines.append(f"  because {why}")
+    else:
+        backend, authority, sentence = _plan(op, request)
+        why = f"{_SPOKE[authority]} takes {serving.backend}"
+        if backend != serving.backend:
+            why = f"{_SPOKE[authority]} takes {backend}, and {serving.backend} where that cannot serve"
+        lines.append(f"  because {why}: {sentence}")
     for candidate in _ops[op].implementations:
         if candidate is not serving:
-            refusal = candidate.refusal(*request)
-            if refusal is None and serving.backend == _wanted:
-                refusal = f"the {_wanted} backend was asked for"
-            refusal = refusal or _slower(op, candidate, request) or "a faster one serves the call"
-            lines.append(f"  not {candidate.backend} ({candidate.description}): {refusal}")
+            lines.append(f"  not {candidate.backend} ({candidate.description}): {candidate.refusal(*request) or why}")
     return "\n".join(lines)

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import dispatch, library
+from clipfast.ops import dispatch, keys, library, plan
 from clipfast.ops.attention import attention
 from clipfast.ops.attention_packed import check_offsets
 from clipfast.ops.bias_gelu import APPROXIMATIONS, bias_gelu
 from clipfast.ops.layer_norm import layer_norm
+from clipfast.ops.rules import WIDTHS, Key, bound
 from clipfast.ops.single_query_attention import single_query_attention
 
 # tokens that oneDNN's implementation takes at a time: what lies between two steps stays in reach of the caches
@@ -150,7 +151,7 @@ def encode(x: Tensor, encoder: PackedEncoder, *, cu_seqlens: Tensor, read: int |
     Raises:
         ValueError: The shapes, dtypes or offsets do not fit.
     """
-    return dispatch.call("encoder", x, encoder, cu_seqlens=cu_seqlens, read=read)
+    return dispatch.call("encoder", x, encoder, cu_seqlens, read)
 
 
 def refusal(encoder: PackedEncoder) -> str | None:
@@ -174,7 +175,7 @@ def release_workspace() -> int:
 
 
 def _prepare(
-    x: Tensor, encoder: PackedEncoder, *, cu_seqlens: Tensor, read: int | None = None
+    x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None = None
 ) -> tuple[Tensor, PackedEncoder, Tensor, int | None]:
     if x.dim() != 2 or x.shape[1] != encoder.width or x.dtype != encoder.dtype or x.device.type != "cpu":
         raise ValueError(
@@ -216,18 +217,23 @@ def _native_unable(encoder: PackedEncoder) -> str | None:
 
 
 def _native_refusal(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> str | None:
-    reason = _native_unable(encoder)
-    if reason is None and prefers_onednn(encoder.dtype) and _onednn_unable(encoder) is None:
-        return "this CPU has AMX, which oneDNN uses"
-    return reason
+    return _native_unable(encoder)
 
 
-def prefers_onednn(dtype: torch.dtype) -> bool:
-    """Return whether oneDNN's products are faster here than the library's own: AMX multiplies bfloat16 for it."""
+def prefers_onednn(dtype: torch.dtype, width: int) -> bool:
+    """Return whether the plan takes oneDNN's products here, and not the library's own, for terms of a width."""
     # asked for by name, or held to one order of sums: the library's own
     if dispatch.is_wanted("native") or dispatch.is_deterministic():
         return False
-    return dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return plan.decision("encoder", _key_of(dtype, width), torch.device("cpu")).backend == "torch"
+
+
+def _key_of(dtype: torch.dtype, width: int) -> Key:
+    return Key("encoder", (keys.name_of(dtype),), width=bound(width, WIDTHS))
+
+
+def _key(x: Tensor, encoder: PackedEncoder, *_: object) -> Key:
+    return _key_of(encoder.dtype, encoder.width)
 
 
 def _native(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
@@ -330,4 +336,5 @@ dispatch.register(
     dispatch.Implementation("native", "the op library's own products, all steps fused", _native, _native_refusal),
     dispatch.Implementation("torch", "oneDNN's packed weights", _onednn, _onednn_refusal),
     dispatch.Implementation("reference", "block by block in plain PyTorch", _reference),
+    key=_key,
 )

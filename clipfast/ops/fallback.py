@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from clipfast.ops.dispatch import FallbackWarning, mark_told
+from clipfast.ops import plan
+from clipfast.ops.dispatch import FallbackWarning, forget_choices, mark_told, momentary
 
 
 class KernelFallbackWarning(FallbackWarning):
@@ -60,9 +61,10 @@ def is_final(error: BaseException) -> bool:
 
 def failure(op: str, device: torch.device) -> str | None:
     """Return why an op's kernels are not used on a device any more, or None."""
-    if not _failed and not _not_captured:
+    reason = plan.failure(op)
+    if reason is None and not _failed and not _not_captured:
         return None
-    reason = _failed.get((op, device))
+    reason = reason or _failed.get((op, device))
     if reason is None and (op, device) in _not_captured and captures(device):
         reason = _not_captured[op, device]
     return reason
@@ -80,12 +82,14 @@ def forget(op: str | None = None) -> None:
             for key in [key for key in memory if op in (None, key[0])]:
                 del memory[key]
         _announced.difference_update([key for key in _announced if op in (None, key[0])])
+    forget_choices()
 
 
 def forget_captures() -> None:
     """Let graphs that are captured from now on use what has become ready."""
     with _lock:
         _not_captured.clear()
+    forget_choices()
 
 
 def serve(op: str, device: torch.device, kernel: Callable[..., Any], plain: Callable[..., Any], *arguments: Any) -> Any:
@@ -124,6 +128,7 @@ def remember(op: str, device: torch.device, reason: str, *, captured_only: bool 
     """Give an op's kernels up on a device, with one warning."""
     with _lock:
         (_not_captured if captured_only else _failed).setdefault((op, device), reason)
+    forget_choices()
     announce(op, device, reason)
 
 
@@ -159,3 +164,7 @@ def captures(device: torch.device) -> bool:
         return False
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
+
+
+# while something is captured, and as long as captures have a choice of their own, no choice is one for good
+momentary.append(lambda device: device.type == "cuda" and (bool(_not_captured) or captures(device)))

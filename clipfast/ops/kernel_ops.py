@@ -118,13 +118,3 @@ def _unavailable(device_type: str, index: int | None) -> str | None:
         return f"it runs on NVIDIA GPUs, the tensors are on {device_type}"
     major, minor = torch.cuda.get_device_capability(index)
     return None if major >= 8 else f"it needs compute capability 8.0, the card has {major}.{minor}"
-
-
-def rows_class(x: Tensor) -> str:
-    """Return the shape class of an op that works on rows ``[..., C]``: the dtype, a bound of C, few rows or many."""
-    width = x.shape[-1]
-    bound = next((b for b in (256, 512, 1024, 2048, 4096) if width <= b), None)
-    # few: they fit a large card's L2 cache, and launching takes longer than running
-    rows = "few" if x.shape[:-1].numel() < 4096 else "many"
-    columns = f"width ≤ {bound}" if bound else "width > 4096"
-    return f"{str(x.dtype).removeprefix('torch.')}, {columns}, {rows} rows"

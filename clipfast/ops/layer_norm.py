@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-from clipfast.ops import dispatch, kernel_ops, layer_norm_torch, layer_norm_triton
+from clipfast.ops import dispatch, keys, layer_norm_torch, layer_norm_triton
+from clipfast.ops.rules import LARGE, Key
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -73,18 +76,34 @@ def _prepare_add(
     return x, residual, weight, bias, eps
 
 
-def _shape_class(x: Tensor, *rest: object) -> str:
-    return kernel_ops.rows_class(x)
+def _key(x: Tensor, weight: Tensor, *_: object) -> Key:
+    return keys.of_rows("layer_norm", x, weight)
+
+
+def _key_add(x: Tensor, residual: Tensor, weight: Tensor, *_: object) -> Key:
+    return keys.of_rows("add_layer_norm", x, residual, weight)
+
+
+def _signature(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
+    return (
+        x.shape[-1], x.numel() >= LARGE, x.dtype, x.device, weight.shape, weight.dtype, weight.device, bias.shape,
+        bias.dtype, bias.device, keys.moment(x),
+    )  # fmt: skip
+
+
+def _signature_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
+    return (x.shape == residual.shape, residual.dtype, residual.device, *_signature(x, weight, bias, eps))
 
 
 dispatch.register(
     "layer_norm",
     _prepare,
     dispatch.Implementation(
-        "triton", "one pass over the rows", layer_norm_triton.layer_norm, layer_norm_triton.refusal, measured=True
+        "triton", "one pass over the rows", layer_norm_triton.layer_norm, layer_norm_triton.refusal
     ),
     dispatch.Implementation("reference", "F.layer_norm", layer_norm_torch.reference),
-    shape_class=_shape_class,
+    key=_key,
+    signature=_signature,
 )
 dispatch.register(
     "add_layer_norm",
@@ -94,8 +113,8 @@ dispatch.register(
         "addition and norm in one pass",
         layer_norm_triton.add_layer_norm,
         layer_norm_triton.add_refusal,
-        measured=True,
     ),
     dispatch.Implementation("reference", "addition, then F.layer_norm", layer_norm_torch.reference_add),
-    shape_class=_shape_class,
+    key=_key_add,
+    signature=_signature_add,
 )

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import attention_packed, dispatch
+from clipfast.ops import attention_packed, dispatch, keys
+from clipfast.ops.rules import Key
 
 _OP = "single_query_attention"
 
@@ -42,9 +43,7 @@ def single_query_attention(
         TypeError: ``query`` is not floating point.
         ValueError: The shapes do not fit, a sequence is empty, or both ``lengths`` and ``cu_seqlens`` came.
     """
-    return dispatch.call(
-        "single_query_attention", query, key, value, num_heads, lengths=lengths, cu_seqlens=cu_seqlens, scale=scale
-    )
+    return dispatch.call(_OP, query, key, value, num_heads, lengths, cu_seqlens, scale)
 
 
 def _prepare(
@@ -52,7 +51,6 @@ def _prepare(
     key: Tensor,
     value: Tensor,
     num_heads: int,
-    *,
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     scale: float | None = None,
@@ -130,9 +128,14 @@ def _reference(
     return (scores.softmax(dim=-1) @ value.transpose(1, 2)).flatten(1)
 
 
+def _key(query: Tensor, *_: object) -> Key:
+    return Key(_OP, (keys.name_of(query.dtype),), **keys.modes(query))
+
+
 dispatch.register(
-    "single_query_attention",
+    _OP,
     _prepare,
     dispatch.Implementation("torch", "scaled_dot_product_attention", _torch),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
+    key=_key,
 )

@@ -29,8 +29,8 @@ from torch import Tensor
 
 import clipfast
 from clipfast.files import write_atomically
-from clipfast.ops import fallback, library, numerics
-from clipfast.ops.dispatch import environment_switch
+from clipfast.ops import fallback, library, numerics, plan
+from clipfast.ops.dispatch import environment_switch, forget_choices
 
 # launches of a probe, all of which have to give the same bits
 LAUNCHES = 8
@@ -107,6 +107,8 @@ def refusal(op: str, device: torch.device, trials: Iterable[Trial]) -> str | Non
         verdict = _verdicts.get((device, trial.name, trial.key), _UNKNOWN)
         if verdict is _UNKNOWN:
             verdict = _decide(op, device, trial)
+        if verdict is None:
+            verdict = plan.refusal(trial.name)
         if verdict is not None:
             return verdict
     return None
@@ -144,11 +146,17 @@ def refused(device: torch.device) -> dict[str, str]:
     return {name: verdict for name, verdict in found if verdict is not None}
 
 
+def all_refused() -> dict[str, str]:
+    """Return what :func:`refused` does, for all devices."""
+    return {name: verdict for (_, name, _), verdict in _verdicts.items() if verdict is not None}
+
+
 def forget() -> None:
     """Check everything anew, whatever the record on disk says of this process's versions."""
     with _lock:
         _verdicts.clear()
         _kept.cache_clear()
+    forget_choices()
 
 
 def _decide(op: str, device: torch.device, trial: Trial) -> str | None:
@@ -171,6 +179,8 @@ def _decide(op: str, device: torch.device, trial: Trial) -> str | None:
             else:
                 fallback.announce(op, device, verdict)
         _verdicts[key] = verdict
+    if verdict is not None:
+        forget_choices()
     return verdict
 
 

@@ -93,7 +93,7 @@ def measure(call: Call, seconds: float, new_clock: Callable[[str], Clock] = Cloc
 
 
 def complaints(call: Call, backends: Sequence[str]) -> dict[str, str]:
-    """Return what is wrong with the results and gradients of backends for a call (docs/numerics.md), of those that are."""
+    """Return what is wrong with the results and gradients of backends for a call, of those that are: docs/numerics.md."""
     found: dict[str, str] = {}
     try:
         oracle, reference = _compute(_exact(call), "reference"), _compute(call, "reference")

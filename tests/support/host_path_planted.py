@@ -62,7 +62,7 @@ def replace(patch: Patch, op: str, wrap: Callable[..., Any], backend: str = "ref
         dispatch.Implementation(i.backend, i.description, wrap(i.run)) if i.backend == backend else i
         for i in registered.implementations
     )
-    patch.setitem(dispatch._ops, op, dispatch._Op(registered.prepare, kept, registered.shape_class))
+    patch.setitem(dispatch._ops, op, registered.with_implementations(*kept))
 
 
 def attention(patch: Patch) -> None:

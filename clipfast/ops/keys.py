@@ -1,0 +1,78 @@
+"""What of a call decides which implementation serves it (:class:`clipfast.ops.rules.Key`), taken from its tensors."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.ops import dispatch
+from clipfast.ops.rules import LARGE, LENGTHS, WIDTHS, Key, bound
+
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+# os.environ encodes a name at every look-up, which takes as long as all the rest of a signature
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET") if _environment is not os.environ else "TRITON_INTERPRET"
+
+
+def moment(x: Tensor) -> tuple[Any, ...]:
+    """Return what a choice depends on besides its arguments and the switches of :mod:`clipfast.ops.dispatch`.
+
+    Args:
+        x: A tensor of the call, on whose device it runs.
+    """
+    autocast = _any_autocast() and torch.is_autocast_enabled(x.device.type)
+    return torch.is_grad_enabled(), autocast, _environment.get(_INTERPRET)
+
+
+def of_rows(op: str, x: Tensor, *others: Tensor | None, scale: int = 1, **more: Any) -> Key:
+    """Return the key of an op that works on rows.
+
+    Args:
+        op: The op.
+        x: ``[..., C]``.
+        *others: The other tensors whose dtypes count.
+        scale: How many times as wide as the residual stream the rows are.
+        **more: Other fields of the key.
+    """
+    dtypes = tuple(name_of(t.dtype) for t in (x, *others) if t is not None)
+    # a compiler fuses the op, whatever its size
+    compiled = torch.compiler.is_compiling()
+    large = True if compiled else is_large(x, LARGE * scale)
+    return Key(op, dtypes, **modes(x), compiled=compiled, large=large, width=bound(x.shape[-1], WIDTHS), **more)
+
+
+def of_attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Key:
+    """Return the key of a call of attention, ``qkv [B, N, 3, H, D]`` or ``[total, 3, H, D]``."""
+    tokens = None if cu_seqlens is not None else bound(qkv.shape[1], LENGTHS)
+    # three values a channel of the stream
+    large = True if torch.compiler.is_compiling() else is_large(qkv, 3 * LARGE)
+    return Key(
+        "attention",
+        (name_of(qkv.dtype),),
+        **modes(qkv),
+        large=large,
+        width=qkv.shape[-1],
+        tokens=tokens,
+        causal=bool(causal),
+    )
+
+
+def is_large(x: Tensor, elements: int) -> bool | None:
+    """Return :attr:`Key.large` of a call with ``x``, which is large from so many elements on."""
+    if x.device.type != "cuda":
+        return None
+    # a choice that depended on the batch would make its results depend on it
+    return dispatch.is_deterministic() or x.numel() >= elements
+
+
+def modes(x: Tensor) -> dict[str, bool]:
+    """Return the fields of a key that hold for a call wherever its tensors come from."""
+    return {"training": torch.is_grad_enabled(), "autocast": torch.is_autocast_enabled(x.device.type)}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Return a dtype's name without the module's."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,345 @@
+"""The rule: which implementation serves a call on a machine that nobody measured, by arithmetic that is written down.
+
+:mod:`clipfast.ops.plan` asks it where neither a tuned file nor a shipped measurement speaks. It needs no card: a
+:class:`Key` says what is asked for and a :class:`Machine` where. The first of :data:`RULES` that applies decides, and
+every one carries its reckoning. Numbers are those of an H100 (3.0 TB/s) unless another card is named; all are
+predicted, none is measured. ``docs/kernels.md`` has the decisions for the named models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+# goes up when a decision changes: the ranks of a run must share it
+VERSION = 1
+
+# What registers, spills and shared memory are known for. Others get PyTorch's operators: `clipfast tune` tells.
+KNOWN = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+
+# Elements [rows · width] of the residual stream from which on the card, and not the host, is a block's bottleneck.
+# Host, forward + backward, with kernels: 143 + 166 (norms) + 112 (GELU) + 122 (attention) + about 300 (four linear
+# layers, views) = 0.85 ms. Card: 72·W² operations a token at 798 TFLOP/s and 88 bytes a token and channel at 3.0 TB/s:
+# 53 + 23 ns a token at W = 768, 95 + 30 at 1024. So 11,000 tokens of 768 (8.6 million elements), 6,800 of 1024
+# (7.0 million) keep the card busy; slower cards need fewer. From there on a launch costs nothing and a byte does.
+LARGE = 2**23
+
+# bounds of classes
+WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
+LENGTHS = (64, 80, 128, 256, 257, 577)
+
+# A kernel has to save a sixth of the bytes: the norms' and the erf GELU's forward kernels are bound by the issue of
+# instructions at 78% of the bandwidth, PyTorch's reach about as much.
+_FEWER = 1.2
+
+_WIDE = {"float32": 4, "float64": 8}
+_ROW_OPS = ("layer_norm", "add_layer_norm", "bias_gelu")
+_LOSSES = ("contrastive_loss", "siglip_loss")
+
+
+class Key(NamedTuple):
+    """What of a call decides: a class of calls, coarse enough that a few measurements decide every call.
+
+    Attributes:
+        op: The op.
+        dtypes: Of the tensors, by their place: the op's main one first. Under autocast they are what the op is given.
+        training: Whether gradients are recorded.
+        autocast: Whether autocast is on for the device.
+        compiled: Whether ``torch.compile`` traces the call. Ops that it does not look into leave it False.
+        large: Whether the call is large enough for its bytes to outweigh its launches (``LARGE``). True for all sizes
+            where the choice may not depend on the batch: under ``deterministic()``, and while a compiler traces. None
+            where sizes do not count: off the GPU, and for the losses, which all ranks have to serve alike.
+        width: A bound of the width of rows, of an encoder or of features; 0 for wider ones. Attention: the head_dim.
+        form: The GELU.
+        bias: Whether a bias is added before the GELU.
+        tokens: A bound of the length of attention's sequences; 0 for longer ones, None for packed ones.
+        causal: Whether attention is.
+    """
+
+    op: str
+    dtypes: tuple[str, ...]
+    training: bool = False
+    autocast: bool = False
+    compiled: bool = False
+    large: bool | None = None
+    width: int = 0
+    form: str = ""
+    bias: bool = False
+    tokens: int | None = None
+    causal: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name in files, such as ``bfloat16, width ≤ 1024, large, training``."""
+        same = len(set(self.dtypes)) == 1
+        parts = [self.form, self.dtypes[0] if same else "/".join(self.dtypes)]
+        if self.op == "bias_gelu":
+            parts.append("bias" if self.bias else "no bias")
+        if self.op == "attention":
+            length = (
+                "packed"
+                if self.tokens is None
+                else f"≤ {self.tokens} tokens"
+                if self.tokens
+                else f"> {LENGTHS[-1]} tokens"
+            )
+            parts += [f"head_dim {self.width}", "causal" if self.causal else "", length]
+        elif self.op != "single_query_attention":
+            parts.append(f"width ≤ {self.width}" if self.width else f"width > {WIDTHS[-1]}")
+        parts += [{True: "large", False: "small", None: ""}[self.large]]
+        parts += ["training" if self.training else "inference"]
+        parts += ["autocast" if self.autocast else "", "compiled" if self.compiled else ""]
+        return ", ".join(filter(None, parts))
+
+
+class Machine(NamedTuple):
+    """Where a call runs.
+
+    Attributes:
+        kind: The type of device, such as ``cuda``.
+        capability: An NVIDIA card's compute capability; None elsewhere.
+        amx: Whether the CPU multiplies bfloat16 by AMX.
+    """
+
+    kind: str
+    capability: tuple[int, int] | None = None
+    amx: bool = False
+
+
+class Verdict(NamedTuple):
+    """What the rule says: a backend, and why in a few words."""
+
+    backend: str
+    says: str
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of the rule.
+
+    Attributes:
+        ops: The ops that it is about.
+        applies: Whether it decides a call.
+        backend: What it decides for.
+        says: Why, in the few words that ``explain`` has room for.
+        reckoning: Why, with the numbers.
+    """
+
+    ops: tuple[str, ...]
+    applies: Callable[[Key, Machine], bool]
+    backend: str
+    says: str
+    reckoning: str
+
+
+def bound(size: int, bounds: tuple[int, ...]) -> int:
+    """Return the first of ascending bounds that a size does not exceed, or 0."""
+    return next((b for b in bounds if size <= b), 0)
+
+
+def size_of(dtype: str) -> int:
+    """Return the bytes of a value."""
+    return _WIDE.get(dtype, 2)
+
+
+def bytes_moved(key: Key) -> tuple[int, int]:
+    """Return the bytes of device memory an element that PyTorch's operators move for a row op, and the kernels.
+
+    Forward, and backward where the key is one of training. Sums over rows, statistics and weights are not counted.
+    """
+    e = size_of(key.dtypes[0])
+    if key.op == "bias_gelu":
+        # the sigmoid form: 1.702·x, σ, x·σ; backward dy·σ, dy·x, σ', ·1.702 and the sum of both
+        forward, backward = (7, 14) if key.form == "quick" else (2, 3)
+        # the product adds the bias for nothing, but its gradient is a pass of its own
+        return (forward + key.training * (backward + key.bias)) * e, (2 + 3 * key.training) * e
+    if key.op == "layer_norm":
+        forward, backward = _norm(key, e)
+        return forward + key.training * backward, (2 + 3 * key.training) * e
+    r = size_of(key.dtypes[1])
+    s = 4 if key.dtypes[0] != key.dtypes[1] else e
+    forward, backward = _norm(key, s)
+    # backward: the gradient of the stream is a sum of two, and a cast for each term of another dtype
+    backward += 3 * s + sum(s + t for t in (e, r) if t != s)
+    writes = e if e == r else e + r
+    return e + r + s + forward + key.training * backward, e + r + 2 * s + key.training * (3 * s + writes)
+
+
+def _norm(key: Key, e: int) -> tuple[int, int]:
+    """Return the bytes of ``F.layer_norm`` forward and backward: dx reads dy and x, and so do the sums over rows."""
+    wide = 4 if e < 4 and (key.autocast or len(set(key.dtypes)) > 1) else e
+    # casts before and behind where the weights, or autocast, want float32
+    casts = 2 * (e + wide) if wide != e else 0
+    return 2 * wide + casts, 5 * wide + casts
+
+
+def _is_known(key: Key, machine: Machine) -> bool:
+    return machine.kind == "cuda" and machine.capability in KNOWN
+
+
+def _is_16_bit(key: Key) -> bool:
+    return key.dtypes[0] in ("float16", "bfloat16")
+
+
+def _saves_bytes(key: Key, machine: Machine) -> bool:
+    pytorch, kernels = bytes_moved(key)
+    if not _is_known(key, machine) or "float64" in key.dtypes:
+        return False
+    # products of float32 take twelve times as long as those of 16 bits: what is saved beside them is under 3%
+    reduced = key.autocast or any(size_of(d) == 2 for d in key.dtypes)
+    return reduced and key.large is not False and pytorch >= _FEWER * kernels
+
+
+def _trains_short(key: Key, machine: Machine) -> bool:
+    return (
+        machine.kind == "cuda"
+        and machine.capability == (9, 0)
+        and key.training
+        and _is_16_bit(key)
+        and key.large is not False
+        and key.tokens is not None
+        and 0 < key.tokens <= 257
+    )
+
+
+def _infers_shortest(key: Key, machine: Machine) -> bool:
+    short = key.tokens is not None and 0 < key.tokens <= 80
+    hopper = machine.kind == "cuda" and machine.capability == (9, 0)
+    return hopper and short and key.large is not False and not key.training and _is_16_bit(key)
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        _ROW_OPS,
+        lambda key, machine: machine.kind != "cuda",
+        "reference",
+        "the kernels are for NVIDIA GPUs",
+        "0 bytes saved: PyTorch's operators are the only ones here. (Triton's interpreter on the CPU is for tests: "
+        "a call takes 0.2 s and more.)",
+    ),
+    Rule(
+        _ROW_OPS,
+        lambda key, machine: key.compiled,
+        "reference",
+        "Inductor fuses it with what is before and behind it",
+        "Elementwise work fused into its neighbours moves 0 bytes of its own; an operator that the compiler cannot "
+        "look into moves at least 2 values an element, and torch.compile's LayerNorm alone matches the best "
+        "kernels.",
+    ),
+    Rule(
+        _ROW_OPS,
+        _saves_bytes,
+        "triton",
+        "it moves fewer bytes, and the call is large enough for bytes to outweigh launches",
+        "Bytes an element, PyTorch : kernel (bytes_moved). layer_norm, training: 14 : 10 in bfloat16, 28 : 20 on "
+        "autocast's float32 stream, 52 : 10 with float32 weights beside 16-bit rows. add_layer_norm: 10 : 8 in "
+        "inference, 26 : 16 in training, 56 : 32 under autocast. GELU, training, with the bias: 12 : 10 (erf, "
+        "tanh), 44 : 10 (quick). Forward alone, LayerNorm and the erf and tanh GELUs move 4 : 4: PyTorch's. From "
+        "2^23 elements of the stream on, the card is the bottleneck (LARGE), and 110 µs (LayerNorm), 132 (with the "
+        "residual) or 67 (GELU) more of the host's time a call, forward + backward, are hidden.",
+    ),
+    Rule(
+        _ROW_OPS,
+        lambda key, machine: True,
+        "reference",
+        "a kernel would save too few bytes here for its launches, or nothing is known of the machine",
+        "Below 2^23 elements the host is the bottleneck: a LayerNorm takes it 143 µs by kernels and 33 by PyTorch, "
+        "forward + backward. In float32, products take 12 times as long (67 TFLOP/s beside 798), and 60 bytes saved"
+        " a token and channel are 15 ns of 700 a token at W = 768: 2%. On a card outside KNOWN nobody has counted "
+        "spills.",
+    ),
+    Rule(
+        ("attention",),
+        lambda key, machine: key.tokens is None and _is_known(key, machine) and _is_16_bit(key),
+        "triton",
+        "one kernel for captions of all lengths, where PyTorch launches one for each length",
+        "256 captions of 11 to 31 tokens, a layer, forward + backward: 21 SDPA + cat, then 21 SDPA + 21 stack + 21 "
+        "clone + cat, 107 launches at 5 µs or more, against 4 launches in 122 µs. The kernels' bytes, 12 values a "
+        "token and channel, are 21 µs at 5,120 tokens of 512: even at a fifth of the bandwidth they are sooner.",
+    ),
+    Rule(
+        ("attention",),
+        _trains_short,
+        "triton",
+        "up to 257 tokens a kernel holds a whole head, and writes its gradients packed",
+        "Forward + backward, SDPA moves 18 values a token and channel: 12, and 6 to stack and clone packed "
+        "gradients; the kernels 12. At 50 / 77 / 197 / 257 tokens they are bound by HBM to 100 / 100 / 100 / 89% "
+        "forward and 100 / 100 / 70 / 71% backward: 1.5 times fewer bytes at 0.8 of the rate in the worst case. "
+        "Host: 122 µs against 98, hidden from 24 µs · 3.0 TB/s / 12 bytes = 6 million elements on. 8.x: no such "
+        "reckoning, and at most 128 keys a kernel; 10.0: a backward of 256 keys takes all 512 columns of tensor "
+        "memory; 12.0: 7 of 27 configurations spill.",
+    ),
+    Rule(
+        ("attention",),
+        _infers_shortest,
+        "triton",
+        "up to 80 tokens its tiles waste less than those that SDPA pads to",
+        "Both move 4 values a token and channel. At 50 tokens tiles of 64 compute 1.6 times what is needed, tiles "
+        "of 128 6.6 times; at 77, 64 + 16 compute 1.1 times, 128 2.8 times. The kernels reach 100% of HBM (1,930 "
+        "and 2,972 clocks a head against 882 and 1,971 of issue); public kernels are tuned from 512 tokens up. "
+        "Above 80, both pad alike.",
+    ),
+    Rule(
+        ("attention",),
+        lambda key, machine: True,
+        "torch",
+        "nothing says that a kernel is faster than SDPA here",
+        "Inference above 80 tokens: the same bytes, and SDPA's kernels are measured on every card. float32: no "
+        "tensor cores in ours, and 59 to 324 spills on 8.9 with head_dim 128. Above 257 tokens: the forward kernel "
+        "at 577 is bound by issue to 58% of HBM. Small calls: 122 µs of host time against 98.",
+    ),
+    Rule(
+        ("single_query_attention",),
+        lambda key, machine: True,
+        "torch",
+        "it has no kernel",
+        "One query a sequence reads keys and values once: 2 values a token and channel, by SDPA as by anything else.",
+    ),
+    Rule(
+        _LOSSES,
+        lambda key, machine: True,
+        "native",
+        "its tiles stay on chip, where PyTorch's pass through memory about forty times",
+        "CUDA, D = 512, B = 8k / 32k / 64k, 16-bit: the op library's kernel 1.5 / 25 / 103 ms. Chunks through "
+        "torch.mm(out_dtype=float32) would take 0.9 / 14 / 56 if one kernel did all between the products; there is "
+        "none, and PyTorch's elementwise operators move 64 bytes a logit for the statistics and 106 for the "
+        "gradients: 170 · B² / 3.0 TB/s = 3.8 / 61 / 244 ms beside products of 5.5 at 32k. float32 features: 102 ms"
+        " at 32k by the kernel; 8·B²·D / 67 TFLOP/s = 66 and 61 between them by PyTorch. CPU: 2.3 times open_clip's"
+        " loss at B = 8,192 in bfloat16.",
+    ),
+    Rule(
+        ("encoder",),
+        lambda key, machine: machine.amx and key.dtypes[0] == "bfloat16",
+        "torch",
+        "this CPU has AMX, which oneDNN uses",
+        "AMX multiplies bfloat16 at 1,000 to 1,200 GFLOP/s a core through oneDNN's packed weights; the library's "
+        "own products use AVX512-BF16 and took 3.8 to 7 times as long on such a CPU.",
+    ),
+    Rule(
+        ("encoder",),
+        lambda key, machine: True,
+        "native",
+        "bias, GELU, residual and norms are fused into the products",
+        "Without AMX both multiply by AVX-512 at the same rate; what oneDNN leaves between products, norms and "
+        "attention, is 15 to 25% of a ViT-B's time, and fresh memory of every step costs page faults.",
+    ),
+)
+
+
+def decide(key: Key, machine: Machine) -> Verdict:
+    """Return which backend the rule takes for a class of calls on a machine, and why."""
+    rule = rule_for(key, machine)
+    return Verdict(rule.backend, rule.says)
+
+
+def rule_for(key: Key, machine: Machine) -> Rule:
+    """Return the entry of :data:`RULES` that decides.
+
+    Raises:
+        LookupError: There is none for the op.
+    """
+    for rule in RULES:
+        if key.op in rule.ops and rule.applies(key, machine):
+            return rule
+    raise LookupError(f"rule_for(key): no rule is about {key.op!r}")
