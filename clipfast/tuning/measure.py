@@ -26,12 +26,6 @@ _LOOKS = (5, 9, 13)
 _CACHE = {"cuda": 256 * 2**20, "cpu": 48 * 2**20}
 _MOST_SETS = 8
 
-# what a class of calls may not change to, because it grows where others do not
-_GROWS = {
-    ("contrastive_loss", "reference"): "it holds all logits of a batch at once",
-    ("siglip_loss", "reference"): "it holds all logits of a batch at once",
-}
-
 
 @dataclass(frozen=True)
 class Measured:
@@ -51,11 +45,17 @@ class Measured:
 
 
 def backends_of(call: Call) -> tuple[str, list[str]]:
-    """Return the backend that serves a call by what decides now, and all that can."""
+    """Return the backend that serves a call by what decides now, and all that a tuned file may name in its place."""
     with call.surroundings():
         chosen = dispatch.chosen(call.op, *call.args, **call.kwargs)
         able = dispatch.able(call.op, *call.args, **call.kwargs)
-    return chosen, [chosen, *(name for name in able if name != chosen)]
+    named = [name for name in able if name in dispatch.plannable(call.op) and not _grows(call, name)]
+    return chosen, [chosen, *(name for name in named if name != chosen)]
+
+
+def _grows(call: Call, backend: str) -> bool:
+    """Return whether a backend's memory grows where others' does not: it holds attention's weights of any length."""
+    return call.op == "attention" and backend == "reference" and len(tensors_of(call)) > 1
 
 
 def measure(call: Call, seconds: float, new_clock: Callable[[str], Clock] = Clock) -> Measured:
@@ -70,17 +70,12 @@ def measure(call: Call, seconds: float, new_clock: Callable[[str], Clock] = Cloc
         Exception: The device's state is lost.
     """
     rule, able = backends_of(call)
-    sides: dict[str, Times | str] = {
-        name: _GROWS[call.op, name] for name in able if name != rule and (call.op, name) in _GROWS
-    }
-    wrong: dict[str, str] = {}
     with warnings.catch_warnings():
         # ops that a backend calls in its turn may have no such implementation
         warnings.simplefilter("ignore", dispatch.FallbackWarning)
-        if len(able) - len(sides) > 1:
-            wrong = complaints(call, [name for name in able if name not in sides])
-        sides |= wrong
-        right = [name for name in able if name not in sides]
+        wrong = complaints(call, able) if len(able) > 1 else {}
+        sides: dict[str, Times | str] = dict(wrong)
+        right = [name for name in able if name not in wrong]
         if len(right) > 1:
             sides |= _time(call, rule if rule in right else right[0], right, seconds, new_clock)
         else:
@@ -93,7 +88,7 @@ def measure(call: Call, seconds: float, new_clock: Callable[[str], Clock] = Cloc
 
 
 def complaints(call: Call, backends: Sequence[str]) -> dict[str, str]:
-    """Return what is wrong with the results and gradients of backends for a call, of those that are: docs/numerics.md."""
+    """Return what is wrong with backends' results and gradients for a call, of those that are wrong."""
     found: dict[str, str] = {}
     try:
         oracle, reference = _compute(_exact(call), "reference"), _compute(call, "reference")
