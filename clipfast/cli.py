@@ -13,6 +13,7 @@ import typer
 from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
 from clipfast.cli_train import add_train_commands as _add_train_commands
+from clipfast.cli_tune import add_tune_command as _add_tune_command
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -114,3 +115,4 @@ def doctor(
 _add_train_commands(app)
 _add_feature_commands(app)
 _add_export_command(app)
+_add_tune_command(app)

@@ -70,6 +70,13 @@ class Tuned:
     models: tuple[str, ...] = ()
 
     @property
+    def days(self) -> int:
+        """How old it is; a clock that was set back makes nothing younger than new."""
+        made = datetime.datetime.fromisoformat(self.date)
+        made = made if made.tzinfo else made.replace(tzinfo=datetime.timezone.utc)
+        return max(0, (datetime.datetime.now(datetime.timezone.utc) - made).days)
+
+    @property
     def fastest(self) -> dict[str, dict[str, str]]:
         """The backends that serve in the place of the rule's, by op and shape class."""
         return self._backends(changed=True)
