@@ -269,7 +269,7 @@ def _describe_tuned(tuned: dict[str, Any]) -> str:
         return tuned["reason"]
     age = "today" if tuned["days"] == 0 else f"{tuned['days']} days ago" if tuned["days"] > 1 else "yesterday"
     return (
-        f"{tuned['path']}, made {age}: {tuned['changed']} choices other than the rule's, {tuned['confirmed']} as it has"
+        f"{tuned['path']}, made {age}: {tuned['changed']} choices other than the rule's, {tuned['confirmed']} the same"
     )
 
 

@@ -269,7 +269,7 @@ def _validate_choices(choices: Any) -> None:
                 if not isinstance(choice[name], str) or choice[name] not in known[op]:
                     raise ValueError(f"{where}: got {name} {_shown(choice[name])}, expected one of {known[op]}")
             _expect_text(f"{where}.why", choice["why"])
-            if not isinstance(choice["lead"], float | int) or not 0 < choice["lead"] < math.inf:
+            if type(choice["lead"]) not in (float, int) or not 0 < choice["lead"] < math.inf:
                 raise ValueError(f"{where}: got lead {_shown(choice['lead'])}, expected a positive number")
             if type(choice["rounds"]) is not int or choice["rounds"] < 0:
                 raise ValueError(f"{where}: got rounds {_shown(choice['rounds'])}, expected a count")

@@ -138,7 +138,7 @@ def _check_line(line: Mapping[str, Any]) -> None:
     for name in ("backend", "rule"):
         _expect(line[name] in known, f"{line['op']}.{name}", line[name])
     _expect(isinstance(line["shape_class"], str) and line["shape_class"], "shape_class", line["shape_class"])
-    _expect(isinstance(line["lead"], float | int) and 0 < line["lead"] < math.inf, "lead", line["lead"])
+    _expect(type(line["lead"]) in (float, int) and 0 < line["lead"] < math.inf, "lead", line["lead"])
     # who leads was timed; but for one who stands in for what computes wrong results
     if line["backend"] != line["rule"] and line["rule"] in line["seconds"]:
         _expect(line["lead"] >= 1, "lead", line["lead"])
@@ -146,7 +146,7 @@ def _check_line(line: Mapping[str, Any]) -> None:
     _expect(type(line["rounds"]) is int and line["rounds"] >= 0, "rounds", line["rounds"])
     for name, seconds in line["seconds"].items():
         _expect(name in dispatch.backends(line["op"]), "seconds", name)
-        _expect(isinstance(seconds, float | int) and 0 < seconds < math.inf, "seconds", seconds)
+        _expect(type(seconds) in (float, int) and 0 < seconds < math.inf, "seconds", seconds)
     _expect(isinstance(line["sources"], list) and all(isinstance(s, str) for s in line["sources"]), "sources", line)
     _expect(isinstance(line["why"], str), "why", line["why"])
 
