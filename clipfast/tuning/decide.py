@@ -158,7 +158,7 @@ class Verdict:
         backend: Who serves.
         rule: Who would by the rule.
         lead: As :class:`Comparison` has it; 1 where the rule stands.
-        rounds: Of the case with the fewest.
+        rounds: Of the call with the fewest.
         why: In a few words.
     """
 
@@ -184,7 +184,8 @@ def decide(rule: str, cases: Sequence[Mapping[str, Times | str]]) -> Verdict:
     broken = next((case[rule] for case in cases if isinstance(case.get(rule), str)), None)
     candidates = [name for name in dict.fromkeys(name for case in cases for name in case) if name != rule]
     right = [name for name in candidates if all(isinstance(case.get(name), Times) for case in cases)]
-    rounds = min((len(t.device_s) for case in cases for t in case.values() if isinstance(t, Times)), default=0)
+    sides = [[len(t.device_s) for t in case.values() if isinstance(t, Times)] for case in cases]
+    rounds = min((max(lengths, default=0) for lengths in sides), default=0)
     if broken is not None:
         if not right:
             return Verdict(rule, rule, 1.0, rounds, f"{rule}: {broken}; nothing else serves")

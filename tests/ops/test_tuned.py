@@ -223,9 +223,18 @@ def test_random_json_is_never_an_exception(cache: Path) -> None:
         assert found is None or type(holder[key]) in (type(before), int, float), (key, holder[key])
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"null", b"\xff\xfe{}", b"[" * 100_000, b"9" * 10_000, b" " * (5 * 2**20), b"{}"]
-)
+NO_JSON = {
+    "empty": b"",
+    "null": b"null",
+    "another encoding": b"\xff\xfe{}",
+    "deep": b"[" * 100_000,
+    "a long number": b"9" * 10_000,
+    "large": b" " * (5 * 2**20),
+    "an empty object": b"{}",
+}
+
+
+@pytest.mark.parametrize("content", NO_JSON.values(), ids=NO_JSON)
 def test_what_is_no_json_is_refused(cache: Path, content: bytes) -> None:
     path = tuned.write(CPU, {"attention": {KEY: OTHER}})
     path.write_bytes(content)
