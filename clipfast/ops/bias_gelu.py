@@ -49,11 +49,18 @@ def kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str = "none") -> bool
         bias: ``[H]``, the layer's.
         approximate: As for :func:`bias_gelu`.
     """
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    width, rows = bias.shape[0], x.shape[:-1]
+    signature = (
+        "adds bias", approximate, width, rows.numel() * width >= _WIDER * LARGE, x.dtype, x.device, bias.dtype,
+        bias.get_device(), keys.moment(x),
+    )  # fmt: skip
+    known = dispatch.remembered("bias_gelu", signature)
+    if known is not None:
+        return known
     # what the product will look like, without its memory
-    product = x.new_empty((), dtype=dtype).expand(*x.shape[:-1], bias.shape[0])
-    return dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
+    product = x.new_empty((), dtype=keys.autocast_dtype(x) or x.dtype).expand(*rows, width)
+    adds = dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
+    return dispatch.remember("bias_gelu", signature, adds, product, bias)
 
 
 def check_approximate(approximate: str, owner: str) -> str:
@@ -196,9 +203,11 @@ def _key(x: Tensor, bias: Tensor | None, approximate: str) -> Key:
 
 
 def _signature(x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Any, ...]:
-    added = () if bias is None else (bias.shape, bias.dtype, bias.device)
-    # what is no floating-point number is refused
-    return approximate, x.shape[-1], x.numel() >= _WIDER * LARGE, x.dtype, x.device, added, keys.moment(x)
+    if bias is None:
+        where = None if x.is_cpu else keys.place(x, _WIDER * LARGE)
+        return approximate, x.shape[-1], x.dtype, where, keys.moment(x)
+    where = None if x.is_cpu else keys.place(x, _WIDER * LARGE, bias)
+    return approximate, x.shape[-1], x.dtype, bias.dim(), bias.numel(), bias.dtype, where, keys.moment(x)
 
 
 dispatch.register(

@@ -16,7 +16,7 @@ import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -31,8 +31,7 @@ BACKENDS = ("auto", "reference", "torch", "native", "triton")
 _MOST = 1024
 
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -76,22 +75,31 @@ class Implementation:
     planned: bool = True
 
 
+def _no_signature(*args: Any) -> tuple[Any, ...]:
+    raise LookupError("choices of this op are not kept")
+
+
 class _Op:
-    """An op; ``kept`` holds its choices for every setting of the switches."""
+    """An op; ``kept`` holds its choices for every setting of the switches, ``current`` those for the last one."""
 
     def __init__(
         self,
         prepare: Callable[..., tuple[Any, ...]],
         implementations: tuple[Implementation, ...],
         key: Callable[..., rules.Key],
-        signature: Callable[..., tuple[Any, ...]] | None = None,
-        bind: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
+        signature: Callable[..., tuple[Any, ...]],
+        bind: Callable[..., Callable[..., Any]] | None,
     ) -> None:
         self.prepare, self.implementations, self.key = prepare, implementations, key
         self.signature, self.bind = signature, bind
         self.planned = tuple(i.backend for i in implementations if i.planned)
-        self.kept: dict[_Switches, dict[Any, Any]] = {}
+        self.forget()
         _all.add(self)
+
+    def forget(self) -> None:
+        """Drop all choices. Those that are being made go to dictionaries that nobody reads any more."""
+        self.kept: dict[tuple[Any, ...], dict[Any, Any]] = {}
+        self.current: tuple[_Switches | None, dict[Any, Any]] = None, {}
 
     def with_implementations(self, *implementations: Implementation) -> _Op:
         """Return the op with others in the place of its implementations."""
@@ -126,7 +134,7 @@ _switches = _Switches(_checked(os.environ.get("CLIPFAST_BACKEND", "auto"), "CLIP
 def forget_choices() -> None:
     """Choose anew for every call: something else than its arguments has changed that a choice depends on."""
     for op in list(_all):
-        op.kept = {}
+        op.forget()
 
 
 plan.on_change(forget_choices)
@@ -192,8 +200,8 @@ def register(
     prepare: Callable[..., tuple[Any, ...]],
     *implementations: Implementation,
     key: Callable[..., rules.Key],
-    signature: Callable[..., tuple[Any, ...]] | None = None,
-    bind: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda run: run,
+    signature: Callable[..., tuple[Any, ...]] = _no_signature,
+    bind: Callable[..., Callable[..., Any]] | None = None,
 ) -> None:
     """Register an op.
 
@@ -203,67 +211,85 @@ def register(
         *implementations: In the order in which they are tried where the plan's own cannot serve; the last serves every
             call.
         key: Gets the implementations' arguments and returns what of them decides.
-        signature: Gets the arguments of :func:`call` and returns, at little cost, all that ``prepare``, ``key`` and the
-            implementations' refusals look at, hashable; it need not check anything. None: no choice is kept.
-        bind: Gets an implementation and returns a function of the arguments of :func:`call`, which checks of them what
-            a signature does not hold, such as values. By default the implementation takes them as they are.
+        signature: Gets the arguments of :func:`call` and returns, at little cost, all of them that ``prepare``, ``key``
+            and the implementations' refusals look at, hashable; it need not check anything. By default nothing is kept.
+        bind: Gets an implementation, the arguments that ``prepare`` made for it and those of :func:`call`; returns a
+            function of such arguments with this signature. It checks what a signature does not hold, such as values.
+            By default the implementation takes the arguments of :func:`call` as they are.
     """
     _ops[op] = _Op(prepare, implementations, key, signature, bind)
 
 
-def call(op: str, *args: Any) -> Any:
+def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     entry = _ops[op]
-    if entry.signature is None or _is_compiling() or _dispatch_modes() or _tracing_state() or _is_exporting():
-        request = entry.prepare(*args)
-        return _choose(op, request).run(*request)
-    switches, kept = _switches, entry.kept
-    try:
-        signature = entry.signature(*args)
-        run = kept[switches].get(signature)
-    except KeyError:
-        run = None
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
-        # the checks say it better, and what has no hash is not kept
-        signature = run = None
-    if run is None:
-        request = entry.prepare(*args)
-        choice = _choose(op, request)
-        run = entry.bind(choice.run)
-        # not where a backend is not to be had: that is announced
-        if signature is not None and switches.wanted in ("auto", choice.backend):
-            _keep(kept, switches, signature, run, request)
-    return run(*args)
+    # the cheapest first: this is all that a call pays for its choice
+    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs) and entry.current[0] is _switches:
+        try:
+            run = entry.current[1][entry.signature(*args)]
+        except Exception:
+            # not known yet, or wrong, which the checks say better
+            run = None
+        if run is not None:
+            return run(*args)
+    return _first(op, entry, args, kwargs)
 
 
-def remembered(op: str, signature: Callable[[], tuple[Any, ...]], compute: Callable[[], Any]) -> Any:
-    """Return ``compute()``, which depends on choices of ``op`` and on ``signature()``; it is kept as those are."""
-    if _is_compiling() or _dispatch_modes() or _tracing_state() or _is_exporting():
-        return compute()
-    switches, kept, key = _switches, _ops[op].kept, signature()
-    value = kept.get(switches, {}).get(key)
-    if value is None:
-        value = compute()
-        _keep(kept, switches, key, value, key)
+def _first(op: str, entry: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Check arguments and run what serves them, which is kept for others like them."""
+    watched = _is_watched()
+    switches, choices = (None, {}) if watched else _choices(entry)
+    request = entry.prepare(*args, **kwargs)
+    choice = _choose(op, request)
+    # not where a backend is not to be had: that is announced
+    if not watched and not kwargs and switches.wanted in ("auto", choice.backend):
+        with suppress(Exception):
+            signature = entry.signature(*args)
+            run = choice.run if entry.bind is None else entry.bind(choice.run, request, *args)
+            _keep(switches, choices, signature, run, request)
+    return choice.run(*request)
+
+
+def remembered(op: str, signature: tuple[Any, ...]) -> Any:
+    """Return what :func:`remember` was given, or None where it has to be found out: as choices of ``op`` are kept."""
+    return None if _is_watched() else _choices(_ops[op])[1].get(signature)
+
+
+def remember(op: str, signature: tuple[Any, ...], value: Any, *tensors: torch.Tensor) -> Any:
+    """Keep and return what follows from choices of ``op`` for calls with these tensors.
+
+    Args:
+        op: The op.
+        signature: All else that it depends on.
+        value: What to keep.
+        *tensors: Of the call.
+    """
+    if not _is_watched():
+        _keep(*_choices(_ops[op]), signature, value, tensors)
     return value
 
 
+def _is_watched() -> bool:
+    """Return whether a call is traced, exported or seen by a mode: nothing is kept then."""
+    return _is_compiling() or _dispatch_modes() > 0 or leaves_clipfast()
+
+
+def _choices(entry: _Op) -> tuple[_Switches, dict[Any, Any]]:
+    """Return the switches and the choices that are kept for them."""
+    switches, kept = _switches, entry.kept
+    entry.current = current = switches, kept.setdefault(tuple(switches), {})
+    return current
+
+
 def _keep(
-    kept: dict[_Switches, dict[Any, Any]],
-    switches: _Switches,
-    key: tuple[Any, ...],
-    value: Any,
-    request: tuple[Any, ...],
+    switches: _Switches, choices: dict[Any, Any], signature: tuple[Any, ...], value: Any, request: tuple[Any, ...]
 ) -> None:
     """Keep what was chosen, unless it depends on something of the moment or the switches have changed meanwhile."""
-    devices = {
-        x.device if isinstance(x, torch.Tensor) else x for x in request if isinstance(x, torch.Tensor | torch.device)
-    }
+    devices = {x.device for x in request if isinstance(x, torch.Tensor)}
     if switches is _switches and not any(ask(device) for ask in momentary for device in devices):
-        choices = kept.setdefault(switches, {})
         if len(choices) >= _MOST:
             choices.clear()
-        choices[key] = value
+        choices[signature] = value
 
 
 # asked before a choice is kept: whether something passing, such as a capture, decides on a device now

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,22 +84,14 @@ class PackedEncoder:
         self._native: list[Tensor] | None = None
         self._onednn: list[tuple[Tensor, ...]] | None = None
         self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
+        #: The width of tokens, and that of the MLPs.
+        self.width, self.hidden = self._blocks[0].ln_1[0].shape[0], self._blocks[0].fc[0].shape[0]
 
     def set_options(self, heads: int, causal: bool, approximate: str, eps: float) -> None:
         """Take other options than those it was made with; the arguments are the constructor's."""
         if (heads, causal, approximate, eps) != (self.heads, self.causal, self.approximate, self.eps):
             self._native = self._onednn = None
             self.heads, self.causal, self.approximate, self.eps = heads, causal, approximate, eps
-
-    @property
-    def width(self) -> int:
-        """The width of tokens."""
-        return self._blocks[0].ln_1[0].shape[0]
-
-    @property
-    def hidden(self) -> int:
-        """The MLPs' width."""
-        return self._blocks[0].fc[0].shape[0]
 
     @functools.cached_property
     def blocks(self) -> tuple[BlockWeights, ...]:
@@ -186,14 +179,34 @@ def _prepare(
         raise ValueError(
             f"encode(cu_seqlens): got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}, expected int64 offsets [S + 1]"
         )
+    _check_values(x, encoder, cu_seqlens, read)
+    return x, encoder, cu_seqlens, read
+
+
+def _check_values(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> None:
     offsets = cu_seqlens.tolist()
-    check_offsets(offsets, x.shape[0], "encode", may_be_empty=False)
-    shortest = min((end - start for start, end in pairwise(offsets)), default=1)
+    shortest = min(map(operator.sub, offsets[1:], offsets), default=1)
+    if shortest < 1 or offsets[0] != 0 or offsets[-1] != x.shape[0]:
+        check_offsets(offsets, x.shape[0], "encode", may_be_empty=False)
     if read is not None and not -1 <= read < shortest:
         raise ValueError(f"encode(read): got {read}, expected -1 to {shortest - 1}, the last of the shortest sequence")
     if encoder.causal and read is not None and read != -1:
         raise ValueError(f"encode(read): got {read}, expected -1 or None for a causal encoder")
-    return x, encoder, cu_seqlens, read
+
+
+def _signature(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> tuple[Any, ...]:
+    return (
+        x.dim(), x.shape[1], x.dtype, x.is_cpu, encoder.width, encoder.hidden, encoder.heads, encoder.dtype,
+        cu_seqlens.dtype, cu_seqlens.dim(), cu_seqlens.numel() > 0, keys.moment(x),
+    )  # fmt: skip
+
+
+def _bind(run: Callable[..., Tensor], *_: object) -> Callable[..., Tensor]:
+    def bound(x: Tensor, encoder: PackedEncoder, cu_seqlens: Tensor, read: int | None) -> Tensor:
+        _check_values(x, encoder, cu_seqlens, read)
+        return run(x, encoder, cu_seqlens, read)
+
+    return bound
 
 
 def native_unable(dtype: torch.dtype) -> str | None:
@@ -337,4 +350,6 @@ dispatch.register(
     dispatch.Implementation("torch", "oneDNN's packed weights", _onednn, _onednn_refusal),
     dispatch.Implementation("reference", "block by block in plain PyTorch", _reference),
     key=_key,
+    signature=_signature,
+    bind=_bind,
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from clipfast.ops import dispatch
 from clipfast.ops.rules import LARGE, LENGTHS, WIDTHS, Key, bound
 
+_is_grad_enabled = torch.is_grad_enabled
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 # os.environ encodes a name at every look-up, which takes as long as all the rest of a signature
 _environment: Any = getattr(os.environ, "_data", os.environ)
@@ -23,8 +24,24 @@ def moment(x: Tensor) -> tuple[Any, ...]:
     Args:
         x: A tensor of the call, on whose device it runs.
     """
-    autocast = _any_autocast() and torch.is_autocast_enabled(x.device.type)
-    return torch.is_grad_enabled(), autocast, _environment.get(_INTERPRET)
+    return _is_grad_enabled(), _any_autocast() and autocast_dtype(x), _environment.get(_INTERPRET)
+
+
+def place(x: Tensor, elements: int, *others: Tensor) -> tuple[Any, ...]:
+    """Return where a call off the CPU runs, and whether it is a large one.
+
+    Args:
+        x: A tensor of the call.
+        elements: How many of them make it large.
+        *others: The others, which may lie elsewhere. (On the CPU only PyTorch serves, which minds that itself.)
+    """
+    return x.device, x.numel() >= elements, tuple(t.get_device() for t in others)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return what autocast computes in on the device of ``x``, or None where it is off."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def of_rows(op: str, x: Tensor, *others: Tensor | None, scale: int = 1, **more: Any) -> Key:

@@ -85,14 +85,20 @@ def _key_add(x: Tensor, residual: Tensor, weight: Tensor, *_: object) -> Key:
 
 
 def _signature(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
+    # numbers, because sizes take longer to hash
     return (
-        x.shape[-1], x.numel() >= LARGE, x.dtype, x.device, weight.shape, weight.dtype, weight.device, bias.shape,
-        bias.dtype, bias.device, keys.moment(x),
+        x.shape[-1], x.dtype, weight.dim(), weight.numel(), weight.dtype, bias.dim(), bias.numel(), bias.dtype,
+        None if x.is_cpu else keys.place(x, LARGE, weight, bias), keys.moment(x),
     )  # fmt: skip
 
 
 def _signature_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
-    return (x.shape == residual.shape, residual.dtype, residual.device, *_signature(x, weight, bias, eps))
+    shape = x.shape
+    return (
+        shape == residual.shape, shape[-1], x.dtype, residual.dtype, weight.dim(), weight.numel(), weight.dtype,
+        bias.dim(), bias.numel(), bias.dtype, None if x.is_cpu else keys.place(x, LARGE, residual, weight, bias),
+        keys.moment(x),
+    )  # fmt: skip
 
 
 dispatch.register(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -132,10 +134,35 @@ def _key(query: Tensor, *_: object) -> Key:
     return Key(_OP, (keys.name_of(query.dtype),), **keys.modes(query))
 
 
+def _signature(
+    query: Tensor, key: Tensor, value: Tensor, num_heads: int, lengths: Tensor | None, cu_seqlens: Tensor | None,
+    scale: float | None,
+) -> tuple[Any, ...]:  # fmt: skip
+    scale = None if scale is None else float(scale)
+    given = tuple(None if t is None else t.shape for t in (lengths, cu_seqlens))
+    return query.shape, key.shape, value.shape, num_heads, given, scale, query.dtype, query.device, keys.moment(query)
+
+
+def _bind(
+    run: Callable[..., Tensor], request: tuple[Any, ...], query: Tensor, key: Tensor, value: Tensor, *_: object
+) -> Callable[..., Tensor]:
+    of_query, of_key, scale = tuple(request[0].shape), tuple(request[1].shape), request[5]
+
+    def bound(
+        query: Tensor, key: Tensor, value: Tensor, num_heads: int, lengths: Tensor | None, cu_seqlens: Tensor | None,
+        _: float | None,
+    ) -> Tensor:  # fmt: skip
+        return run(query.view(*of_query), key.view(*of_key), value.view(*of_key), lengths, cu_seqlens, scale)
+
+    return bound
+
+
 dispatch.register(
     _OP,
     _prepare,
     dispatch.Implementation("torch", "scaled_dot_product_attention", _torch),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
     key=_key,
+    signature=_signature,
+    bind=_bind,
 )
