@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 def check_tree(results: Path, cards: dict[str, Measurements]) -> int:
-    """Raise a ValueError for what is wrong with a record below a folder, or with an entry; return how many are right."""
+    """Raise a ValueError for what is wrong with a record in a folder, or with an entry; return how many are right."""
     found: dict[tuple[str, str], dict] = {}
     count = 0
     for path in sorted(results.rglob("*")):
