@@ -104,7 +104,9 @@ def _leads(before: Sequence[float], after: Sequence[float]) -> list[float]:
 
 
 def _is_slower(leads: Sequence[float]) -> bool:
-    return statistics.median(leads) < -math.log(1.02) and -_sure_lead([-lead for lead in leads]) < 0
+    # who was given up after a round or two was slower in each
+    sure = max(leads) < 0 if _doubtful(len(leads)) == 0 else -_sure_lead([-lead for lead in leads]) < 0
+    return sure and statistics.median(leads) < -math.log(1.02)
 
 
 def chance(differences: Sequence[float]) -> float:

@@ -20,9 +20,11 @@ from clipfast.tuning.cases import DEFAULT_MODELS, DEFAULT_PRECISIONS, PRECISIONS
 from clipfast.tuning.decide import Times, Verdict
 from clipfast.tuning.measure import Measured, backends_of, measure
 
-SECONDS = 100.0
+SECONDS = 90.0
 """What a model may take."""
-_PASS_ROUNDS = 9
+# what of it single calls may take; the rest is for whole towers
+_FOR_CALLS = 0.6
+_PASS_ROUNDS = 7
 # of what is left, what a call's rounds may take at most: later ones want time too
 _SHARE = 0.15
 
@@ -71,7 +73,7 @@ class Report:
     """
 
     device: torch.device
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
     lines: list[Line] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     left_out: int = 0
@@ -143,22 +145,30 @@ def tune(
         tuned.check_target(target)
     began = time.monotonic()
     work = _Work(where, seconds, progress or (lambda done, total, what: None), new_clock)
-    report = Report(where, tuple(f"{name} {kind}" for name in names for kind in kinds))
+    report = Report(where)
     with _trying({}), warnings.catch_warnings():
         warnings.simplefilter("ignore", dispatch.FallbackWarning)
         try:
             for i, name in enumerate(names):
                 work.tune_model(name, kinds, i, len(names))
+                # whatever becomes of the next model
+                _keep(report, work, target)
         except KeyboardInterrupt:
             report.interrupted = True
-    report.lines, report.wrong, report.left_out = work.lines(), work.wrong, work.left_out
-    try:
-        report.path = tuned.write(where, report.choices(), report.models if report.lines else (), target)
-    except OSError as error:
-        report.not_written = f"{error.filename or target or 'the cache folder'}: {error.strerror or error}"
+            _keep(report, work, target)
     plan.reset()
     report.seconds = time.monotonic() - began
     return report
+
+
+def _keep(report: Report, work: _Work, target: Path | None) -> None:
+    """Put what is known so far into the report and the file."""
+    report.models, report.lines = tuple(work.models), work.lines()
+    report.wrong, report.left_out = work.wrong, work.left_out
+    try:
+        report.path = tuned.write(report.device, report.choices(), report.models, target)
+    except OSError as error:
+        report.not_written = f"{error.filename or target or 'the cache folder'}: {error.strerror or error}"
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -193,12 +203,13 @@ class _Work:
         self.of_towers: set[Key] = set()
         self.confirmed: set[Key] = set()
         self.wrong: list[str] = []
+        self.models: list[str] = []
         self.left_out = 0
         self._forms: set[object] = set()
 
-    def tune_model(self, name: str, precisions: Iterable[str], place: int, of: int) -> None:
+    def tune_model(self, name: str, precisions: Sequence[str], place: int, of: int) -> None:
         """Measure what a model asks of every op, and then the towers with and without what that changes."""
-        until = time.monotonic() + self.seconds
+        began = time.monotonic()
         self.progress(1000 * place, 1000 * of, f"{name}: looking at what it does")
         made: dict[torch.dtype, object] = {}
         keys: list[tuple[Pass, set[Key]]] = []
@@ -215,13 +226,14 @@ class _Work:
             if call.form not in self._forms and len(backends_of(call)[1]) > 1:
                 self._forms.add(call.form)
                 new.append(call)
+        self.models += [f"{name} {precision}" for precision in precisions]
         for i, call in enumerate(new):
             self.progress(1000 * place + 900 * i // len(new), 1000 * of, f"{call.op} · {call.source}")
-            self._measure(call, until, len(new) - i)
+            self._measure(call, began + _FOR_CALLS * self.seconds, len(new) - i)
         for i, (one, asked) in enumerate(keys):
             self.progress(1000 * place + 900 + 100 * i // len(keys), 1000 * of, one.name)
             if one.is_tower:
-                self._confirm(one, asked)
+                self._confirm(one, asked, began + self.seconds)
         self.progress(1000 * (place + 1), 1000 * of, name)
 
     def _measure(self, call: Call, until: float, calls_left: int) -> None:
@@ -246,10 +258,13 @@ class _Work:
         verdicts = {key: self.verdict(key) for key in keys if key in self.found}
         return {key: v for key, v in verdicts.items() if v.backend != v.rule}
 
-    def _confirm(self, one: Pass, keys: set[Key]) -> None:
-        """Take changes back that make a tower slower, each by itself or all of them."""
+    def _confirm(self, one: Pass, keys: set[Key], until: float) -> None:
+        """Take changes back that make a tower slower, each by itself or all of them, and those without time to try."""
         changes = self._changes(sorted(keys))
-        if changes and self._is_slower(one, changes):
+        if changes and time.monotonic() > until:
+            self.left_out += len(changes)
+            self.refused |= {key: f"{v.backend}: {v.why}, but not tried in a tower" for key, v in changes.items()}
+        elif changes and self._is_slower(one, changes):
             blamed = [k for k in changes if len(changes) == 1 or self._is_slower(one, {k: changes[k]})]
             for key in blamed or changes:
                 v = changes[key]
@@ -286,10 +301,17 @@ class _Work:
             if verdict.backend != verdict.rule and unconfirmed:
                 continue
             measured = self.found[key]
-            timed = max(measured, key=lambda m: m.call.elements)
-            seconds = {n: t.seconds for n, t in timed.sides.items() if isinstance(t, Times) and t.device_s}
+            seconds = _telling(measured, verdict)
             lines.append(Line(*key, verdict, seconds, tuple(dict.fromkeys(m.call.source for m in measured))))
         return lines
+
+
+def _telling(measured: Sequence[Measured], verdict: Verdict) -> dict[str, float]:
+    """Return the backends' times: of the call that the winner leads at by the most, or of the largest."""
+    times = [{n: t.seconds for n, t in m.sides.items() if isinstance(t, Times) and t.device_s} for m in measured]
+    if verdict.backend == verdict.rule:
+        return max(zip(times, measured, strict=True), key=lambda pair: pair[1].call.elements)[0]
+    return max(times, key=lambda t: t.get(verdict.rule, 0) / t.get(verdict.backend, float("inf")))
 
 
 def about(seconds: float) -> str:

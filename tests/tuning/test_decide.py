@@ -122,6 +122,8 @@ def test_a_candidate_has_to_be_no_slower_at_any_call_of_its_class() -> None:
     assert decide.decide("a", [faster, equal]).backend == "b"
     assert decide.decide("a", [faster, slower]).backend == "a"
     assert decide.decide("a", [faster, {"a": steady(1, 21)}]).backend == "a"
+    # given up after a round
+    assert decide.decide("a", [faster, {"a": steady(1, 21), "b": steady(3.5, 1)}]).backend == "a"
     assert decide.decide("a", [equal]).backend == "a"
 
 

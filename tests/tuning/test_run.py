@@ -15,6 +15,7 @@ import clipfast
 from clipfast.benchmark.timing import Clock
 from clipfast.ops import dispatch, plan, tuned
 from clipfast.tuning import cases, measure
+from clipfast.tuning import run as tuning
 from clipfast.tuning.run import Report, tune
 
 CPU = torch.device("cpu")
@@ -216,6 +217,33 @@ def test_what_there_is_no_time_for_stays(model: str, clock) -> None:
     report = tune_fp32(model, clock(lambda backend: 1.0 if backend == "reference" else 2.0), seconds=1e-6)
     assert report.left_out > 3
     assert not report.lines
+
+
+def test_what_no_tower_had_time_for_stays(model: str, clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_FOR_CALLS", 1e12)
+    report = tune_fp32(model, clock(lambda backend: 1.0 if backend == "reference" else 2.0), seconds=1e-9)
+    assert report.lines
+    assert not report.changes
+    assert report.left_out >= 1
+    assert any("not tried in a tower" in line.verdict.why for line in report.lines)
+
+
+def test_a_model_that_fails_costs_those_before_it_nothing(
+    model: str, clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = tmp_path / "second.json"
+    second.write_text(Path(model).read_text())
+    passes = cases.passes
+
+    def failing(name: str, *more: object) -> object:
+        if name == str(second):
+            raise MemoryError("none left")
+        return passes(name, *more)
+
+    monkeypatch.setattr(cases, "passes", failing)
+    with pytest.raises(MemoryError):
+        tune([model, str(second)], device="cpu", precisions=["fp32"], new_clock=clock(lambda backend: 1.0))
+    assert tuned.find(CPU)[0].confirmed
 
 
 @pytest.mark.parametrize(
