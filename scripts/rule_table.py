@@ -1,0 +1,143 @@
+"""Write the table of docs/kernels.md: what the rule decides for every named model, card, precision and mode.
+
+No card is needed: ``.venv/bin/python scripts/rule_table.py``. A test compares the page with what this gives.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from pathlib import Path
+
+from clipfast.models.config import CLIPConfig, get_config, list_models
+from clipfast.ops.rules import LENGTHS, WIDTHS, Key, Machine, bound, decide
+
+PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+BEGIN, END = "<!-- the rule: begin -->\n", "<!-- the rule: end -->\n"
+
+CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+MODES = ("training", "inference")
+PRECISIONS = ("float32", "bfloat16", "float16", "autocast")
+_WORDS = {"triton": "kernel", "native": "op library", "torch": "PyTorch", "reference": "PyTorch"}
+
+
+def keys_of(config: CLIPConfig, precision: str, training: bool, large: bool = True) -> dict[str, Key]:
+    """Return the classes of a model's calls, by what they are: of both towers' blocks, and of the loss.
+
+    Args:
+        config: The model.
+        precision: A dtype of weights and tokens, or ``"autocast"``: to bfloat16, with float32 weights and stream.
+        training: Whether gradients are recorded.
+        large: Whether the batch is large.
+    """
+    autocast = precision == "autocast"
+    product, stream = ("bfloat16", "float32") if autocast else (precision, precision)
+    more = {"training": training, "autocast": autocast}
+    found = {}
+    vision, text = config.vision_cfg, config.text_cfg
+    towers = [("captions", text.width, text.mlp_ratio, text.width // text.heads, text.context_length, True)]
+    if isinstance(vision.layers, int):
+        height, width = vision.image_size if isinstance(vision.image_size, tuple) else (vision.image_size,) * 2
+        tokens = (height // vision.patch_size) * (width // vision.patch_size) + 1
+        towers.insert(0, ("images", vision.width, vision.mlp_ratio, vision.head_width, tokens, False))
+    for tower, width, ratio, head_dim, tokens, causal in towers:
+        rows = {**more, "large": large, "width": bound(width, WIDTHS)}
+        found[f"layer_norm, {tower}"] = Key("layer_norm", (stream, stream), **rows)
+        found[f"add_layer_norm, {tower}"] = Key("add_layer_norm", (product, stream, stream), **rows)
+        hidden = {**rows, "width": bound(int(width * ratio), WIDTHS), "form": config.approximate}
+        found[f"bias_gelu, {tower}"] = Key("bias_gelu", (product, stream), **hidden, bias=True)
+        heads = {**rows, "width": head_dim, "causal": causal}
+        found[f"attention, {tower}"] = Key("attention", (product,), **heads, tokens=bound(tokens, LENGTHS))
+        if causal:
+            found["attention, packed captions"] = Key("attention", (product,), **heads)
+    features = stream  # normalised in float32 under autocast
+    found["contrastive_loss"] = Key("contrastive_loss", (features,), **more, width=bound(config.embed_dim, WIDTHS))
+    return found
+
+
+def decisions() -> Iterator[tuple[str, str, str, str, tuple[str, ...]]]:
+    """Yield a call, a model, a precision and a mode, and what the rule takes on the six cards, for large batches."""
+    for model, precision, mode in product(list_models(), PRECISIONS, MODES):
+        for call, key in keys_of(get_config(model), precision, mode == "training").items():
+            backends = (decide(key, Machine("cuda", capability)).backend for capability in CAPABILITIES)
+            yield call, model, precision, mode, tuple(_WORDS[backend] for backend in backends)
+
+
+def table() -> str:
+    """Return the table: what is decided alike in one row."""
+    found: dict[tuple[str, tuple[str, ...]], set[tuple[str, str, str]]] = defaultdict(set)
+    models: dict[str, set[str]] = defaultdict(set)
+    for call, model, precision, mode, backends in decisions():
+        found[call, backends].add((model, precision, mode))
+        models[call].add(model)
+    rows: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for (call, backends), cases in found.items():
+        for where in _grouped(cases, models[call]):
+            rows[(*where, *backends)].append(call)
+    heads = [f"{major}.{minor}" for major, minor in CAPABILITIES]
+    lines = [
+        "| call | models | precision | mode | " + " | ".join(heads) + " |",
+        "|---" * (4 + len(heads)) + "|",
+    ]
+    for cells, calls in rows.items():
+        where, backends = cells[:3], cells[3:]
+        lines.append("| " + " | ".join(["; ".join(_towers(calls)), *where, *backends]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _grouped(cases: set[tuple[str, str, str]], models: set[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the cells for models, precisions and modes of rows that cover the cases, and nothing else."""
+    of: dict[tuple[str, str], frozenset[str]] = {
+        (p, m): frozenset(model for model in models if (model, p, m) in cases) for p, m in product(PRECISIONS, MODES)
+    }
+    by: dict[tuple[frozenset[str], tuple[str, ...]], list[str]] = defaultdict(list)
+    for precision in PRECISIONS:
+        for served in dict.fromkeys(of[precision, mode] for mode in MODES):
+            if served:
+                by[served, tuple(mode for mode in MODES if of[precision, mode] == served)].append(precision)
+    for (served, modes), precisions in by.items():
+        yield _models(served, models), _all_or(precisions, PRECISIONS), _all_or(modes, MODES)
+
+
+def _all_or(some: Iterable[str], every: tuple[str, ...]) -> str:
+    return "all" if set(some) == set(every) else ", ".join(some)
+
+
+def _models(some: frozenset[str], every: set[str]) -> str:
+    quick: Callable[[str], bool] = lambda name: name.endswith("-quickgelu")  # noqa: E731
+    if some == every:
+        return "all"
+    if some == {name for name in every if quick(name)}:
+        return "QuickGELU"
+    if some == {name for name in every if not quick(name)}:
+        return "erf GELU"
+    plain = {name.removesuffix("-quickgelu") for name in some}
+    both = all({name, f"{name}-quickgelu"} <= some for name in plain)
+    names = sorted(plain if both else some, key=list_models().index)
+    return ", ".join(names)
+
+
+def _towers(calls: list[str]) -> list[str]:
+    """Return calls with those of both towers joined."""
+    ops: dict[str, list[str]] = defaultdict(list)
+    for call in calls:
+        op, _, tower = call.partition(", ")
+        ops[op].append(tower)
+    joined = []
+    for op, towers in ops.items():
+        both = op != "attention" and set(towers) >= {"images", "captions"}
+        where = [] if both or towers == [""] else [" and ".join(towers)]
+        joined.append(", ".join([f"`{op}`", *where]))
+    return joined
+
+
+def main() -> None:
+    """Put the table where the page has it."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
