@@ -64,6 +64,10 @@ def test_what_was_written_serves(cache: Path) -> None:
     assert str(path) in said
     assert is_used()
     assert str(path) in explain()
+    # what was measured and stays is said too
+    tuned.write(CPU, {"attention": {KEY: SAME}})
+    assert not is_used()
+    assert f"nothing was faster beyond doubt: {path}" in explain()
     path.unlink()
     assert not is_used()
 
