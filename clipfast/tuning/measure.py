@@ -25,6 +25,7 @@ _LOOKS = (5, 9, 13)
 # how much rotating inputs take at least: more than a cache holds, where the model's own weights and activations do
 _CACHE = {"cuda": 256 * 2**20, "cpu": 48 * 2**20}
 _MOST_SETS = 8
+_NO_MEMORY = "there was no memory for its check"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Measured:
         call: It.
         rule: The backend that serves it by the rule.
         sides: By backend, its times; or in words why it is out of the question.
-        wrong: The backends that compute wrong results, or none.
+        wrong: The backends that compute wrong results, or fail.
     """
 
     call: Call
@@ -80,7 +81,7 @@ def measure(call: Call, seconds: float, new_clock: Callable[[str], Clock] = Cloc
             sides |= _time(call, rule if rule in right else right[0], right, seconds, new_clock)
         else:
             sides |= {name: Times([], []) for name in right}
-    return Measured(call, rule, sides, tuple(wrong))
+    return Measured(call, rule, sides, tuple(name for name, why in wrong.items() if why != _NO_MEMORY))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -93,11 +94,13 @@ def complaints(call: Call, backends: Sequence[str]) -> dict[str, str]:
     try:
         oracle, reference = _compute(_exact(call), "reference"), _compute(call, "reference")
     except torch.OutOfMemoryError:
-        return dict.fromkeys(backends, "there was no memory for its check")
+        return dict.fromkeys(backends, _NO_MEMORY)
     scales = _scales(call)
     for name in backends:
         try:
             error, allowed = numerics.worst(_compute(call, name), reference, oracle, scales)
+        except torch.OutOfMemoryError:
+            found[name] = _NO_MEMORY
         except Exception as failure:
             if fallback.is_final(failure):
                 raise

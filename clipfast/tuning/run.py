@@ -21,7 +21,7 @@ from clipfast.tuning.decide import Times, Verdict
 from clipfast.tuning.measure import Measured, backends_of, measure
 
 SECONDS = 90.0
-"""What a model may take."""
+"""What a model may take, once it has run."""
 # what of it single calls may take; the rest is for whole towers
 _FOR_CALLS = 0.6
 _PASS_ROUNDS = 7
@@ -209,7 +209,6 @@ class _Work:
 
     def tune_model(self, name: str, precisions: Sequence[str], place: int, of: int) -> None:
         """Measure what a model asks of every op, and then the towers with and without what that changes."""
-        began = time.monotonic()
         self.progress(1000 * place, 1000 * of, f"{name}: looking at what it does")
         made: dict[torch.dtype, object] = {}
         keys: list[tuple[Pass, set[Key]]] = []
@@ -226,6 +225,10 @@ class _Work:
             if call.form not in self._forms and len(backends_of(call)[1]) > 1:
                 self._forms.add(call.form)
                 new.append(call)
+        # whole encoders take the most: what is cheap comes first, should the time not suffice for all
+        new.sort(key=lambda call: call.op == "encoder")
+        # a card's kernels have been compiled and checked by now, which takes what it takes
+        began = time.monotonic()
         self.models += [f"{name} {precision}" for precision in precisions]
         for i, call in enumerate(new):
             self.progress(1000 * place + 900 * i // len(new), 1000 * of, f"{call.op} · {call.source}")

@@ -302,6 +302,18 @@ def test_a_call_is_checked_in_its_own_surroundings() -> None:
     assert measure.complaints(call, ["torch", "reference"]) == {}
 
 
+def test_memory_that_runs_out_in_a_check_is_nobodys_fault(model: str, clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    op = dispatch._ops["attention"]
+    large = dispatch.Implementation("native", "large", full)
+    monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(*op.implementations, large))
+    report = tune_fp32(model, clock(lambda backend: 1.0))
+    assert report.wrong == []
+    assert any("no memory" in line.verdict.why for line in report.lines)
+
+
 class _WrongGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
