@@ -11,6 +11,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -134,6 +135,11 @@ def small_copy(name: str) -> CLIPConfig:
     return replace(config, vision_cfg=vision, text_cfg=text)
 
 
+def label_of(name: str) -> str:
+    """Return a model's name without the folders that somebody keeps its file in."""
+    return Path(name).stem if name.endswith(".json") else name
+
+
 def passes(name: str, precision: str, device: torch.device, made: dict[torch.dtype, CLIP] | None = None) -> list[Pass]:
     """Return what a model does in training and inference: both towers and the losses.
 
@@ -161,7 +167,7 @@ def passes(name: str, precision: str, device: torch.device, made: dict[torch.dty
     batch = _batch(config, height * width, device.type)
     pixels = torch.randn(batch, 3, height, width, generator=generator).to(device, dtype)
     tokens = _captions(max(16, 4 * batch), config.text_cfg.context_length, generator).to(device)
-    about = f"{name}, {precision}"
+    about = f"{label_of(name)}, {precision}"
     found: list[Pass] = []
     for training in (True, False):
         how = "training" if training else "inference"

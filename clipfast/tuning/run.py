@@ -229,7 +229,7 @@ class _Work:
         new.sort(key=lambda call: call.op == "encoder")
         # a card's kernels have been compiled and checked by now, which takes what it takes
         began = time.monotonic()
-        self.models += [f"{name} {precision}" for precision in precisions]
+        self.models += [f"{cases.label_of(name)} {precision}" for precision in precisions]
         for i, call in enumerate(new):
             self.progress(1000 * place + 900 * i // len(new), 1000 * of, f"{call.op} · {call.source}")
             self._measure(call, began + _FOR_CALLS * self.seconds, len(new) - i)
