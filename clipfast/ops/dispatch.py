@@ -224,9 +224,12 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     entry = _ops[op]
     # the cheapest first: this is all that a call pays for its choice
-    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs) and entry.current[0] is _switches:
+    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs):
+        switches, choices = entry.current
+        if switches is not _switches:
+            choices = _choices(entry)[1]
         try:
-            run = entry.current[1][entry.signature(*args)]
+            run = choices[entry.signature(*args)]
         except Exception:
             # not known yet, or wrong, which the checks say better
             run = None

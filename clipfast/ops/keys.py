@@ -11,6 +11,9 @@ from torch import Tensor
 from clipfast.ops import dispatch
 from clipfast.ops.rules import LARGE, LENGTHS, WIDTHS, Key, bound
 
+# devices on which a launch takes as long as a small call
+_SIZED = frozenset({"cuda"})
+
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 # os.environ encodes a name at every look-up, which takes as long as all the rest of a signature
@@ -55,22 +58,18 @@ def of_rows(op: str, x: Tensor, *others: Tensor | None, scale: int = 1, **more: 
         **more: Other fields of the key.
     """
     dtypes = tuple(name_of(t.dtype) for t in (x, *others) if t is not None)
-    # a compiler fuses the op, whatever its size
-    compiled = torch.compiler.is_compiling()
-    large = True if compiled else is_large(x, LARGE * scale)
+    large, compiled = is_large(x, LARGE * scale), torch.compiler.is_compiling()
     return Key(op, dtypes, **modes(x), compiled=compiled, large=large, width=bound(x.shape[-1], WIDTHS), **more)
 
 
 def of_attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> Key:
     """Return the key of a call of attention, ``qkv [B, N, 3, H, D]`` or ``[total, 3, H, D]``."""
     tokens = None if cu_seqlens is not None else bound(qkv.shape[1], LENGTHS)
-    # three values a channel of the stream
-    large = True if torch.compiler.is_compiling() else is_large(qkv, 3 * LARGE)
     return Key(
         "attention",
         (name_of(qkv.dtype),),
         **modes(qkv),
-        large=large,
+        large=is_large(qkv, 3 * LARGE),  # three values a channel of the stream
         width=qkv.shape[-1],
         tokens=tokens,
         causal=bool(causal),
@@ -79,10 +78,10 @@ def of_attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: fl
 
 def is_large(x: Tensor, elements: int) -> bool | None:
     """Return :attr:`Key.large` of a call with ``x``, which is large from so many elements on."""
-    if x.device.type != "cuda":
+    if x.device.type not in _SIZED:
         return None
-    # a choice that depended on the batch would make its results depend on it
-    return dispatch.is_deterministic() or x.numel() >= elements
+    # A choice that depended on the batch would make its results depend on it, and a compiler compile for every batch
+    return dispatch.is_deterministic() or torch.compiler.is_compiling() or x.numel() >= elements
 
 
 def modes(x: Tensor) -> dict[str, bool]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast.models.config import get_config
-from clipfast.ops import dispatch, rules
+from clipfast.ops import dispatch, keys, rules
 from clipfast.ops.contrastive_arguments import Options
 from clipfast.ops.encoder import BlockWeights, PackedEncoder
 from clipfast.ops.rules import Key, Machine
@@ -315,11 +315,17 @@ def test_the_table_is_about_the_calls_that_a_model_makes(precision: str, script:
                     assert key == expected[what], what
 
 
-def test_a_compiler_gets_one_key_for_all_batches() -> None:
+def test_a_compiler_gets_one_key_for_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is traced may not ask for the number of rows: it would be compiled again for another batch."""
+    monkeypatch.setattr(keys, "_SIZED", {"cpu"})
+    monkeypatch.setattr(keys, "LARGE", 64)
+    x, weight = torch.randn(3, 16), torch.ones(16)
+    assert [dispatch.key_of("layer_norm", x.repeat(n, 1), weight, weight).large for n in (1, 2)] == [False, True]
     counter = CompileCounter()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x, w: clipfast.ops.layer_norm(x, w, w) + F.relu(x), backend=counter, dynamic=True)
-    for rows in (3, 5, 70):
-        compiled(torch.randn(rows, 16), torch.ones(16))
+    compiled = torch.compile(lambda x: clipfast.ops.layer_norm(x, weight, weight) + F.relu(x), backend=counter)
+    for rows in (2, 3, 5, 70):
+        x = torch.randn(rows, 16)
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(x)
     assert counter.frame_count == 1
