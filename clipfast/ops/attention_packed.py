@@ -10,6 +10,7 @@ operator to it. Its backward pass computes the forward pass again, which eager m
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,7 +47,8 @@ def check_offsets(offsets: list[int], total: int, op: str = "attention", may_be_
     Two that are equal leave a sequence empty, which not every op allows.
     """
     least = 0 if may_be_empty else 1
-    if offsets[0] != 0 or offsets[-1] != total or any(b - a < least for a, b in pairwise(offsets)):
+    shortest = min(map(operator.sub, offsets[1:], offsets), default=least)
+    if offsets[0] != 0 or offsets[-1] != total or shortest < least:
         raise ValueError(
             f"{op}(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, never "
             f"decrease and end at the {total} packed tokens{'' if may_be_empty else ', and leave no sequence empty'}"

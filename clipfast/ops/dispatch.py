@@ -31,6 +31,8 @@ BACKENDS = ("auto", "reference", "torch", "native", "triton")
 _MOST = 1024
 
 _is_compiling = torch.compiler.is_compiling
+# half as long; other compilers and exports have a dispatch mode
+_is_dynamo = torch.compiler.is_dynamo_compiling
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -224,7 +226,7 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     entry = _ops[op]
     # the cheapest first: this is all that a call pays for its choice
-    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs):
+    if not (_is_dynamo() or _dispatch_modes() or _is_tracing() or kwargs):
         switches, choices = entry.current
         if switches is not _switches:
             choices = _choices(entry)[1]
@@ -302,6 +304,12 @@ momentary: list[Callable[[torch.device], bool]] = []
 def chosen(op: str, *args: Any, **kwargs: Any) -> str:
     """Return the backend that would serve a call of ``op``."""
     return _choose(op, _ops[op].prepare(*args, **kwargs)).backend
+
+
+def serving(op: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return the implementation that would serve a call of ``op``, and the arguments that it would get."""
+    request = _ops[op].prepare(*args, **kwargs)
+    return _choose(op, request).run, request
 
 
 def operations() -> list[str]:
