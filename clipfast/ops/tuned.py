@@ -11,46 +11,22 @@ import contextlib
 import datetime
 import hashlib
 import json
-import math
 import os
 import re
-import stat
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from clipfast.files import cache_folder, write_atomically
+from clipfast.ops import tuned_format
+from clipfast.ops.tuned_format import Choice
 
-FORMAT = 1
 VARIABLE = "CLIPFAST_TUNED"
 NONE = "no tuned file"
-_MOST_BYTES = 4 * 2**20
-_MOST_CHOICES = 10_000
-_MOST_LETTERS = 300
 _LOCK_S = 10.0
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What tuning found for one shape class of one op.
-
-    Attributes:
-        backend: The one that serves.
-        rule: The one that serves without a tuned file. Where it is the same, the rule stands.
-        lead: The rule's time over the backend's, the median of the rounds; 1 where the rule stands.
-        rounds: How many rounds of all sides were timed.
-        why: In a few words.
-    """
-
-    backend: str
-    rule: str
-    lead: float = 1.0
-    rounds: int = 0
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,15 +35,20 @@ class Tuned:
 
     Attributes:
         path: Where it lies.
-        date: When it was last written, UTC, as ISO 8601 has it.
-        choices: By op and shape class (:func:`clipfast.ops.dispatch.shape_class`).
+        fastest: The backends that serve in the place of the rule's, by op and shape class
+            (:func:`clipfast.ops.dispatch.shape_class`).
+        confirmed: The rule's backends that were measured here and stand, likewise.
+        choices: All of them, with their figures.
         models: What was tuned for: names of models with precisions.
+        date: When it was last written, UTC, as ISO 8601 has it.
     """
 
     path: Path
-    date: str
-    choices: dict[str, dict[str, Choice]] = field(default_factory=dict)
+    fastest: dict[str, dict[str, str]] = field(default_factory=dict)
+    confirmed: dict[str, dict[str, str]] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, Choice]] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    date: str = ""
 
     @property
     def days(self) -> int:
@@ -76,22 +57,15 @@ class Tuned:
         made = made if made.tzinfo else made.replace(tzinfo=datetime.timezone.utc)
         return max(0, (datetime.datetime.now(datetime.timezone.utc) - made).days)
 
-    @property
-    def fastest(self) -> dict[str, dict[str, str]]:
-        """The backends that serve in the place of the rule's, by op and shape class."""
-        return self._backends(changed=True)
 
-    @property
-    def confirmed(self) -> dict[str, dict[str, str]]:
-        """The rule's backends that were measured here and stand, by op and shape class."""
-        return self._backends(changed=False)
-
-    def _backends(self, changed: bool) -> dict[str, dict[str, str]]:
-        found = {
-            op: {key: c.backend for key, c in of_op.items() if (c.backend != c.rule) == changed}
-            for op, of_op in self.choices.items()
-        }
-        return {op: of_op for op, of_op in found.items() if of_op}
+def _tuned(path: Path, choices: Mapping[str, Mapping[str, Choice]], models: tuple[str, ...], date: str) -> Tuned:
+    fastest: dict[str, dict[str, str]] = {}
+    confirmed: dict[str, dict[str, str]] = {}
+    for op, of_op in choices.items():
+        for key, choice in of_op.items():
+            same = choice.backend == choice.rule
+            (confirmed if same else fastest).setdefault(op, {})[key] = choice.backend
+    return Tuned(path, fastest, confirmed, choices, models, date)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -137,7 +111,7 @@ def instead(choices: Mapping[str, Mapping[str, Choice]], why: str) -> Iterator[N
     For who tries them. What was asked before does not know: ``clipfast.ops.plan.reset`` makes it ask again.
     """
     global _instead
-    found = Tuned(Path(why), "", {op: dict(of_op) for op, of_op in choices.items()}) if choices else None
+    found = _tuned(Path(why), choices, (), "") if choices else None
     before, _instead = _instead, (found, why)
     try:
         yield
@@ -167,14 +141,14 @@ def read(path: Path, device: torch.device | None) -> Tuned:
         ValueError: The file is none, or says what it should not, or was not made on this device with these versions.
         OSError: It cannot be read.
     """
-    content = _parse(path)
-    _validate(content)
+    content = tuned_format.parse(path)
+    tuned_format.validate(content)
     if device is not None:
         for got, expected in zip((content["device"], content["versions"]), _identity(device), strict=True):
             if differs := _difference(got, expected):
                 raise ValueError(differs)
     choices = {op: {key: Choice(**c) for key, c in of_op.items()} for op, of_op in content["choices"].items()}
-    return Tuned(path, content["date"], choices, tuple(content["models"]))
+    return _tuned(path, choices, tuple(content["models"]), content["date"])
 
 
 def _identity(device: torch.device) -> tuple[dict[str, str], dict[str, str]]:
@@ -207,93 +181,6 @@ def _difference(got: Mapping[str, str], expected: Mapping[str, str]) -> str | No
         if got.get(name) != expected[name]:
             return f"it was made for {name} {got.get(name, 'unknown')}, this is {name} {expected[name]}"
     return None
-
-
-def _parse(path: Path) -> Any:
-    # no pipe that never ends, no device, nothing that fills memory
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is no file")
-    with path.open("rb") as file:
-        text = file.read(_MOST_BYTES + 1)
-    if len(text) > _MOST_BYTES:
-        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
-    try:
-        return json.loads(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        what = "it nests too deeply" if isinstance(error, RecursionError) else str(error)[:80]
-        raise ValueError(f"it is damaged or cut off ({what})") from error
-
-
-def _validate(content: Any) -> None:
-    """Raise a ValueError where a file's content is not what :func:`write` writes."""
-    _expect_keys("the file", content, {"format", "date", "device", "versions", "models", "choices"}, first="format")
-    if content["format"] != FORMAT or isinstance(content["format"], bool):
-        raise ValueError(f"format: got {_shown(content['format'])}, expected {FORMAT}")
-    _expect_text("date", content["date"])
-    try:
-        datetime.datetime.fromisoformat(content["date"])
-    except ValueError:
-        raise ValueError(f"date: got {_shown(content['date'])}, expected one of ISO 8601") from None
-    for name in ("device", "versions"):
-        if not isinstance(content[name], dict) or len(content[name]) > 50:
-            raise ValueError(f"{name}: got {_shown(content[name])}, expected an object of texts")
-        for key, value in content[name].items():
-            _expect_text(f"{name}.{key[:50]}", value)
-    if not isinstance(content["models"], list) or len(content["models"]) > 1000:
-        raise ValueError(f"models: got {_shown(content['models'])}, expected a list of texts")
-    for model in content["models"]:
-        _expect_text("models", model)
-    _validate_choices(content["choices"])
-
-
-def _validate_choices(choices: Any) -> None:
-    from clipfast.ops import dispatch
-
-    known = {op: dispatch.backends(op) for op in dispatch.operations()}
-    if not isinstance(choices, dict):
-        raise ValueError(f"choices: got {_shown(choices)}, expected an object by op")
-    count = 0
-    for op, of_op in choices.items():
-        if op not in known:
-            raise ValueError(f"choices: got op {_shown(op)}, expected one of {', '.join(known)}")
-        if not isinstance(of_op, dict):
-            raise ValueError(f"choices.{op}: got {_shown(of_op)}, expected an object by shape class")
-        count += len(of_op)
-        if count > _MOST_CHOICES:
-            raise ValueError(f"choices: got more than {_MOST_CHOICES}")
-        for key, choice in of_op.items():
-            where = f"choices.{op}"
-            _expect_text(f"{where}'s shape class", key)
-            _expect_keys(f"{where}[{_shown(key)}]", choice, {f.name for f in fields(Choice)})
-            for name in ("backend", "rule"):
-                if not isinstance(choice[name], str) or choice[name] not in known[op]:
-                    raise ValueError(f"{where}: got {name} {_shown(choice[name])}, expected one of {known[op]}")
-            _expect_text(f"{where}.why", choice["why"])
-            if type(choice["lead"]) not in (float, int) or not 0 < choice["lead"] < math.inf:
-                raise ValueError(f"{where}: got lead {_shown(choice['lead'])}, expected a positive number")
-            if type(choice["rounds"]) is not int or choice["rounds"] < 0:
-                raise ValueError(f"{where}: got rounds {_shown(choice['rounds'])}, expected a count")
-
-
-def _expect_keys(where: str, value: Any, expected: set[str], first: str | None = None) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where}: got {_shown(value)}, expected an object")
-    if first is not None and first not in value:
-        raise ValueError(f"{where} has no {first!r}: it is no tuned file")
-    if value.keys() != expected:
-        wrong = sorted(value.keys() ^ expected)
-        raise ValueError(f"{where}: {_shown(wrong[0])} is {'unknown' if wrong[0] in value else 'missing'}")
-
-
-def _expect_text(where: str, value: Any) -> None:
-    if not isinstance(value, str) or len(value) > _MOST_LETTERS or not value.isprintable():
-        raise ValueError(f"{where}: got {_shown(value)}, expected a line of text")
-
-
-def _shown(value: Any) -> str:
-    """Return a value of a file for a message: short and in one line, whatever it is."""
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def short(path: Path) -> str:
@@ -345,14 +232,14 @@ def write(
         for op, of_op in choices.items():
             merged.setdefault(op, {}).update(of_op)
         content = {
-            "format": FORMAT,
+            "format": tuned_format.FORMAT,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "device": device_facts,
             "versions": software,
             "models": list(models),
             "choices": {op: {key: asdict(c) for key, c in sorted(merged[op].items())} for op in sorted(merged)},
         }
-        _validate(content)
+        tuned_format.validate(content)
         text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(target, lambda file: file.write(f"{text}\n".encode()))
     return target
@@ -367,7 +254,7 @@ def check_target(path: Path) -> None:
         return
     if there:
         try:
-            _validate(_parse(path))
+            tuned_format.validate(tuned_format.parse(path))
         except ValueError as error:
             raise ValueError(f"{path} is there and is no tuned file: {error}") from error
 

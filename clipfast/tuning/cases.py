@@ -137,7 +137,8 @@ def small_copy(name: str) -> CLIPConfig:
 
 def label_of(name: str) -> str:
     """Return a model's name without the folders that somebody keeps its file in."""
-    return Path(name).stem if name.endswith(".json") else name
+    label = Path(name).stem if name.endswith(".json") else name
+    return "".join(letter for letter in label if letter.isprintable())[:100]
 
 
 def passes(name: str, precision: str, device: torch.device, made: dict[torch.dtype, CLIP] | None = None) -> list[Pass]:

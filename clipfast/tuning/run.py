@@ -92,7 +92,9 @@ class Report:
         found: dict[str, dict[str, tuned.Choice]] = {}
         for line in self.lines:
             v = line.verdict
-            choice = tuned.Choice(v.backend, v.rule, round(v.lead, 4), v.rounds, v.why[:200])
+            # one line, whatever an error said
+            why = "".join(letter if letter.isprintable() else " " for letter in v.why)[:200]
+            choice = tuned.Choice(v.backend, v.rule, round(v.lead, 4), v.rounds, why)
             found.setdefault(line.op, {})[line.key] = choice
         return found
 
