@@ -22,6 +22,8 @@ from clipfast import ops
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config
 from clipfast.models.create import create_model
+from clipfast.modules import transformer
+from clipfast.modules.shortcuts import exact_shortcuts
 from clipfast.ops import dispatch
 
 # downloads a month (docs/tuning.md): OpenAI's B/32, L/14 and B/16, and LAION's B/32
@@ -180,6 +182,13 @@ def passes(name: str, precision: str, device: torch.device, made: dict[torch.dty
             for count in dict.fromkeys([len(inputs)] if training else [len(inputs), 1]):
                 run = _encoding(encode, inputs[:count], list(model.parameters()) if training else None, autocast)
                 found.append(Pass(f"{tower} of {about}, {how}, {count} at a time", run))
+            # a tower that is compiled, or that somebody watches, takes no shortcuts; and hooks, adapters and other
+            # dtypes keep packed weights from serving on the CPU, so that the modules call op by op
+            few = inputs[: max(2, len(inputs) // 4)]
+            run = _encoding(encode, few, list(model.parameters()) if training else None, autocast)
+            found.append(Pass(f"{tower} of {about}, {how} without shortcuts", _by_modules(run, shortcuts=False)))
+            if not training and device.type == "cpu":
+                found.append(Pass(f"{tower} of {about}, {how} by modules", _by_modules(run, shortcuts=True)))
     for loss in (ops.contrastive_loss, ops.siglip_loss):
         # training takes logits in float32; who calls with what a 16-bit model gives has its dtype
         for kind in dict.fromkeys((torch.float32, dtype)):
@@ -225,6 +234,20 @@ def _encoding(
         return torch.autograd.grad(features.float().square().sum(), parameters, allow_unused=True)
 
     return run
+
+
+def _by_modules(run: Callable[[], object], shortcuts: bool) -> Callable[[], object]:
+    """Return the function with no packed weights to serve it, and with or without exact shortcuts."""
+
+    def without() -> object:
+        before, transformer.refusal = transformer.refusal, lambda encoder: "tuning measures the modules' own ops"
+        try:
+            with exact_shortcuts(shortcuts):
+                return run()
+        finally:
+            transformer.refusal = before
+
+    return without
 
 
 def _loss(
