@@ -30,7 +30,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(help="Another file; CLIPFAST_TUNED=FILE uses it.", show_default="the cache folder's")
     ] = None,
-    seconds: Annotated[float, typer.Option(help="About how long a model may take.")] = 90.0,
+    seconds: Annotated[float, typer.Option(help="About how long a model may take.")] = 75.0,
     share: Annotated[bool, typer.Option("--share", help="Print and write what a pull request needs.")] = False,
 ) -> None:
     """Measure which implementation of every op is the fastest on this machine, and use it from now on.

@@ -75,8 +75,8 @@ def compare(rule: Times, candidate: Times) -> Comparison:
     leads = _leads(rule.cost, candidate.cost)
     lead = math.exp(statistics.median(leads))
     if lead < 1 + LEAD:
-        how = "slower" if lead < 1 else "faster"
-        return Comparison(lead, False, _is_slower(leads), f"{_percent(lead)} {how}, {LEAD:.0%} faster is asked for")
+        how = "slower" if lead < 1 else f"faster, which is less than {LEAD:.0%}"
+        return Comparison(lead, False, _is_slower(leads), f"{_percent(lead)} {how}")
     device = math.exp(statistics.median(_leads(rule.device_s, candidate.device_s)))
     if device < 1 / (1 + LEAD):
         # under a CUDA graph or a compiler nobody waits for the host

@@ -20,7 +20,7 @@ from clipfast.tuning.cases import DEFAULT_MODELS, DEFAULT_PRECISIONS, PRECISIONS
 from clipfast.tuning.decide import Times, Verdict
 from clipfast.tuning.measure import Measured, backends_of, measure
 
-SECONDS = 90.0
+SECONDS = 75.0
 """What a model may take, once it has run."""
 # what of it single calls may take; the rest is for whole towers
 _FOR_CALLS = 0.6
