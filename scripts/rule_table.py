@@ -1,4 +1,4 @@
-"""Write the table of docs/kernels.md: what the rule decides for every named model, card, precision and mode.
+"""Write the tables of docs/kernels.md: bytes, and what the rule decides for every named model, card and precision.
 
 No card is needed: ``.venv/bin/python scripts/rule_table.py``. A test compares the page with what this gives.
 """
@@ -11,7 +11,7 @@ from itertools import product
 from pathlib import Path
 
 from clipfast.models.config import CLIPConfig, get_config, list_models
-from clipfast.ops.rules import LENGTHS, WIDTHS, Key, Machine, bound, decide
+from clipfast.ops.rules import LENGTHS, WIDTHS, Key, Machine, bound, bytes_moved, decide
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- the rule: begin -->\n", "<!-- the rule: end -->\n"
@@ -86,6 +86,32 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def bytes_table() -> str:
+    """Return the table of bytes that the rule goes by for ops that work on rows."""
+    lines = [
+        "| bytes an element, PyTorch : kernel | bfloat16, forward | forward + backward | autocast, forward | forward + "
+        "backward |",
+        "|---|---|---|---|---|",
+    ]
+    autocast = {"layer_norm": ("float32",) * 2, "add_layer_norm": ("bfloat16", "float32", "float32")}
+    for what, key in {
+        "`layer_norm`": Key("layer_norm", ("bfloat16",) * 2),
+        "`add_layer_norm`": Key("add_layer_norm", ("bfloat16",) * 3),
+        "`bias_gelu`, erf and tanh": Key("bias_gelu", ("bfloat16",) * 2, form="none", bias=True),
+        "`bias_gelu`, quick": Key("bias_gelu", ("bfloat16",) * 2, form="quick", bias=True),
+    }.items():
+        mixed = key._replace(autocast=True, dtypes=autocast.get(key.op, ("bfloat16", "float32")))
+        cells = [bytes_moved(k._replace(training=training)) for k in (key, mixed) for training in (False, True)]
+        lines.append(f"| {what} | " + " | ".join(f"{pytorch} : {kernel}" for pytorch, kernel in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def text() -> str:
+    """Return what stands between the page's marks."""
+    about = "Decisions for large batches; for small ones PyTorch, but for packed captions and the losses:"
+    return f"{bytes_table()}\n{about}\n\n{table()}"
+
+
 def _grouped(cases: set[tuple[str, str, str]], models: set[str]) -> Iterator[tuple[str, str, str]]:
     """Yield the cells for models, precisions and modes of rows that cover the cases, and nothing else."""
     of: dict[tuple[str, str], frozenset[str]] = {
@@ -136,7 +162,7 @@ def main() -> None:
     """Put the table where the page has it."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(before + BEGIN + table() + END + after, encoding="utf-8")
+    PAGE.write_text(before + BEGIN + text() + END + after, encoding="utf-8")
 
 
 if __name__ == "__main__":

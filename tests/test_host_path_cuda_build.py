@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clipfast
 from clipfast.modules import packing
 from clipfast.modules import text as text_module
-from clipfast.ops import attention_packed
+from clipfast.ops import attention_packed, plan
 
 pytestmark = [
     pytest.mark.skipif(torch.version.cuda is None, reason="PyTorch is not a CUDA build"),
@@ -38,8 +38,10 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
     monkeypatch.setattr(torch.amp.autocast_mode.torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    plan.reset()
     with FakeTensorMode(allow_non_fake_inputs=True):
         yield
+    plan.reset()
 
 
 class Watch(TorchDispatchMode):
@@ -173,7 +175,6 @@ def test_nothing_waits(subject: str, backend: str, autocast: bool) -> None:
     assert leaves == len(list(model.parameters()))
     assert len(watch.operators) > forward > 10
     assert not watch.waits, watch.waits
-    # on a card that nobody measured kernels serve when they are asked for
     served = any("clipfast.attention" in operator for operator in watch.operators)
     assert served == (backend == "triton" and subject in ("ViT", "text"))
 

@@ -12,6 +12,7 @@ exported or watched by a dispatch mode, nor while a CUDA graph is captured.
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 import weakref
@@ -201,7 +202,7 @@ def register(
     op: str,
     prepare: Callable[..., tuple[Any, ...]],
     *implementations: Implementation,
-    key: Callable[..., rules.Key],
+    key: Callable[..., rules.Key] | None = None,
     signature: Callable[..., tuple[Any, ...]] = _no_signature,
     bind: Callable[..., Callable[..., Any]] | None = None,
 ) -> None:
@@ -212,14 +213,21 @@ def register(
         prepare: Checks the arguments of the public function and returns those of the implementations.
         *implementations: In the order in which they are tried where the plan's own cannot serve; the last serves every
             call.
-        key: Gets the implementations' arguments and returns what of them decides.
+        key: Gets the implementations' arguments and returns what of them decides: by default the first tensor's dtype,
+            and whether gradients are recorded or autocast is on.
         signature: Gets the arguments of :func:`call` and returns, at little cost, all of them that ``prepare``, ``key``
             and the implementations' refusals look at, hashable; it need not check anything. By default nothing is kept.
         bind: Gets an implementation, the arguments that ``prepare`` made for it and those of :func:`call`; returns a
             function of such arguments with this signature. It checks what a signature does not hold, such as values.
             By default the implementation takes the arguments of :func:`call` as they are.
     """
-    _ops[op] = _Op(prepare, implementations, key, signature, bind)
+    _ops[op] = _Op(prepare, implementations, key or functools.partial(_key, op), signature, bind)
+
+
+def _key(op: str, *request: Any) -> rules.Key:
+    first = next(argument for argument in request if isinstance(argument, torch.Tensor))
+    autocast = torch.is_autocast_enabled(first.device.type)
+    return rules.Key(op, (str(first.dtype).removeprefix("torch."),), torch.is_grad_enabled(), autocast)
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:

@@ -35,7 +35,7 @@ _FEWER = 1.2
 
 _WIDE = {"float32": 4, "float64": 8}
 _ROW_OPS = ("layer_norm", "add_layer_norm", "bias_gelu")
-_LOSSES = ("contrastive_loss", "siglip_loss")
+_LOSSES = ("contrastive_loss", "siglip_loss", "distillation_loss")
 
 
 class Key(NamedTuple):
@@ -50,7 +50,8 @@ class Key(NamedTuple):
         large: Whether the call is large enough for its bytes to outweigh its launches (``LARGE``). True for all sizes
             where the choice may not depend on the batch: under ``deterministic()``, and while a compiler traces. None
             where sizes do not count: off the GPU, and for the losses, which all ranks have to serve alike.
-        width: A bound of the width of rows, of an encoder or of features; 0 for wider ones. Attention: the head_dim.
+        width: A bound of the width of rows, of an encoder, of features; 0 for wider ones, None where it does not count.
+            Attention: the head_dim.
         form: The GELU.
         bias: Whether a bias is added before the GELU.
         tokens: A bound of the length of attention's sequences; 0 for longer ones, None for packed ones.
@@ -63,7 +64,7 @@ class Key(NamedTuple):
     autocast: bool = False
     compiled: bool = False
     large: bool | None = None
-    width: int = 0
+    width: int | None = None
     form: str = ""
     bias: bool = False
     tokens: int | None = None
@@ -85,7 +86,7 @@ class Key(NamedTuple):
                 else f"> {LENGTHS[-1]} tokens"
             )
             parts += [f"head_dim {self.width}", "causal" if self.causal else "", length]
-        elif self.op != "single_query_attention":
+        elif self.width is not None:
             parts.append(f"width ≤ {self.width}" if self.width else f"width > {WIDTHS[-1]}")
         parts += [{True: "large", False: "small", None: ""}[self.large]]
         parts += ["training" if self.training else "inference"]
@@ -197,7 +198,7 @@ def _is_hopper_in_16_bit(key: Key, machine: Machine) -> bool:
 
 def _trains_short(key: Key, machine: Machine) -> bool:
     # what one kernel holds in the backward pass; 257 by the class token beside 256, which a mask forbids
-    longest = 128 if key.width > 64 else 256 if key.causal else 257
+    longest = 128 if (key.width or 0) > 64 else 256 if key.causal else 257
     short = key.tokens is not None and 0 < key.tokens <= longest
     return _is_hopper_in_16_bit(key, machine) and key.training and short
 

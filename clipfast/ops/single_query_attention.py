@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.ops import attention_packed, dispatch, keys
-from clipfast.ops.rules import Key
 
 _OP = "single_query_attention"
 
@@ -130,10 +129,6 @@ def _reference(
     return (scores.softmax(dim=-1) @ value.transpose(1, 2)).flatten(1)
 
 
-def _key(query: Tensor, *_: object) -> Key:
-    return Key(_OP, (keys.name_of(query.dtype),), **keys.modes(query))
-
-
 def _signature(
     query: Tensor, key: Tensor, value: Tensor, num_heads: int, lengths: Tensor | None, cu_seqlens: Tensor | None,
     scale: float | None,
@@ -162,7 +157,6 @@ dispatch.register(
     _prepare,
     dispatch.Implementation("torch", "scaled_dot_product_attention", _torch),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
-    key=_key,
     signature=_signature,
     bind=_bind,
 )

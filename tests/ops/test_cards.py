@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import contrastive_kernels, dispatch, library
+from clipfast.ops import contrastive_kernels, dispatch, library, plan
 
 WHEEL = "13.0:80,90a,100,100+PTX"
 Machine = Callable[..., None]
@@ -28,6 +28,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capabilities[index or 0])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda index=None: f"card {index or 0}")
         library._card_refusal.cache_clear()
+        plan.reset()
 
     monkeypatch.setattr(contrastive_kernels, "native", contrastive_kernels.chunked)
     monkeypatch.setattr(contrastive_kernels, "native_devices", frozenset({"cpu", "cuda"}))
@@ -36,6 +37,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(dispatch, "_announced", set())
     yield pretend
     library._card_refusal.cache_clear()
+    plan.reset()
 
 
 def on_card(index: int, use: Callable[[Tensor], object]) -> object:
