@@ -25,6 +25,7 @@ _HOME_OF = {
     "acceleration": "clipfast.models.accelerate",
     "restore": "clipfast.models.accelerate",
     "warm_up": "clipfast.models.warm_up",
+    "tune": "clipfast.tuning.run",
     "forget_packed_weights": "clipfast.modules.inference",
     "ViT": "clipfast.modules.vit",
     "ModifiedResNet": "clipfast.modules.resnet",
@@ -92,3 +93,4 @@ if TYPE_CHECKING:
     from clipfast.modules.text import TextTransformer
     from clipfast.modules.vit import ViT
     from clipfast.ops.dispatch import backend, deterministic, explain
+    from clipfast.tuning.run import tune

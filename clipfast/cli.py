@@ -17,6 +17,7 @@ from clipfast.cli_train import add_train_commands as _add_train_commands
 from clipfast.cli_train import ending_on_request as _ending_on_request
 from clipfast.commands import Commands
 from clipfast.console import echo
+from clipfast.cli_tune import add_tune_command as _add_tune_command
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -121,3 +122,4 @@ _add_train_commands(app)
 _add_shards_command(app)
 _add_feature_commands(app)
 _add_export_command(app)
+_add_tune_command(app)

@@ -25,7 +25,14 @@ import clipfast
 
 _MARK = "clipfast-doctor-report:"
 _TIMEOUT = 300
-_VARIABLES = ("CLIPFAST_BACKEND", "CLIPFAST_CHECK", "CLIPFAST_NO_LIBRARY", "TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES")
+_VARIABLES = (
+    "CLIPFAST_BACKEND",
+    "CLIPFAST_CHECK",
+    "CLIPFAST_NO_LIBRARY",
+    "CLIPFAST_TUNED",
+    "TRITON_INTERPRET",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def examine() -> dict[str, Any]:
@@ -60,6 +67,7 @@ def examine() -> dict[str, Any]:
     devices = [torch.device("cpu")]
     # one card of each name stands for all
     devices += [torch.device("cuda", i) for i in {c["name"]: c["index"] for c in reversed(report["cards"])}.values()]
+    report["tuned"] = {str(device): _tuned(device, problems) for device in devices}
     report["ops"], report["self_test"] = {}, []
     for device in devices:
         try:
@@ -121,6 +129,22 @@ def _library(problems: list[tuple[str, str]], wants_cuda: bool) -> dict[str, Any
         "architectures": architectures,
         "cuda_reason": library.record().get("cuda_reason"),
     }
+
+
+def _tuned(device: Any, problems: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return which tuned file counts on a device, or why none does."""
+    from clipfast.ops import tuned
+
+    found, why = tuned.find(device)
+    if found is None:
+        if why == tuned.NONE:
+            problems.append(("note", f"{device}: {tuned.NONE}, the rule decides: clipfast tune measures this machine"))
+        else:
+            problems.append(("note", f"{device}: the tuned file is not used, the rule decides: {why}"))
+        return {"path": None, "reason": why}
+    changed, confirmed = (sum(map(len, of_ops.values())) for of_ops in (found.fastest, found.confirmed))
+    made = {"path": tuned.short(found.path), "date": found.date, "days": found.days}
+    return made | {"reason": None, "changed": changed, "confirmed": confirmed}
 
 
 def _triton(problems: list[tuple[str, str]], wanted: bool) -> dict[str, Any]:
@@ -232,11 +256,21 @@ def _facts(report: dict[str, Any]) -> list[str]:
             how = f": {card['how']}" if card.get("served") else ": not served by the op library"
             facts[f"card {card['index']}"] = f"{card['name']} ({card['capability']}){how}"
         facts["library"] = _describe_library(report["library"])
+        facts |= {f"tuned {device}: ": _describe_tuned(about) for device, about in report["tuned"].items()}
         if cuda:
             facts["CUDA entry points: "] = report["library"]["cuda_entry_points"]
     if report["environment"]:
         facts["set"] = " ".join(f"{name}={value}" for name, value in report["environment"].items())
     return [f"{name:10}{value}" for name, value in facts.items()]
+
+
+def _describe_tuned(tuned: dict[str, Any]) -> str:
+    if tuned["reason"] is not None:
+        return tuned["reason"]
+    age = "today" if tuned["days"] == 0 else f"{tuned['days']} days ago" if tuned["days"] > 1 else "yesterday"
+    return (
+        f"{tuned['path']}, made {age}: {tuned['changed']} choices other than the rule's, {tuned['confirmed']} the same"
+    )
 
 
 def _describe_library(library: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and the folder for those that are made once and kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,24 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: ``$CLIPFAST_CACHE``, ``$XDG_CACHE_HOME/clipfast`` or ``~/.cache/clipfast``.
+
+    The folder need not exist. See the XDG base directory specification.
+
+    Raises:
+        OSError: there is no home folder and neither variable is set.
+    """
+    if own := os.environ.get("CLIPFAST_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared) / "clipfast"
+    try:
+        return Path.home() / ".cache" / "clipfast"
+    except RuntimeError as error:
+        raise OSError(f"no cache folder: {error}; set CLIPFAST_CACHE") from error
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

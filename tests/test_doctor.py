@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import clipfast
 from clipfast import doctor, self_test
 from clipfast.cli import app
-from clipfast.ops import dispatch, library
+from clipfast.ops import dispatch, library, tuned
 
 LIBRARY = library.path()
 USE = """
@@ -356,3 +356,38 @@ def test_what_is_missing_on_a_gpu_machine_is_a_warning(monkeypatch: pytest.Monke
     assert doctor.exit_code({"problems": [("warning", "")]}) == 0
     assert doctor.exit_code({"problems": [("warning", "")]}, strict=True) == 1
     assert doctor.exit_code({"problems": [("note", "")]}, strict=True) == 0
+
+
+@pytest.mark.parametrize("state", ["none", "off", "counts", "cut off", "other version"])
+def test_it_says_which_tuned_file_counts_and_why_not(
+    state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path))
+    monkeypatch.delenv("CLIPFAST_TUNED")
+    # the machine itself is not what is asked about
+    monkeypatch.setattr(self_test, "run", lambda device: [])
+    monkeypatch.setattr(self_test, "explanations", lambda device: {})
+    if state != "none":
+        choices = {"a": tuned.Choice("reference", "torch"), "b": tuned.Choice("torch", "torch")}
+        path = tuned.write(torch.device("cpu"), {"attention": choices})
+    if state == "off":
+        monkeypatch.setenv("CLIPFAST_TUNED", "off")
+    elif state == "cut off":
+        path.write_bytes(path.read_bytes()[:-30])
+    elif state == "other version":
+        path.write_text(path.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.10.0"'))
+    report = json.loads(json.dumps(doctor.examine() | {"seconds": 0.0}))
+    expected = {
+        "none": "no tuned file",
+        "off": "CLIPFAST_TUNED=off is set",
+        "counts": "made today: 1 choices other than the rule's, 1 the same",
+        "cut off": "it is damaged or cut off",
+        "other version": f"it was made for torch 2.10.0, this is torch {torch.__version__}",
+    }[state]
+    # in the facts, among them those to paste in a bug report; and one line that says what follows
+    lines = doctor.render(report).splitlines()
+    assert sum(expected in line for line in lines if line.startswith("tuned cpu")) == 2
+    notes = [text for level, text in report["problems"] if level == "note" and "the rule decides" in text]
+    assert len(notes) == (state != "counts")
+    assert all(expected in text for text in notes)
+    assert doctor.exit_code(report) == 0

@@ -325,6 +325,11 @@ def operations() -> list[str]:
     return sorted(_ops)
 
 
+def backends(op: str) -> list[str]:
+    """Return the backends that an op has implementations of, fastest first as they are registered."""
+    return [c.backend for c in _ops[op].implementations]
+
+
 def able(op: str, *args: Any, **kwargs: Any) -> list[str]:
     """Return the backends that can serve a call of ``op``, whether or not ``auto`` would take them."""
     request = _ops[op].prepare(*args, **kwargs)

@@ -1,7 +1,7 @@
 """Which implementation was the fastest, by card, op and shape class: what ``auto`` goes by.
 
-A card's entry comes from one run of ``make gpu`` on it; the run's file in ``benchmarks/results/`` holds the times. No
-card has been measured so far, so that ``auto`` takes no implementation that must be.
+A card's entry comes from ``clipfast tune --share`` on it (docs/tuning.md); the record in ``benchmarks/results/`` holds
+the times. No card has been measured so far.
 """
 
 from __future__ import annotations

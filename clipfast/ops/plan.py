@@ -49,11 +49,15 @@ class Decision(NamedTuple):
 
 @dataclass(frozen=True)
 class _Part:
-    """What is known of one device. ``why_not_tuned`` says why a tuned file is not used, or is empty."""
+    """What is known of one device.
+
+    ``confirmed`` is what tuning left as the rule has it; ``why_not_tuned`` says why a tuned file is not used.
+    """
 
     machine: rules.Machine
     name: str
     tuned: Fastest = field(default_factory=dict)
+    confirmed: Fastest = field(default_factory=dict)
     tuned_path: str = ""
     why_not_tuned: str = ""
     measured: Fastest = field(default_factory=dict)
@@ -107,7 +111,9 @@ def _decide(op: str, key: rules.Key, part: _Part, backends: Sequence[str] | None
     verdict = rules.decide(key, part.machine)
     if part.why_not_tuned:
         advice = f"the tuned file is not used: {part.why_not_tuned}; `clipfast tune` writes a new one"
-    elif part.tuned:
+    elif name in part.confirmed.get(op, {}):
+        advice = f"measured here, and nothing was faster beyond doubt: {part.tuned_path}"
+    elif part.tuned_path:
         advice = f"{part.tuned_path} has no entry for {name}; `clipfast tune` measures more models"
     else:
         advice = "`clipfast tune` would measure it here"
@@ -137,9 +143,10 @@ def _found(device: torch.device) -> _Part:
         machine,
         name,
         tuned={} if mine is None else mine.fastest,
+        confirmed={} if mine is None else mine.confirmed,
         tuned_path="" if mine is None else str(mine.path),
         # where there is no file there is nothing to say
-        why_not_tuned="" if mine is not None or reason == "no tuned file" else reason,
+        why_not_tuned="" if mine is not None or reason == tuned.NONE else reason,
         measured={} if shipped is None else shipped.fastest,
     )
 
@@ -190,7 +197,7 @@ def digest(device: torch.device | None = None) -> str:
     content = _content(device)
     for part in content["devices"].values():
         # who decides the same has the same plan, wherever its file lies
-        del part["tuned_path"], part["why_not_tuned"], part["name"]
+        del part["confirmed"], part["tuned_path"], part["why_not_tuned"], part["name"]
     for what in ("refused", "failed"):
         content[what] = sorted(content[what])
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
