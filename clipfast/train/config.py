@@ -107,6 +107,9 @@ class RunConfig(TrainConfig):
         model: A name of :func:`clipfast.list_models`, or a JSON file.
         weights: A file of weights to begin with.
         patch_dropout: The share of patches that the image tower leaves out in training.
+        distill_model: A teacher, as ``model``: the loss is the contrastive one and the cross-entropy with the teacher's
+            logits, added up as in open_clip. It reads the model's pictures and captions: sizes must be the same.
+        distill_weights: The teacher's weights.
         val_data: Held-out pairs.
         val_every: Steps between two looks at them, and at the end.
         val_pairs: The first of them that are looked at.
@@ -130,6 +133,8 @@ class RunConfig(TrainConfig):
     model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
     weights: Annotated[str | None, "A file of weights to begin with."] = None
     patch_dropout: Annotated[float, "The share of patches that the image tower leaves out."] = 0.0
+    distill_model: Annotated[str | None, "A teacher to learn from too, as model."] = None
+    distill_weights: Annotated[str | None, "The teacher's weights."] = None
     val_data: Annotated[str | None, "Held-out pairs, as data."] = None
     val_every: Annotated[int, "Steps between two looks at them."] = 1000
     val_pairs: Annotated[int, "The first of them that are looked at."] = 5000
@@ -153,6 +158,13 @@ class RunConfig(TrainConfig):
             raise ValueError(
                 f"patch_dropout: got {self.patch_dropout}, expected a share from 0 up to, not including, 1"
             )
+        if (self.distill_model is None) != (self.distill_weights is None):
+            raise ValueError(
+                f"distill_model, distill_weights: got {self.distill_model} and {self.distill_weights}, expected both "
+                f"or neither"
+            )
+        if self.distill_model is not None and self.label_smoothing:
+            raise ValueError(f"label_smoothing: got {self.label_smoothing} with distill_model, expected 0")
         if self.steps:
             super().__post_init__()
 
