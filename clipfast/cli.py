@@ -15,9 +15,9 @@ from clipfast.cli_features import add_feature_commands as _add_feature_commands
 from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
 from clipfast.cli_train import ending_on_request as _ending_on_request
+from clipfast.cli_tune import add_tune_command as _add_tune_command
 from clipfast.commands import Commands
 from clipfast.console import echo
-from clipfast.cli_tune import add_tune_command as _add_tune_command
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 

@@ -52,6 +52,8 @@ RUN_RULES: dict[str, Rule] = RULES | {
     "encoding": SOME_TEXT,
     "as_open_clip": ANY,
     "apply_orientation": ANY,
+    "distill_model": SOME_TEXT,
+    "distill_weights": SOME_TEXT,
     "val_data": SOME_TEXT,
     "val_every": at_least(1),
     "val_pairs": at_least(2),
@@ -96,6 +98,12 @@ def check_together(values: dict[str, Any], usual_warmup: int) -> None:
         for name in names:
             if values[name] and not values[lock]:
                 raise ValueError(f"{name}: got {values[name]} without {lock}, expected both or neither")
+    # of a run alone
+    teacher, weights = values.get("distill_model"), values.get("distill_weights")
+    if (teacher is None) != (weights is None):
+        raise ValueError(f"distill_model, distill_weights: got {teacher} and {weights}, expected both or neither")
+    if teacher is not None and values["label_smoothing"]:
+        raise ValueError(f"label_smoothing: got {values['label_smoothing']} with distill_model, expected 0")
 
 
 def check_output(folder: Path) -> None:
