@@ -109,7 +109,9 @@ def _decide(op: str, key: rules.Key, part: _Part, backends: Sequence[str] | None
         if backend is not None and (backends is None or backend in backends):
             return Decision(backend, authority, f"{backend} was the fastest {where} ({name})")
     verdict = rules.decide(key, part.machine)
-    if part.why_not_tuned:
+    if part.why_not_tuned == tuned.OFF:
+        advice = tuned.OFF
+    elif part.why_not_tuned:
         advice = f"the tuned file is not used: {part.why_not_tuned}; `clipfast tune` writes a new one"
     elif name in part.confirmed.get(op, {}):
         advice = f"measured here, and nothing was faster beyond doubt: {part.tuned_path}"

@@ -26,6 +26,7 @@ from clipfast.ops.tuned_format import Choice
 
 VARIABLE = "CLIPFAST_TUNED"
 NONE = "no tuned file"
+OFF = f"{VARIABLE}=off is set"
 _LOCK_S = 10.0
 
 
@@ -85,7 +86,7 @@ def find(device: torch.device) -> tuple[Tuned | None, str]:
         return _instead
     wanted = os.environ.get(VARIABLE, "")
     if wanted == "off":
-        return None, f"{VARIABLE}=off is set"
+        return None, OFF
     where = f"{short(Path(wanted))} ({VARIABLE})" if wanted else "the cache folder"
     try:
         path = Path(wanted).expanduser() if wanted else path_of(device)
