@@ -114,6 +114,11 @@ def test_keys_of_shards(tmp_path):
         DataOptions(caption_key=" ")
 
 
+def test_a_json_may_be_the_captions(tmp_path):
+    source = open_pairs(shard_of(tmp_path / "0.tar", {"png": png(0), "json": b'["one", null, "two"]'}))
+    assert source.captions(0).texts == ("one", "two")
+
+
 @pytest.mark.parametrize("text", [b"{", b"[1, 2]", b"null", b"[" * 100_000, b"\xff", b"3"])
 def test_a_json_that_is_none_is_an_error_of_its_sample(tmp_path, text):
     source = open_pairs(shard_of(tmp_path / "0.tar", {"png": png(0), "json": text}))
