@@ -290,3 +290,8 @@ def test_classes_are_still_classes(tmp_path):
     write_tar(tmp_path / "cat" / "more.tar", [("x.png", png(0)), ("x.txt", b"words")])
     assert has_labels(str(tmp_path))
     assert len(open_labelled(tmp_path)) == 2
+    pictures(tmp_path, ["dog/c.jpg"])
+    (tmp_path / "cat" / "a.txt").write_text("a stray text")
+    assert has_labels(str(tmp_path))
+    (tmp_path / "dog" / "b.json").write_text("{}")
+    assert not has_labels(str(tmp_path))
