@@ -195,7 +195,7 @@ def test_training_takes_each_caption_in_its_turn(many):
 
 @pytest.mark.slow
 def test_workers_take_the_same(many):
-    some, others = batches(many, last=9), batches(many, last=9, workers=2)
+    some, others = batches(many, last=6), batches(many, last=6, workers=2)
     assert all(
         torch.equal(a.tokens, b.tokens) and torch.equal(a.images, b.images) for a, b in zip(some, others, strict=True)
     )
