@@ -126,6 +126,20 @@ def damage(path: Path, rng: np.random.Generator) -> str:
     return f"{path.name}: {words[kind]} at {where}"
 
 
+def samples_left(shard: Path) -> int:
+    """Count the samples of a shard: those that it lists if it ends as it should, and otherwise those it was given."""
+    keys = set()
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                keys.add(member.name.partition(".")[0])
+            end = tar.offset
+    except (tarfile.TarError, ValueError):
+        return COUNT // 2
+    data = shard.read_bytes()
+    return len(keys) if len(data) >= end + 512 and not any(data[end:]) else COUNT // 2
+
+
 def pairs_left(source: str, place: str) -> int:
     """Count the pairs that a place promises: those that a table was cut down to are not missed by anybody."""
     if place == "tsv":
@@ -133,6 +147,8 @@ def pairs_left(source: str, place: str) -> int:
     if place == "list":
         lines = Path(source).read_bytes().split(b"\n")
         return len(lines) - (not lines[-1])
+    if place in ("tar", "classes"):
+        return sum(map(samples_left, sorted(Path(source).glob("*.tar"))))
     if place == "coco":
         try:
             held = json.loads(Path(source).read_bytes())
@@ -199,7 +215,7 @@ def try_damage(seed: int, model: Path, folder: Path, times: int | None = None, t
     what = f"seed {seed}, {place}, {', '.join(done) or 'whole'}"
 
     expected = pairs_left(source, place)
-    names = [source, *(path.name for path in files)]
+    names = [source, f"{folder / 'in'}/", *(path.name for path in files)]
     kind = "image" if place in ("labels", "classes") or rng.random() < 0.6 else "text"
     out = folder / ("f.npy" if rng.random() < 0.5 else "f.parquet")
     code, printed, said = run(

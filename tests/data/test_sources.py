@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -100,6 +101,30 @@ def test_a_shard_that_was_cut_short_gives_its_whole_samples(tmp_path, kept):
         source = ShardedPairs([path])
     assert len(source) >= int(20 * kept) - 2
     assert contents(source) == [(p.image, p.caption) for p in pairs[: len(source)]]
+
+
+@pytest.mark.parametrize("what", ["a bit", "zeros", "a part gone", "another archive behind it"])
+def test_damage_in_the_middle_of_a_shard_is_named(tmp_path, what):
+    """``tarfile`` takes a header that it cannot read for the end."""
+    (path,) = write_shards(some_pairs(20), tmp_path)
+    data = bytearray(path.read_bytes())
+    first = min(first for _, first, _ in scan_shard(path)[0][9].parts)
+    header = first - 512
+    if what == "a bit":
+        data[header + 3] ^= 1
+    elif what == "zeros":
+        data[header : header + 512] = bytes(512)
+    elif what == "a part gone":
+        del data[header - 100 : header]
+    else:
+        data += bytes(data)
+    path.write_bytes(data)
+    samples, problem = scan_shard(path)
+    assert re.search(r"damaged at byte \d+: the \d+ bytes from there on are not read", problem)
+    assert len(samples) == (20 if what.startswith("another") else 9)
+    with pytest.warns(UserWarning, match=r"00000.tar: it is damaged at byte"):
+        source = ShardedPairs([path])
+    assert [pair.key for pair in map(source.read, range(len(source)))][:9] == [f"00000.tar/{i:09d}" for i in range(9)]
 
 
 def test_missing_and_remote_shards(tmp_path):
