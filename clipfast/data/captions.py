@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipfast.data.options import alternatives
+from clipfast.data.options import alternatives, usual_name
 from clipfast.data.pairs import Captions, PairError
 from clipfast.data.text_files import split_lines
 
@@ -86,6 +86,8 @@ def captions_of_json(text: str, key: str | None = None) -> Captions:
     names: Sequence[str] = alternatives(key) if key else CAPTION_FIELDS
     if (key is None or "json" in names) and isinstance(value, list | str):
         return captions_of_value(value, "json")
+    if key is None and isinstance(value, dict):
+        names = [usual_name(value, CAPTION_FIELDS) or CAPTION_FIELDS[0]]
     for name in names:
         found = value
         for step in [name] if isinstance(value, dict) and name in value else name.split("."):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from clipfast.data.captions import FIELDS_OF_SENTENCES, captions_of_value
-from clipfast.data.options import DataOptions
+from clipfast.data.options import DataOptions, usual_name
 from clipfast.data.pairs import Captions, PairError, Pairs
 from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.parquet_rows import ParquetRows
@@ -96,8 +96,8 @@ def has_pairs(path: Path, options: DataOptions) -> bool:
 
 def _embedded_first(schema: Any) -> Sequence[str]:
     """Order the usual names: pictures that are in the file count before paths of others."""
-    there = [name for name in PICTURE_COLUMNS if name in schema.names]
-    embedded = [name for name in there if not _is_text(_value_type(schema.field(name).type))]
+    there = [(usual, usual_name(schema.names, [usual])) for usual in PICTURE_COLUMNS]
+    embedded = [usual for usual, name in there if name and not _is_text(_value_type(schema.field(name).type))]
     return embedded or PICTURE_COLUMNS
 
 

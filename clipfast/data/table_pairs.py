@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from clipfast.data.options import DataOptions
+from clipfast.data.options import DataOptions, usual_name
 from clipfast.data.pairs import Captions, PairError, Pairs
 from clipfast.data.places import find_base, read_picture, refuse_urls
 from clipfast.data.table_rows import read_rows
@@ -108,7 +108,8 @@ def _header(first: str, separator: str) -> list[str]:
 
 
 def _place(header: Sequence[str], asked: str | None, usual: Iterable[str]) -> int | None:
-    return next((header.index(name) for name in ([asked] if asked else usual) if name in header), None)
+    name = (asked if asked in header else None) if asked else usual_name(header, usual)
+    return None if name is None else header.index(name)
 
 
 class TablePairs(Pairs):

@@ -117,6 +117,8 @@ def test_keys_of_shards(tmp_path):
 def test_a_json_may_be_the_captions(tmp_path):
     source = open_pairs(shard_of(tmp_path / "0.tar", {"png": png(0), "json": b'["one", null, "two"]'}))
     assert source.captions(0).texts == ("one", "two")
+    source = open_pairs(shard_of(tmp_path / "1.tar", {"png": png(0), "json": b'{"TEXT": "one", "url": "x"}'}))
+    assert source.captions(0).texts == ("one",)
 
 
 @pytest.mark.parametrize("text", [b"{", b"[1, 2]", b"null", b"[" * 100_000, b"\xff", b"3"])

@@ -149,7 +149,7 @@ def test_parquet(folder):
     with pytest.raises(ValueError, match="got 'data' of binary .* expected strings"):
         open_inputs(folder / "t.parquet", "text", "data")
     parquet.write_table(table.select(["number"]), folder / "n.parquet")
-    with pytest.raises(ValueError, match="expected one of filepath, image, .*or --column"):
+    with pytest.raises(ValueError, match="expected one of filepath, image, .*or --image-column"):
         open_inputs(folder / "n.parquet")
 
 
