@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import ast
 import io
 import os
 import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clipfast.data import sources
 from clipfast.data.shard_index import scan_shard
 from clipfast.data.shards import ShardedPairs, write_shards
 from clipfast.data.sources import Pair, PairError, open_pairs
@@ -179,3 +182,20 @@ def test_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="got no pairs"):
         open_pairs(tmp_path / "empty")
+
+
+def test_imports_run_downwards():
+    """No file of the room imports one that imports it, at once or on a way through others."""
+    files = {f"clipfast.data.{path.stem}": path for path in Path(sources.__file__).parent.glob("*.py")}
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    imports = {
+        name: {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        for name, tree in trees.items()
+    }
+    below = {name: found & files.keys() for name, found in imports.items()}
+    assert below["clipfast.data.sources"] > {"clipfast.data.shards", "clipfast.data.parquet_pairs"}
+    while below:
+        leaves = [name for name, found in below.items() if not found & below.keys()]
+        assert leaves, f"these import each other: {sorted(below)}"
+        for name in leaves:
+            del below[name]
