@@ -51,8 +51,8 @@ def shards(
         from clipfast.progress import RowProgress
 
         options = data_options()
-        facts = input_facts(source, but=output)
         pairs = open_pairs(source, options)
+        facts = input_facts(source, but=output)
         with RowProgress("pairs", len(pairs), error_console()) as progress:
             done = make_shards(
                 pairs,

@@ -111,6 +111,9 @@ def make_shards(
         if record["pairs"]:
             done.shards.append(shard)
     if not done.pairs:
+        # nothing is there to go on with: the input may be mended before the next run
+        for path in (folder / _MANIFEST, *(folder / f"{n:05d}.json" for n in range(number + 1))):
+            path.unlink(missing_ok=True)
         first = done.skipped[0]
         raise ValueError(
             f"source: got no pair that could be read, expected at least one; the first, {first[1]}: {first[2]}"

@@ -258,7 +258,10 @@ def test_arguments_that_do_not_fit(tmp_path):
         (tmp_path / "in" / f"0{i}.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match="got no pair that could be read, .*00.png: .*is not a picture"):
         make(tmp_path / "in", tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.tar"))
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "in" / "00.png").write_bytes(picture(1))
+    assert make(tmp_path / "in", tmp_path / "out").pairs == 1
+    (tmp_path / "in" / "00.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match="x: got bytes that start with b'bad', expected a picture"):
         write_shards([Pair("x", b"bad", "c")], tmp_path / "more")
 
