@@ -126,6 +126,20 @@ def damage(path: Path, rng: np.random.Generator) -> str:
     return f"{path.name}: {words[kind]} at {where}"
 
 
+def samples_left(shard: Path) -> int:
+    """Count the samples of a shard: those that it lists if it ends as it should, and otherwise those it was given."""
+    keys = set()
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                keys.add(member.name.partition(".")[0])
+            end = tar.offset
+    except (tarfile.TarError, ValueError):
+        return COUNT // 2
+    data = shard.read_bytes()
+    return len(keys) if len(data) >= end + 512 and not any(data[end:]) else COUNT // 2
+
+
 def pairs_left(source: str, place: str) -> int:
     """Count the pairs that a place promises: those that a table was cut down to are not missed by anybody."""
     if place == "tsv":
@@ -133,6 +147,8 @@ def pairs_left(source: str, place: str) -> int:
     if place == "list":
         lines = Path(source).read_bytes().split(b"\n")
         return len(lines) - (not lines[-1])
+    if place in ("tar", "classes"):
+        return sum(map(samples_left, sorted(Path(source).glob("*.tar"))))
     if place == "coco":
         try:
             held = json.loads(Path(source).read_bytes())
@@ -172,8 +188,9 @@ def run(what: str, names: list[str], *arguments: object) -> tuple[int, str, str]
         assert done.exit_code in (1, 2), what
         error = re.search(r"^error: .*", done.stderr, re.MULTILINE)
         assert error, f"{what}\n{done.output}"
-        # with fewer pairs than a batch nothing is wrong with any one
-        assert "batch_size: got 4" in error[0] or any(name in error[0] for name in names), f"{what}\n{done.output}"
+        # with fewer pairs than a batch, or than can be compared, nothing is wrong with any one
+        too_few = "batch_size: got 4" in error[0] or "val_data: got 1 pairs" in error[0]
+        assert too_few or any(name in error[0] for name in names), f"{what}\n{done.output}"
     return done.exit_code, done.stdout, done.stderr
 
 
@@ -199,7 +216,7 @@ def try_damage(seed: int, model: Path, folder: Path, times: int | None = None, t
     what = f"seed {seed}, {place}, {', '.join(done) or 'whole'}"
 
     expected = pairs_left(source, place)
-    names = [source, *(path.name for path in files)]
+    names = [source, f"{folder / 'in'}/", *(path.name for path in files)]
     kind = "image" if place in ("labels", "classes") or rng.random() < 0.6 else "text"
     out = folder / ("f.npy" if rng.random() < 0.5 else "f.parquet")
     code, printed, said = run(
@@ -264,11 +281,11 @@ def try_many(place: Path, seeds: range, trained: int = 1) -> None:
 @pytest.mark.parametrize("kind", PLACES)
 def test_whole_files(place, kind):
     """What is damaged below works when it is whole, and nothing is skipped."""
-    try_damage(PLACES.index(kind), place / "model", place, times=0)
+    try_damage(PLACES.index(kind), place / "model", place, times=0, train=kind == "parquet")
 
 
 def test_damaged_files(place):
-    try_many(place, range(20), trained=3)
+    try_many(place, range(18), trained=9)
 
 
 @pytest.mark.exhaustive

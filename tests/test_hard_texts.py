@@ -161,6 +161,45 @@ def test_other_encodings_through_every_command(here, encoding, words):
     assert "encoding: got 'klingon', expected one that Python knows" in done.stderr
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_links_and_other_kinds_through_every_command(here):
+    """Six pictures of six kinds, three of them behind a link; a circle, a picture that is none, and other files."""
+    for i, name in enumerate(["p/0.jfif", "p/1.JP2", "p/2.ppm", "far/3.tiff", "far/4.PNG", "far/5.jpe"]):
+        (here / name).parent.mkdir(exist_ok=True)
+        kind = {".jfif": "JPEG", ".jpe": "JPEG", ".jp2": "JPEG2000", ".tiff": "TIFF", ".ppm": "PPM", ".png": "PNG"}
+        small.picture(i).save(here / name, kind[Path(name).suffix.lower()])
+        (here / name).with_suffix(".txt").write_text(f"picture {i}")
+    (here / "p" / "link").symlink_to(here / "far")
+    (here / "p" / "circle").symlink_to(here / "p")
+    for name in ("a.heic", "b.heic", "c.mp4"):
+        (here / "p" / name).write_bytes(b"x")
+    (here / "far" / "bad.png").write_bytes(b"x")
+    (here / "far" / "bad.txt").write_text("bad")
+    words = "3 files of other kinds (2 .heic, 1 .mp4); 1 links that lead in a circle (circle)"
+    done = run("eval", "run", "--data", "p", "--json")
+    assert json.loads(done.stdout)["counts"] == {"pictures": 6, "texts": 6}
+    assert list(json.loads(done.stdout)["skipped"]) == ["p/link/bad.png"]
+    assert words in done.stderr
+    done = run("embed", "run", "p", "f.parquet")
+    assert done.stdout == "wrote f.parquet: 6 rows\n"
+    assert "link/bad.png: ImageError" in done.stderr
+    assert "error: data: got nowhere, expected" in run("shards", "nowhere", "s").stderr
+    done = run("shards", "p", "s")
+    assert done.stdout == "wrote 1 of 1 shards to s: 6 pairs\n"
+    training = ("--model", "run/model.json", "--steps", "3", "--batch-size", "6", "--workers", "0", "--no-tensorboard")
+    done = run("train", "--data", "p", "--output", "out", "--device", "cpu", *training)
+    assert done.exit_code == 0, done.output
+    assert "pairs: 7," in done.stdout
+    assert "bad.png" in (here / "out" / "skipped-0.jsonl").read_text()
+    # and classes
+    (here / "classes").mkdir()
+    for name in ("one", "two"):
+        (here / "classes" / name).symlink_to(here / "p")
+    done = run("eval", "run", "--data", "classes", "--task", "zero-shot", "--json")
+    assert json.loads(done.stdout)["counts"] == {"pictures": 12, "classes": 2}
+    assert "6 files of other kinds (4 .heic, 2 .mp4); 2 links that lead in a circle" in done.stderr
+
+
 def test_deep_grey_and_orientation_are_settings(here):
     from PIL import Image
 

@@ -13,10 +13,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from clipfast.data.folder_pairs import caption_endings, with_captions
 from clipfast.data.options import DataOptions
 from clipfast.data.pairs import Captions, PairError, Pairs
 from clipfast.data.patterns import find_shards
-from clipfast.data.pictures import PICTURES
+from clipfast.data.pictures import PICTURES, is_picture
 from clipfast.data.places import read_picture
 from clipfast.data.shard_index import ShardSample, find_part, identity, scan_shard
 from clipfast.data.shards import shard_names
@@ -103,15 +104,22 @@ def has_labels(path: str, options: DataOptions | None = None) -> bool:
         FileNotFoundError, ValueError: As :func:`clipfast.data.patterns.find_shards`.
     """
     shards = find_shards(path)
+    for shard in shards:
+        if samples := scan_shard(shard)[0]:
+            return any(extension == "cls" for extension, _, _ in samples[0].parts)
     if shards:
-        samples, _ = scan_shard(shards[0])
-        return bool(samples) and any(extension == "cls" for extension, _, _ in samples[0].parts)
+        return False
     place = Path(path)
     if not place.is_dir():
         return path == "digits" and not place.exists()
-    if layouts_of_folder(place, options):
+    options = options or DataOptions()
+    if any(layout.listed for layout in layouts_of_folder(place, options)):
         return False
-    return any(name.count("/") for name in files_below(place, PICTURES).files)
+    below = files_below(place, (*PICTURES, *caption_endings(options)))
+    pictures = [name for name in below.files if is_picture(name)]
+    # a stray text beside one of a million pictures makes no captions of them
+    captioned = 2 * len(with_captions(below, options)) >= len(pictures)
+    return not captioned and any("/" in name for name in pictures)
 
 
 class FolderClasses:

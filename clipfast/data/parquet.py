@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clipfast.data.options import usual_name
+
 
 def require_pyarrow() -> tuple[Any, Any]:
     """Return the modules ``pyarrow`` and ``pyarrow.parquet``.
@@ -48,8 +50,8 @@ def find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str]
     Raises:
         ValueError: It is not there.
     """
-    for name in [wanted] if wanted else usual:
-        if name in columns:
-            return name
-    expected = repr(wanted) if wanted else f"one of {', '.join(usual)}, or --column"
+    found = (wanted if wanted in columns else None) if wanted else usual_name(columns, usual)
+    if found is not None:
+        return found
+    expected = repr(wanted) if wanted else f"one of {', '.join(usual)}, or --image-column, --caption-column"
     raise ValueError(f"column: got {', '.join(columns)} in {path}, expected {expected}")

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -55,6 +56,9 @@ class ShardedPairs(Pairs):
     def __init__(self, paths: Sequence[Path], options: DataOptions | None = None) -> None:
         self.paths = self.files = list(paths)
         options = options or DataOptions()
+        for path, count in Counter(map(os.path.abspath, self.paths)).items():
+            if count > 1:
+                warnings.warn(f"data: got {path} {count} times: its samples count as often", stacklevel=3)
         self._names = shard_names(self.paths)
         pictures = alternatives(options.image_key) if options.image_key else [suffix[1:] for suffix in PICTURES]
         self._pictures = [extension.lower() for extension in pictures]

@@ -50,6 +50,12 @@ def test_shards_of_one_name_in_two_folders(tmp_path, pattern):
         assert [inputs.name(row) for row in range(6)] == named
 
 
+def test_a_shard_that_is_named_twice_is_told(tmp_path):
+    path = write_tar(tmp_path / "0.tar", sample("x", 0))
+    with pytest.warns(UserWarning, match=r"got .*0\.tar 2 times: its samples count as often"):
+        assert len(open_pairs(f"{path}::{path}")) == 2
+
+
 def test_a_key_that_comes_twice_is_two_samples(tmp_path):
     members = [*sample("x", 0), *sample("x", 1), *sample("y", 2), *sample("x", 3), *sample("d/x", 4), *sample("x#2", 5)]
     found = contents(open_pairs(write_tar(tmp_path / "0.tar", members)))
