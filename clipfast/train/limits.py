@@ -27,10 +27,11 @@ RULES: dict[str, Rule] = {
     "seed": between(0, 2**63 - 1),
     "label_smoothing": share(),
     "lock_image": ANY,
-    "lock_image_unlocked_groups": at_least(0),
+    # negative ones count those that are frozen, from the front
+    "lock_image_unlocked_groups": ANY,
     "lock_image_freeze_bn_stats": ANY,
     "lock_text": ANY,
-    "lock_text_unlocked_layers": at_least(0),
+    "lock_text_unlocked_layers": ANY,
 }
 
 # of a whole run; ``steps`` is 0 where epochs are counted
