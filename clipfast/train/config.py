@@ -64,10 +64,10 @@ class TrainConfig:
     seed: Annotated[int, "Of the data's order, crops and dropout."] = 0
     label_smoothing: Annotated[float, "The share of every target that is spread over its row."] = 0.0
     lock_image: Annotated[bool, "Freeze the image tower (LiT)."] = False
-    lock_image_unlocked_groups: Annotated[int, "But for its last groups of layers."] = 0
+    lock_image_unlocked_groups: Annotated[int, "Its last groups of layers that still learn."] = 0
     lock_image_freeze_bn_stats: Annotated[bool, "A frozen ResNet keeps BatchNorm's statistics."] = False
     lock_text: Annotated[bool, "Freeze the text tower."] = False
-    lock_text_unlocked_layers: Annotated[int, "But for its last groups of layers."] = 0
+    lock_text_unlocked_layers: Annotated[int, "Its last groups of layers that still learn."] = 0
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}
@@ -89,6 +89,9 @@ class RunConfig(TrainConfig):
         caption_key, image_key, caption_column, image_column, separator, quotes, encoding: What of ``data`` and
             ``val_data`` is the picture and what the caption; see :class:`clipfast.data.options.DataOptions`.
         as_open_clip, apply_orientation: How pictures are read; see :func:`clipfast.data.transform.image_transform`.
+        distill_model: A teacher, as ``model``: the loss is the contrastive one and the cross-entropy with the teacher's
+            logits, added up as in open_clip. It reads the model's pictures and captions: sizes must be the same.
+        distill_weights: The teacher's weights.
         val_data: Held-out pairs.
         val_every: Steps between two looks at them, and at the end.
         val_pairs: The first of them that are looked at.
@@ -121,6 +124,8 @@ class RunConfig(TrainConfig):
     encoding: Annotated[str | None, "Of texts that are not UTF-8."] = None
     as_open_clip: Annotated[bool, "Cut grey of more than 8 bits off at 255, as open_clip does."] = False
     apply_orientation: Annotated[bool, "Turn pictures as their EXIF orientation says."] = False
+    distill_model: Annotated[str | None, "A teacher to learn from too, as model."] = None
+    distill_weights: Annotated[str | None, "The teacher's weights."] = None
     val_data: Annotated[str | None, "Held-out pairs, as data."] = None
     val_every: Annotated[int, "Steps between two looks at them."] = 1000
     val_pairs: Annotated[int, "The first of them that are looked at."] = 5000

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ def compute_gradients(
     loss_factor: Tensor | float = 1.0,
     equal_batches: bool = False,
     label_smoothing: float = 0.0,
+    teacher: Towers | None = None,
 ) -> StepLoss:
     """Add a batch's gradients to the parameters'.
 
@@ -68,40 +70,45 @@ def compute_gradients(
         loss_factor: What the loss is multiplied by before the backward pass (fp16's scale).
         equal_batches: The promise that all ranks hold equally many pairs.
         label_smoothing: The loss's; see :func:`clipfast.ops.contrastive_loss`.
+        teacher: Another model's towers, whose logits the loss draws the model's to as well; see
+            :func:`clipfast.ops.distillation_loss`. It takes no smoothing.
     """
-    whole = micro_batch_size is None or micro_batch_size >= len(images)
-    if whole:
-        features = shared(images, tokens, seeds.of_part(0), _has_ranks(shared), equal_batches)
-        loss = _loss(features, shared, label_smoothing)
+    size = micro_batch_size or len(images)
+    taught = None if teacher is None else _encoded(teacher, images.split(size), tokens.split(size))
+    loss_of = partial(_loss, shared=shared, equal_batches=equal_batches, label_smoothing=label_smoothing, taught=taught)
+    # a loss with a teacher gathers texts by itself
+    send = _has_ranks(shared) and teacher is None
+    if size >= len(images):
+        features = shared(images, tokens, seeds.of_part(0), send, equal_batches)
+        loss = loss_of(features)
         (loss * loss_factor).backward()
         return StepLoss(loss.detach(), features.logit_scale.detach())
-    return _by_parts(shared, images, tokens, seeds, micro_batch_size, loss_factor, equal_batches, label_smoothing)
+    return _by_parts(shared, images.split(size), tokens.split(size), seeds, loss_of, loss_factor, send, equal_batches)
 
 
 def _by_parts(
     shared: nn.Module,
-    images: Tensor,
-    tokens: Tensor,
+    images: Sequence[Tensor],
+    tokens: Sequence[Tensor],
     seeds: StepSeeds,
-    size: int,
+    loss_of: Callable[[Features], Tensor],
     loss_factor: Tensor | float,
+    send: bool,
     equal_batches: bool,
-    label_smoothing: float,
 ) -> StepLoss:
-    towers = _plain(shared)
-    images, tokens = images.split(size), tokens.split(size)
+    towers, size = _plain(shared), len(images[0])
     parts = range(len(images))
     with torch.no_grad():
         texts = [towers(None, tokens[i], seeds.of_part(i)) for i in parts]
     text = torch.cat([t.text for t in texts]).requires_grad_()
     scale = texts[0].logit_scale.detach().clone().requires_grad_()
     sent = None
-    if _has_ranks(shared):
+    if send:
         sent = ops.send_texts(text, _towers(shared).workplace.group, equal_batches=equal_batches)
     with torch.no_grad():
         image = torch.cat([towers(images[i], None, seeds.of_part(i)).image for i in parts])
     image.requires_grad_()
-    loss = _loss(Features(image, text, scale, sent), shared, label_smoothing)
+    loss = loss_of(Features(image, text, scale, sent))
     (loss * loss_factor).backward()
 
     # a tower that learns nothing has no second pass
@@ -119,11 +126,22 @@ def _by_parts(
     return StepLoss(loss.detach(), scale.detach())
 
 
-def _loss(features: Features, shared: nn.Module, label_smoothing: float) -> Tensor:
-    options = {} if features.sent is None else {"group": _towers(shared).workplace.group, "comm": features.sent}
-    return ops.contrastive_loss(
-        features.image, features.text, features.logit_scale, label_smoothing=label_smoothing, **options
-    )
+def _loss(
+    features: Features, shared: nn.Module, equal_batches: bool, label_smoothing: float, taught: Features | None
+) -> Tensor:
+    group, student = _towers(shared).workplace.group, features[:3]
+    if taught is not None:
+        losses = ops.distillation_loss(*student, *taught[:3], group=group, equal_batches=equal_batches)
+        return losses.contrastive + losses.distill
+    options = {} if features.sent is None else {"group": group, "comm": features.sent}
+    return ops.contrastive_loss(*student, label_smoothing=label_smoothing, **options)
+
+
+@torch.no_grad()
+def _encoded(teacher: Towers, images: Sequence[Tensor], tokens: Sequence[Tensor]) -> Features:
+    parts = [teacher(i, t) for i, t in zip(images, tokens, strict=True)]
+    image, text = (torch.cat([part[k] for part in parts]) for k in (0, 1))
+    return Features(image, text, parts[0].logit_scale)
 
 
 def _plain(shared: nn.Module) -> nn.Module:

@@ -43,6 +43,8 @@ RUN_RULES: dict[str, Rule] = RULES | {
     "model": SOME_TEXT,
     "weights": SOME_TEXT,
     "patch_dropout": share(),
+    "distill_model": SOME_TEXT,
+    "distill_weights": SOME_TEXT,
     "caption_key": SOME_TEXT,
     "image_key": SOME_TEXT,
     "caption_column": SOME_TEXT,
@@ -97,6 +99,11 @@ def check_together(values: dict[str, Any], usual_warmup: int) -> None:
         for name in names:
             if values[name] and not values[lock]:
                 raise ValueError(f"{name}: got {values[name]} without {lock}, expected both or neither")
+    teacher, weights = values.get("distill_model"), values.get("distill_weights")
+    if (teacher is None) != (weights is None):
+        raise ValueError(f"distill_model, distill_weights: got {teacher} and {weights}, expected both or neither")
+    if teacher is not None and values["label_smoothing"]:
+        raise ValueError(f"label_smoothing: got {values['label_smoothing']} with distill_model, expected 0")
 
 
 def check_output(folder: Path) -> None:

@@ -22,6 +22,7 @@ from clipfast.data.batches import Shares, training_batches
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform, image_transform
+from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config
 from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
@@ -119,8 +120,9 @@ class _Run:
         self.training: TrainConfig = config.training(len(self.source))
         self.validation = place.together("val_data", self._make_validation)
         model = place.together("model", lambda: create_model(self.model_config, weights=config.weights))
+        teacher = place.together("distill_model", self._make_teacher)
         # ranks meet in here: nothing may have gone wrong on one of them before
-        self.trainer = Trainer(model, self.training, place, equal_batches=True)
+        self.trainer = Trainer(model, self.training, place, equal_batches=True, teacher=teacher)
         self.checkpoints = Checkpoints(self.output / "checkpoints", place, keep=config.keep)
         self.metrics: dict[str, float] = {}
         # whether there is something that no checkpoint holds
@@ -133,6 +135,19 @@ class _Run:
         if self.config.patch_dropout:
             config = replace(config, vision_cfg=replace(config.vision_cfg, patch_dropout=self.config.patch_dropout))
         return config
+
+    def _make_teacher(self) -> CLIP | None:
+        if self.config.distill_model is None:
+            return None
+        config, own = get_config(self.config.distill_model), self.model_config
+        for name, of_teacher, of_model in (
+            ("image_size", config.vision_cfg.image_size, own.vision_cfg.image_size),
+            ("context_length", config.text_cfg.context_length, own.text_cfg.context_length),
+            ("vocab_size", config.text_cfg.vocab_size, own.text_cfg.vocab_size),
+        ):
+            if of_teacher != of_model:
+                raise ValueError(f"distill_model: got {name} {of_teacher}, expected {of_model}, as the model's")
+        return create_model(config, weights=self.config.distill_weights)
 
     def _make_validation(self) -> Validation | None:
         if self.config.val_data is None:

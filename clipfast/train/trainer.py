@@ -46,6 +46,7 @@ class Trainer:
         config: How.
         workplace: Where, and with whom; the model's own device by default.
         equal_batches: The promise that ranks always hold equally many pairs, which spares an exchange a step.
+        teacher: Another model, which the model learns from too; it stays as it is, in ``eval()``.
 
     Attributes:
         step: Steps taken.
@@ -57,16 +58,25 @@ class Trainer:
         plan: The hash of what chooses kernels, the same on all ranks (:func:`clipfast.train.plan.share_plan`).
 
     Raises:
-        ValueError: ``micro_batch_size`` for a model with BatchNorm, whose statistics depend on the batch.
+        ValueError: ``micro_batch_size`` for a model with BatchNorm, whose statistics depend on the batch; groups of a
+            ResNet to unlock, which is frozen as a whole; or ``label_smoothing`` with a teacher.
     """
 
     def __init__(
-        self, model: CLIP, config: TrainConfig, workplace: Workplace | None = None, *, equal_batches: bool = False
+        self,
+        model: CLIP,
+        config: TrainConfig,
+        workplace: Workplace | None = None,
+        *,
+        equal_batches: bool = False,
+        teacher: CLIP | None = None,
     ) -> None:
         self.workplace = workplace or Workplace(model.logit_scale.device)
         self.config = config
         self.equal_batches = equal_batches
         self.step = 0
+        if teacher is not None and config.label_smoothing:
+            raise ValueError(f"label_smoothing: got {config.label_smoothing} with a teacher, expected 0")
         _lock(model, config)
         if config.micro_batch_size is not None and any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
@@ -95,6 +105,12 @@ class Trainer:
             for tower in (model.visual, model):
                 for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
                     block.compile()
+        self.teacher = None
+        if teacher is not None:
+            teacher = teacher.to(self.workplace.device).eval().requires_grad_(False)
+            # its weights stay in their own precision
+            precision = "bf16" if config.precision == "pure_bf16" else config.precision
+            self.teacher = Towers(teacher, precision, Workplace(self.workplace.device))
         self.shared = share_towers(Towers(model, config.precision, self.workplace), config.strategy)
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {n: masters.get(n, p) for n, p in self._parameters.items()}
@@ -124,6 +140,7 @@ class Trainer:
             loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
             equal_batches=self.equal_batches,
             label_smoothing=config.label_smoothing,
+            teacher=self.teacher,
         )
         self._average_scalars()
         self._hand_gradients_over()

@@ -127,7 +127,7 @@ def test_a_queue_gets_no_gradient(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_accuracy_counts_extra_texts_as_rivals(backend: str) -> None:
-    image, text, extra = batch_of(60, 200, 8, torch.float32)
+    image, text, extra = batch_of(60, 60, 8, torch.float32)
     with ops.backend(backend):
         _, found = ops.contrastive_loss(image, text, 9.0, return_accuracy=True, extra_text_features=extra)
     label = torch.arange(60)

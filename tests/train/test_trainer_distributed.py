@@ -25,12 +25,14 @@ TINY = {
 HALF = ("ddp bf16", "ddp pure_bf16", "ddp fp16", "fsdp bf16", "fsdp pure_bf16")
 CASES = list(itertools.product(("ddp", "fsdp"), (None, 2)))
 _TEXT = {"lock_text": True, "lock_image": True}
-LOCKED = [
+RECIPES = [
     ({"lock_image": True, "label_smoothing": 0.1}, ("ddp", None)),
     ({"lock_image": True, "label_smoothing": 0.1}, ("fsdp", 2)),
     (_TEXT | {"lock_image_unlocked_groups": 2}, ("ddp", 2)),
     (_TEXT | {"lock_image_unlocked_groups": 2}, ("fsdp", None)),
     (_TEXT, ("ddp", 2)),
+    ({"teacher": True}, ("ddp", 2)),
+    ({"teacher": True}, ("fsdp", None)),
 ]
 
 
@@ -61,7 +63,8 @@ def trainer_of(place: Workplace, strategy: str, size: int | None, precision: str
     torch.manual_seed(0)
     dtype = torch.float64 if precision == "fp32" else torch.float32
     model = clipfast.create_model(TINY, dtype=dtype)
-    return Trainer(model, config(strategy, size, precision, **others), place, equal_batches=True)
+    teacher = clipfast.create_model(TINY | {"embed_dim": 12}, dtype=dtype) if others.pop("teacher", False) else None
+    return Trainer(model, config(strategy, size, precision, **others), place, equal_batches=True, teacher=teacher)
 
 
 def run_steps(trainer: Trainer, steps: range) -> list[list[float]]:
@@ -85,7 +88,7 @@ def trained(rank: int, ranks: int) -> list:
         trainer = trainer_of(place, strategy, size)
         numbers = run_steps(trainer, range(STEPS))
         results.append([numbers, whole(trainer.weights), whole(trainer.ema)])
-    for locks, (strategy, size) in LOCKED:
+    for locks, (strategy, size) in RECIPES:
         trainer = trainer_of(place, strategy, size, **locks)
         numbers = run_steps(trainer, range(2))
         results.append([numbers, whole(trainer.weights), whole(trainer.frozen)])
@@ -111,7 +114,7 @@ def test_ranks_train_as_one_process_with_the_joined_batch(ranks):
                 for name in exact:
                     a, b = (torch.tensor(x[name], dtype=torch.float64) for x in (state, exact))
                     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10, msg=f"{case} {name}")
-    for index, (locks, case) in enumerate(LOCKED, len(CASES)):
+    for index, (locks, case) in enumerate(RECIPES, len(CASES)):
         alone = trainer_of(Workplace(torch.device("cpu")), "ddp", None, **locks)
         before = whole(alone.frozen)
         numbers = torch.tensor(run_steps(alone, range(2)), dtype=torch.float64)
