@@ -6,28 +6,19 @@ Commands import what they need when they run: ``clipfast --help`` should not wai
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from clipfast.cli_export import add_export_command as _add_export_command
 from clipfast.cli_features import add_feature_commands as _add_feature_commands
 from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
 from clipfast.cli_train import ending_on_request as _ending_on_request
-from clipfast.console import degrade_streams, echo
-from clipfast.notices import warnings_as_notices
+from clipfast.commands import Commands
+from clipfast.console import echo
 
-
-class _Commands(TyperGroup):
-    def main(self, *arguments: Any, **options: Any) -> Any:
-        degrade_streams()  # before help and errors of usage are printed too
-        with warnings_as_notices():
-            return super().main(*arguments, **options)
-
-
-app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
 def _print_version(wanted: bool) -> None:

@@ -51,8 +51,8 @@ def shards(
         from clipfast.progress import RowProgress
 
         options = data_options()
-        facts = input_facts(source)
         pairs = open_pairs(source, options)
+        facts = input_facts(source, but=output)
         with RowProgress("pairs", len(pairs), error_console()) as progress:
             done = make_shards(
                 pairs,
@@ -73,6 +73,8 @@ def shards(
         echo(f"wrote {done.made} of {len(done.shards)} shards to {output}: {done.pairs} pairs")
     else:
         echo(f"{output} is complete: {len(done.shards)} shards, {done.pairs} pairs")
+    if done.unusable:
+        say(f"left out {len(done.unusable)} captions that are none, which {output}/skipped.jsonl names")
     if done.skipped:
         say(f"skipped {len(done.skipped)} pairs, which {output}/skipped.jsonl names:")
         for _, key, reason in done.skipped[:_NAMED]:

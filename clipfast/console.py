@@ -55,8 +55,9 @@ def degrade_streams() -> None:
 
 
 def _degrade(stream: TextIO) -> None:
-    # streams of no encoding, such as StringIO, show everything
-    if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+    # standard error writes numbers by itself; streams of no encoding, such as StringIO, show everything
+    usual = ("strict", "surrogateescape", "backslashreplace")
+    if getattr(stream, "errors", None) in usual and hasattr(stream, "reconfigure"):
         stream.reconfigure(errors=_HANDLER)
 
 

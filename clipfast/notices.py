@@ -11,24 +11,32 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
 
-from clipfast.console import make_console, tell
+from clipfast.console import PlainConsole, tell
 
 # other libraries may warn of every picture in other words
 _LINES_OF_A_KIND = 3
 _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
+class _ErrorConsole(PlainConsole):
+    """Standard error, which ends no command where nobody reads it any more."""
+
+    def on_broken_pipe(self) -> None:
+        """Be silent from now on; rich's own would end the process."""
+        self.quiet = True
+
+
 class _Notices:
     """What was said in this command, and where lines go."""
 
     def __init__(self) -> None:
-        self.console = make_console(stderr=True)
+        self.console = _ErrorConsole(stderr=True)
         self.said: set[str] = set()
         self.kinds: Counter[tuple[str, int, type[Warning]]] = Counter()
         self.drawing: list[tuple[Console, int]] = []  # consoles that draw a bar, and whose process they are
@@ -43,11 +51,16 @@ def error_console() -> Console:
 
 
 def say(words: str) -> None:
-    """Print a line to read on standard error, as it is."""
+    """Print a line to read on standard error, as it is. A full disk or a closed stream loses it, and nothing else."""
+    with contextlib.suppress(OSError, ValueError):
+        _say(words)
+
+
+def _say(words: str) -> None:
     console, process = _notices.drawing[-1] if _notices.drawing else (_notices.console, os.getpid())
     if process != os.getpid():
         # a worker that was forked while its parent drew: the bar is not the worker's
-        tell(Console(file=sys.__stderr__, markup=False, emoji=False, highlight=False), words)
+        tell(_ErrorConsole(file=sys.__stderr__), words)
     elif console.is_terminal and not is_terminal(_notices.console.file):
         tell(_notices.console, words)  # the bar is on a terminal, and standard error goes elsewhere
     else:
@@ -83,6 +96,19 @@ def warnings_as_notices() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = before
+
+
+def for_workers() -> Callable[[], None]:
+    """Return what a process that is started anew calls first: it says warnings as this one does. It can be pickled."""
+    return _begin if warnings.showwarning is _show else _leave
+
+
+def _begin() -> None:
+    warnings.showwarning = _show
+
+
+def _leave() -> None:
+    pass
 
 
 def _show(

@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+from clipfast.commands import Commands
+from clipfast.console import echo
+
+app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
 @app.callback()
@@ -22,10 +25,10 @@ def _errors_in_a_line() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        typer.echo(f"error: the report needs {error.name}: pip install 'clipfast[bench]'", err=True)
+        echo(f"error: the report needs {error.name}: pip install 'clipfast[bench]'", err=True)
         raise typer.Exit(2) from error
     except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(2) from error
 
 
@@ -50,7 +53,7 @@ def compare(
     with _errors_in_a_line():
         changes = compare_runs(read_runs(before), read_runs(after), threshold)
     for line in lines_of(changes, everything=everything):
-        typer.echo(line)
+        echo(line)
     raise typer.Exit(int(any(change.verdict == "slower" for change in changes)))
 
 
@@ -70,7 +73,7 @@ def report(
         write_report(run, output)
         if markdown is not None:
             markdown.write_text(markdown_table(run), encoding="utf-8")
-    typer.echo(f"wrote {output}" + (f" and {markdown}" if markdown else ""))
+    echo(f"wrote {output}" + (f" and {markdown}" if markdown else ""))
 
 
 @app.command()
@@ -86,4 +89,4 @@ def readme(
     with _errors_in_a_line():
         text = update_section(page.read_text(encoding="utf-8"), read_run(results))
         write_atomically(page, lambda file: file.write(text.encode()))
-    typer.echo(f"wrote {page}")
+    echo(f"wrote {page}")

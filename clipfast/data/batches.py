@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,8 @@ from clipfast.data.captions import draw_caption
 from clipfast.data.order import ShuffledOrder
 from clipfast.data.pairs import Pair, PairError, PairSource
 from clipfast.data.transform import ImageError, ImageTransform, load_image
-from clipfast.data.workers import WAIT, StoppedReading, Workers, ignore_stop_signals, until_stopped
+from clipfast.data.workers import WAIT, StoppedReading, Workers, start_worker, until_stopped
+from clipfast.notices import for_workers
 
 # a pair is replaced by another this many times before the data as a whole are called unreadable
 _ATTEMPTS = 100
@@ -125,7 +127,7 @@ def training_batches(
         collate_fn=_as_it_is,
         pin_memory=pin_memory,
         multiprocessing_context=crew,
-        worker_init_fn=ignore_stop_signals if workers else None,
+        worker_init_fn=partial(start_worker, begin=for_workers()) if workers else None,
         timeout=WAIT if workers else 0,
         prefetch_factor=4 if workers else None,
         # PyTorch's own generator, which dropout draws from, is not to notice

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from clipfast.data.options import alternatives
+from clipfast.data.options import alternatives, usual_name
 from clipfast.data.pairs import Captions, PairError
 from clipfast.data.text_files import split_lines
 
@@ -16,7 +16,7 @@ from clipfast.data.text_files import split_lines
 CAPTION_FILES = ("txt", "text", "caption")
 CAPTION_FIELDS = ("caption", "captions", "text", "title")
 # fields in which lists of sentences keep the text of each (COCO's and Karpathy's JSON)
-_FIELDS_OF_SENTENCES = ("raw", "caption", "text")
+FIELDS_OF_SENTENCES = ("raw", "caption", "text")
 
 
 def captions_of_text(text: str) -> Captions:
@@ -40,7 +40,7 @@ def captions_of_value(value: Any, name: str = "caption") -> Captions:
     if isinstance(value, str):
         return Captions((value,))
     if isinstance(value, dict):
-        for field in _FIELDS_OF_SENTENCES:
+        for field in FIELDS_OF_SENTENCES:
             if field in value:
                 return captions_of_value(value[field], f"{name}.{field}")
     if not isinstance(value, list | tuple):
@@ -49,7 +49,7 @@ def captions_of_value(value: Any, name: str = "caption") -> Captions:
     unusable: list[tuple[str, str]] = []
     for number, entry in enumerate(value, 1):
         if isinstance(entry, dict):
-            entry = next((entry[field] for field in _FIELDS_OF_SENTENCES if field in entry), entry)
+            entry = next((entry[field] for field in FIELDS_OF_SENTENCES if field in entry), entry)
         if isinstance(entry, str) and entry.strip():
             texts.append(entry)
         else:
@@ -73,7 +73,8 @@ def captions_of_json(text: str, key: str | None = None) -> Captions:
 
     Args:
         text: The JSON.
-        key: The field, or alternatives; ``meta.caption`` is one below; ``json`` is the whole, where it is no object.
+        key: The field, or alternatives; ``meta.caption`` is one below; by default it is one of
+            the usual names, or the whole, where it is a list or a text; ``json`` is the whole, too.
 
     Raises:
         PairError: It is no JSON, the field is missing, or holds no text.
@@ -83,8 +84,10 @@ def captions_of_json(text: str, key: str | None = None) -> Captions:
     except (json.JSONDecodeError, RecursionError) as error:
         raise PairError(f"json: {type(error).__name__}: {error}") from error
     names: Sequence[str] = alternatives(key) if key else CAPTION_FIELDS
-    if "json" in names and not isinstance(value, dict):
+    if (key is None or "json" in names) and isinstance(value, list | str):
         return captions_of_value(value, "json")
+    if key is None and isinstance(value, dict):
+        names = [usual_name(value, CAPTION_FIELDS) or CAPTION_FIELDS[0]]
     for name in names:
         found = value
         for step in [name] if isinstance(value, dict) and name in value else name.split("."):

@@ -18,18 +18,20 @@ _NAMED = 10_000
 _ENDINGS = (*PICTURES, ".txt", ".json", ".csv", ".tsv", ".tar", ".parquet")
 
 
-def input_facts(path: str | os.PathLike[str]) -> dict[str, Any]:
+def input_facts(path: str | os.PathLike[str], but: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Return ``count``, ``digest`` and, of no more than 10,000 files, ``files``: ``[size, time]`` by name.
 
     Pictures that a table names are not looked at.
 
     Args:
         path: A file, a folder or a pattern, as for :func:`clipfast.data.sources.open_pairs`.
+        but: A folder whose files do not count: where the output goes, if that is below ``path``.
 
     Raises:
         OSError: A file is missing.
     """
-    files = dict(sorted(_facts(os.fspath(path))))
+    out = None if but is None else os.path.abspath(but) + os.sep
+    files = {name: facts for name, facts in sorted(_facts(os.fspath(path))) if out is None or not name.startswith(out)}
     digest = hashlib.sha256(json.dumps(list(files.items())).encode()).hexdigest()
     return {"count": len(files), "digest": digest} | ({"files": files} if len(files) <= _NAMED else {})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,10 +13,11 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from clipfast.data.folder_pairs import caption_endings, with_captions
 from clipfast.data.options import DataOptions
 from clipfast.data.pairs import Captions, PairError, Pairs
 from clipfast.data.patterns import find_shards
-from clipfast.data.pictures import PICTURES
+from clipfast.data.pictures import PICTURES, is_picture
 from clipfast.data.places import read_picture
 from clipfast.data.shard_index import ShardSample, find_part, identity, scan_shard
 from clipfast.data.shards import shard_names
@@ -102,15 +104,22 @@ def has_labels(path: str, options: DataOptions | None = None) -> bool:
         FileNotFoundError, ValueError: As :func:`clipfast.data.patterns.find_shards`.
     """
     shards = find_shards(path)
+    for shard in shards:
+        if samples := scan_shard(shard)[0]:
+            return any(extension == "cls" for extension, _, _ in samples[0].parts)
     if shards:
-        samples, _ = scan_shard(shards[0])
-        return bool(samples) and any(extension == "cls" for extension, _, _ in samples[0].parts)
+        return False
     place = Path(path)
     if not place.is_dir():
         return path == "digits" and not place.exists()
-    if layouts_of_folder(place, options):
+    options = options or DataOptions()
+    if any(layout.listed for layout in layouts_of_folder(place, options)):
         return False
-    return any(name.count("/") for name in files_below(place, PICTURES).files)
+    below = files_below(place, (*PICTURES, *caption_endings(options)))
+    pictures = [name for name in below.files if is_picture(name)]
+    # a stray text beside one of a million pictures makes no captions of them
+    captioned = 2 * len(with_captions(below, options)) >= len(pictures)
+    return not captioned and any("/" in name for name in pictures)
 
 
 class FolderClasses:
@@ -164,8 +173,12 @@ class ShardClasses:
         self._samples: list[tuple[int, ShardSample]] = []
         self.labels: list[int] = []
         for number, shard in enumerate(shards):
+            samples, problem = scan_shard(shard)
+            if problem:
+                words = f"data: a shard is broken, what is whole of it is used: {shard}: {problem}"
+                warnings.warn(words, stacklevel=3)
             with shard.open("rb") as file:
-                for sample in scan_shard(shard)[0]:
+                for sample in samples:
                     if sample.problem:
                         raise ValueError(f"data: {shard}: {sample.key}: {sample.problem}")
                     part = find_part(sample, ["cls"])
@@ -191,7 +204,8 @@ class ShardClasses:
         """See :class:`LabelledSource`."""
         shard, sample = self._samples[index]
         path = self._shards[shard]
-        if identity(path) != self._identities[shard]:
+        # its classes are in memory; the last of an identity changes with a file's permissions too
+        if identity(path)[:2] != self._identities[shard][:2]:
             raise PairError(f"{path}: it changed since its classes were read")
         part = find_part(sample, [suffix[1:] for suffix in PICTURES])
         if part is None or part[1] < 0:

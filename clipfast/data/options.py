@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -54,3 +55,16 @@ class DataOptions:
 def alternatives(key: str) -> list[str]:
     """Return the names in ``"jpg;png"``, without the dots of extensions."""
     return [name.strip().removeprefix(".") for name in key.split(";") if name.strip()]
+
+
+def usual_name(there: Collection[str], usual: Iterable[str]) -> str | None:
+    """Return the first of the usual names that is there, ``Caption`` and ``TEXT`` too; None if none is.
+
+    Args:
+        there: Names of columns or fields.
+        usual: Names in lower case, in the order in which they are looked for.
+    """
+    by_case: dict[str, str] = {}
+    for name in there:
+        by_case.setdefault(name.lower(), name)
+    return next((name if name in there else by_case[name] for name in usual if name in by_case), None)

@@ -55,11 +55,13 @@ class PairSource(Protocol):
         together: The most pairs that are to be shuffled together, or None: what must be in memory to read them is
             large.
         files: The files that say which pairs there are, and where; none for a folder's.
+        repeats: Whether several pairs may be of one picture.
     """
 
     groups: Sequence[int]
     together: int | None
     files: Sequence[Path]
+    repeats: bool
 
     def __len__(self) -> int:
         """Return N."""
@@ -101,6 +103,7 @@ class Pairs:
     groups: Sequence[int]
     together: int | None = None
     files: Sequence[Path] = ()
+    repeats: bool = False
 
     def __len__(self) -> int:
         return sum(self.groups)
@@ -122,3 +125,36 @@ class Pairs:
         image = self.image(index)
         texts, unusable = self.captions(index)
         return Pair(self.key(index), image, texts[0], texts[1:], unusable)
+
+
+class DistinctPictures(Pairs):
+    """The first pair of every picture among the first of a source: what measures that know one caption a picture take.
+
+    Args:
+        source: The pairs.
+        count: How many of them are looked at.
+    """
+
+    def __init__(self, source: PairSource, count: int) -> None:
+        self._source = source
+        first: dict[str, int] = {}
+        for index in range(min(count, len(source))):
+            try:
+                first.setdefault(source.key(index) if source.repeats else str(index), index)
+            except PairError:
+                first[f"pair {index}"] = index  # reading it says why
+        self._indices = list(first.values())
+        self.groups = (len(self._indices),)
+        self.together = source.together
+
+    def key(self, index: int) -> str:
+        """See :class:`PairSource`."""
+        return self._source.key(self._indices[index])
+
+    def image(self, index: int) -> bytes:
+        """See :class:`PairSource`."""
+        return self._source.image(self._indices[index])
+
+    def captions(self, index: int) -> Captions:
+        """See :class:`PairSource`."""
+        return self._source.captions(self._indices[index])

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from clipfast.data.options import usual_name
+
 
 def require_pyarrow() -> tuple[Any, Any]:
     """Return the modules ``pyarrow`` and ``pyarrow.parquet``.
@@ -21,8 +23,12 @@ def require_pyarrow() -> tuple[Any, Any]:
     return pyarrow, parquet
 
 
-def open_parquet(path: Path) -> Any:
-    """Return a ``pyarrow.parquet.ParquetFile``, mapped into memory.
+def open_parquet(path: Path, *, mapped: bool = True) -> Any:
+    """Return a ``pyarrow.parquet.ParquetFile``.
+
+    Args:
+        path: The file.
+        mapped: Whether it is mapped into memory. A mapped file that is cut while it is read ends the process.
 
     Raises:
         ImportError: pyarrow is missing.
@@ -33,7 +39,7 @@ def open_parquet(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file")
     try:
-        return parquet.ParquetFile(path, memory_map=True)
+        return parquet.ParquetFile(path, memory_map=mapped)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: got no whole Parquet file: {str(error).splitlines()[0]}") from error
 
@@ -44,8 +50,8 @@ def find_column(columns: Sequence[str], wanted: str | None, usual: Sequence[str]
     Raises:
         ValueError: It is not there.
     """
-    for name in [wanted] if wanted else usual:
-        if name in columns:
-            return name
-    expected = repr(wanted) if wanted else f"one of {', '.join(usual)}, or --column"
+    found = (wanted if wanted in columns else None) if wanted else usual_name(columns, usual)
+    if found is not None:
+        return found
+    expected = repr(wanted) if wanted else f"one of {', '.join(usual)}, or --image-column, --caption-column"
     raise ValueError(f"column: got {', '.join(columns)} in {path}, expected {expected}")

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from clipfast.data.captions import captions_of_value
-from clipfast.data.options import DataOptions
+from clipfast.data.captions import FIELDS_OF_SENTENCES, captions_of_value
+from clipfast.data.options import DataOptions, usual_name
 from clipfast.data.pairs import Captions, PairError, Pairs
 from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.parquet_rows import ParquetRows
@@ -62,16 +62,21 @@ def caption_column(schema: Any, wanted: str | None, path: Path) -> ParquetColumn
     kind = _value_type(schema.field(name).type)
     if _is_text(kind):
         return ParquetColumn(name, "text")
-    inner = kind
-    import pyarrow.types as types
-
-    while types.is_list(inner) or types.is_large_list(inner) or types.is_fixed_size_list(inner):
-        inner = _value_type(inner.value_type)
-    if types.is_struct(inner):
-        inner = next((_value_type(f.type) for f in inner if f.name in ("raw", "caption", "text")), inner)
-    if _is_text(inner):
+    if _is_text(_innermost(kind)):
         return ParquetColumn(name, "list")
     raise ValueError(f"column: got {name!r} of {kind} in {path}, expected strings or lists of strings")
+
+
+def _innermost(kind: Any) -> Any:
+    """Return what lists, and structs of sentences, are made of in the end."""
+    import pyarrow.types as types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return _innermost(_value_type(kind.value_type))
+    if types.is_struct(kind):
+        texts = [_value_type(field.type) for field in kind if field.name in FIELDS_OF_SENTENCES]
+        return _innermost(texts[0]) if texts else kind
+    return kind
 
 
 def has_pairs(path: Path, options: DataOptions) -> bool:
@@ -91,8 +96,8 @@ def has_pairs(path: Path, options: DataOptions) -> bool:
 
 def _embedded_first(schema: Any) -> Sequence[str]:
     """Order the usual names: pictures that are in the file count before paths of others."""
-    there = [name for name in PICTURE_COLUMNS if name in schema.names]
-    embedded = [name for name in there if not _is_text(_value_type(schema.field(name).type))]
+    there = [(usual, usual_name(schema.names, [usual])) for usual in PICTURE_COLUMNS]
+    embedded = [usual for usual, name in there if name and not _is_text(_value_type(schema.field(name).type))]
     return embedded or PICTURE_COLUMNS
 
 
@@ -190,6 +195,7 @@ class ParquetPairs(Pairs):
         self._pictures = ParquetPictures(self._rows, picture)
         self._caption = caption.name
         self.files = self._rows.paths
+        self.repeats = picture.kind != "bytes"
         self.groups = self._rows.groups.tolist()
         self.together = self._rows.together
 

@@ -64,7 +64,7 @@ class ParquetRows:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _facts(self, path: Path) -> tuple[tuple[int, ...], list[tuple[int, int, int]]]:
-        file = open_parquet(path)
+        file = open_parquet(path, mapped=False)
         schema = file.schema_arrow
         for name in self.columns:
             find_column(schema.names, name, (), path)
@@ -125,11 +125,10 @@ class ParquetRows:
         pyarrow, _ = require_pyarrow()
         try:
             if file not in self._files:
-                if identity(path) != self._identities[file]:
-                    raise PairError(f"{path}: it changed since its rows were counted")
+                self._check(file)
                 while len(self._files) >= _OPEN_FILES:
                     self._files.popitem(last=False)
-                self._files[file] = open_parquet(path)
+                self._files[file] = open_parquet(path, mapped=False)
             self._files.move_to_end(file)
             return self._files[file].read_row_group(number, columns=self.columns, use_threads=False)
         except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -137,6 +136,16 @@ class ParquetRows:
                 raise
             reason = str(error).splitlines()[0]
             raise PairError(f"{path}: row group {number} cannot be read: {reason}") from error
+
+    def _check(self, file: int) -> None:
+        """Read a file anew that was rewritten, unless the number of its rows changed."""
+        path = self.paths[file]
+        if identity(path) == self._identities[file]:
+            return
+        found, groups = self._facts(path)
+        if [rows for _, rows, _ in groups] != self.groups[self._places[:, 0] == file].tolist():
+            raise PairError(f"{path}: it changed since its rows were counted")
+        self._identities[file] = found
 
     def _forget(self) -> None:
         self._files: OrderedDict[int, Any] = OrderedDict()

@@ -6,6 +6,7 @@ import glob
 import os
 from pathlib import Path
 
+from clipfast.data.pictures import PICTURES
 from clipfast.data.walk import files_below
 
 
@@ -63,7 +64,7 @@ def _existing(path: str) -> str:
 def find_shards(path: str) -> list[Path]:
     """Return the shards that a path or a pattern names, none if it names something else.
 
-    A folder's are those in it; where there are none, those in its folders.
+    A folder's are those in it; where there are none, those in its folders, unless there are pictures below it too.
 
     Raises:
         FileNotFoundError: A shard is missing.
@@ -71,7 +72,10 @@ def find_shards(path: str) -> list[Path]:
     """
     place = Path(path)
     if place.is_dir():
-        return sorted(place.glob("*.tar")) or sorted(place.glob("*/*.tar"))
+        if shards := sorted(place.glob("*.tar")):
+            return shards
+        below = sorted(place.glob("*/*.tar"))
+        return [] if below and files_below(place, PICTURES).files else below
     if place.is_file():
         return [place] if path.endswith(".tar") else []
     if path.endswith(".parquet"):

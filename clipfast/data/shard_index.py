@@ -21,6 +21,10 @@ from clipfast.data.pictures import PICTURES
 _OPEN_SHARDS = 64
 # first byte of a file whose bytes are not in the shard
 _NOWHERE = -1
+# zeros that writers fill their last record with, and more
+_LONGEST_END = 1 << 20
+# what tarfile raises for damaged headers; those of long names and large numbers have no checksum
+_DAMAGE = (tarfile.TarError, ValueError, OverflowError, IndexError, EOFError, MemoryError)
 # raised when the same shard would give other samples
 LAYOUT = 2
 
@@ -123,7 +127,8 @@ def scan_shard(path: Path) -> tuple[list[ShardSample], str | None]:
                 if dot and stem:
                     key = f"{folder}/{stem}" if folder else stem
                     found.append(_Member(len(found), key, extension.lower(), *place))
-    except tarfile.TarError as error:
+            problem = _unread(path, tar.offset, size)
+    except _DAMAGE as error:
         problem = f"{error} after {len(found)} files"
     for place, target in links:
         if target in files:
@@ -137,6 +142,15 @@ def scan_shard(path: Path) -> tuple[list[ShardSample], str | None]:
         if not _is_whole(samples[last].parts):
             samples.pop(last)
     return samples, problem
+
+
+def _unread(path: Path, offset: int, size: int) -> str | None:
+    """Say what a shard holds behind the place where its end was read: ``tarfile`` takes any damage for the end."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        if not any(file.read(_LONGEST_END)):
+            return None
+    return f"it is damaged at byte {offset}: the {size - offset} bytes from there on are not read"
 
 
 def _last_file(found: Sequence[_Member]) -> tuple[str, int, int]:

@@ -34,6 +34,7 @@ FORMATS = ("jpg", "png", "webp")
 _FORMAT = "clipfast.shards.1"
 _MANIFEST, _SKIPPED = "shards.json", "skipped.jsonl"
 _OPTIONS: dict[str, dict[str, Any]] = {"jpg": {"quality": 95}, "png": {}, "webp": {"lossless": True}}
+_STARTS = ((b"\xff\xd8\xff", "jpg"), (b"\x89PNG", "png"), (b"GIF8", "gif"), (b"BM", "bmp"), (b"RIFF", "webp"))
 _PILLOWS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 
@@ -46,12 +47,14 @@ class WrittenShards:
         pairs: How many pairs they hold.
         made: How many shards this run wrote; the others were there.
         skipped: ``(row, key, reason)`` of the pairs that were left out, of all runs.
+        unusable: The same of entries of a pair's list of captions that are none, where others are.
     """
 
     shards: list[Path] = field(default_factory=list)
     pairs: int = 0
     made: int = 0
     skipped: list[tuple[int, str, str]] = field(default_factory=list)
+    unusable: list[tuple[int, str, str]] = field(default_factory=list)
 
 
 def make_shards(
@@ -103,10 +106,14 @@ def make_shards(
         elif on_rows is not None:
             on_rows(len(rows))
         done.pairs += record["pairs"]
-        done.skipped += [(row, key, reason) for row, key, reason in record["skipped"]]
+        done.skipped += map(tuple, record["skipped"])
+        done.unusable += map(tuple, record["unusable"])
         if record["pairs"]:
             done.shards.append(shard)
     if not done.pairs:
+        # nothing is there to go on with: the input may be mended before the next run
+        for path in (folder / _MANIFEST, *(folder / f"{n:05d}.json" for n in range(number + 1))):
+            path.unlink(missing_ok=True)
         first = done.skipped[0]
         raise ValueError(
             f"source: got no pair that could be read, expected at least one; the first, {first[1]}: {first[2]}"
@@ -158,18 +165,20 @@ def _read_record(shard: Path) -> dict[str, Any] | None:
     """Return what was written of a shard that is finished; None of one that is not."""
     try:
         record = json.loads(_record_path(shard).read_text(encoding="utf-8"))
-        whole = not record["pairs"] or shard.stat().st_size == record["bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
+        whole = record.keys() >= {"skipped", "unusable"}
+        whole &= not record["pairs"] or shard.stat().st_size == record["bytes"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     return record if whole else None
 
 
 def _end(folder: Path, done: WrittenShards) -> None:
     skipped = folder / _SKIPPED
-    if not done.skipped:
+    left_out = sorted(done.skipped + done.unusable)
+    if not left_out:
         skipped.unlink(missing_ok=True)
         return
-    lines = (json.dumps({"row": row, "key": key, "reason": reason}) for row, key, reason in done.skipped)
+    lines = (json.dumps({"row": row, "key": key, "reason": reason}) for row, key, reason in left_out)
     text = "\n".join(lines) + "\n"
     write_atomically(skipped, lambda file: file.write(text.encode()))
 
@@ -186,6 +195,7 @@ def _make(
     on_rows: Callable[[int], None] | None,
 ) -> dict[str, Any]:
     skipped: list[tuple[int, str, str]] = []
+    unusable: list[tuple[int, str, str]] = []
 
     def read(row: int) -> tuple[Pair, str]:
         pair = source.read(row)
@@ -199,6 +209,7 @@ def _make(
             if isinstance(found, Exception):
                 skipped.append((row, _key(source, row), f"{type(found).__name__}: {found}"))
             else:
+                unusable.extend((row, f"{found[0].key}, {which}", reason) for which, reason in found[0].unusable)
                 yield _sample(row, *found)
             if on_rows is not None:
                 on_rows(1)
@@ -210,7 +221,7 @@ def _make(
         count = _write_tar(samples(), file)
 
     write_atomically(shard, save)
-    record = {"pairs": count, "bytes": shard.stat().st_size, "skipped": skipped}
+    record = {"pairs": count, "bytes": shard.stat().st_size, "skipped": skipped, "unusable": unusable}
     if not count:
         shard.unlink()  # a shard without samples is none
     write_atomically(_record_path(shard), lambda file: file.write(json.dumps(record).encode()))
@@ -263,14 +274,17 @@ def _extension(kind: str) -> str:
 
 
 def _header_extension(pair: Pair) -> str:
-    """Return the extension of a picture that is not decoded here."""
+    """Return the extension of a picture that is not decoded here: what it begins as, though the rest may be broken."""
     try:
         image = identify(pair.image)
-    except Exception as error:  # a corrupt header can make a decoder raise anything
-        raise ImageError(f"{pair.key}: got a picture with a corrupt header: {error}") from error
-    if image is None:
-        raise ImageError(f"{pair.key}: got bytes that start with {pair.image[:8]!r}, expected a picture")
-    return _extension(str(image.format))
+    except Exception:  # a corrupt header can make a decoder raise anything
+        image = None
+    if image is not None:
+        return _extension(str(image.format))
+    for start, extension in _STARTS:
+        if pair.image.startswith(start):
+            return extension
+    raise ImageError(f"{pair.key}: got bytes that start with {pair.image[:8]!r}, expected a picture")
 
 
 def _sample(row: int, pair: Pair, extension: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
@@ -55,10 +56,14 @@ class ShardedPairs(Pairs):
     def __init__(self, paths: Sequence[Path], options: DataOptions | None = None) -> None:
         self.paths = self.files = list(paths)
         options = options or DataOptions()
+        for path, count in Counter(map(os.path.abspath, self.paths)).items():
+            if count > 1:
+                warnings.warn(f"data: got {path} {count} times: its samples count as often", stacklevel=3)
         self._names = shard_names(self.paths)
         pictures = alternatives(options.image_key) if options.image_key else [suffix[1:] for suffix in PICTURES]
         self._pictures = [extension.lower() for extension in pictures]
         self._caption_key = options.caption_key
+        self._caption_files = caption_files(options.caption_key)
         self._encoding = options.encoding
         self.groups = _count_samples(self.paths)
         self._ends = np.array(list(accumulate(self.groups)))
@@ -122,8 +127,8 @@ class ShardedPairs(Pairs):
         return _bytes_of(file, part)
 
     def _captions(self, file: io.BufferedReader, sample: ShardSample) -> Captions:
-        files = caption_files(self._caption_key)
-        part = find_part(sample, [name for name in files if name != "json"])
+        files = [name for name in self._caption_files if name != "json"]
+        part = find_part(sample, files)
         if part is not None:
             return captions_of_text(decode(_bytes_of(file, part), part[0], self._encoding))
         part = find_part(sample, ["json"])

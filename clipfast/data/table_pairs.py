@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from clipfast.data.options import DataOptions
+from clipfast.data.options import DataOptions, usual_name
 from clipfast.data.pairs import Captions, PairError, Pairs
 from clipfast.data.places import find_base, read_picture, refuse_urls
 from clipfast.data.table_rows import read_rows
@@ -21,6 +22,8 @@ PATH_COLUMNS = (
 CAPTION_COLUMNS = ("title", "caption", "text", "captions", "comment", "sentence", "sentences")
 # endings of files in which a table may be
 TABLES = (".csv", ".tsv", ".txt", ".token")
+# what a table must say of its pairs
+NEEDS = ("image", "caption")
 # a column that numbers the captions of a picture, as in Flickr30k's results.csv
 _NUMBER_COLUMNS = ("comment_number", "caption_number")
 _TOKEN = re.compile(r"(?P<name>[^\t]+\.\w+)#\d+\t(?P<caption>.*)", re.DOTALL)
@@ -40,23 +43,28 @@ class TableLayout(NamedTuple):
 
     Attributes:
         separator: Between columns; None for Flickr's lists of ``name.jpg#0<tab>caption``, which have no header.
-        image: The number of the column of paths.
-        caption: That of captions.
+        image: The number of the column of paths, or None.
+        caption: That of captions, or None.
         columns: How many there are.
         grouped: Whether rows of one picture are one sample with several captions, rather than pairs of their own.
         open_ended: Whether a row's last cell is all the rest of its line: captions there hold bare separators.
     """
 
     separator: str | None
-    image: int = 0
-    caption: int = 1
+    image: int | None = 0
+    caption: int | None = 1
     columns: int = 2
     grouped: bool = True
     open_ended: bool = False
 
 
-def table_layout(table: Path, options: DataOptions) -> TableLayout | None:
+def table_layout(table: Path, options: DataOptions, needs: Sequence[str] = NEEDS) -> TableLayout | None:
     """Tell from a table's first line how it is to be read; None where it is no table of pictures and captions.
+
+    Args:
+        table: The file.
+        options: What its columns and separator are, where the usual names do not say it.
+        needs: Which of the two there must be.
 
     Raises:
         OSError, ValueError: It cannot be read.
@@ -67,10 +75,11 @@ def table_layout(table: Path, options: DataOptions) -> TableLayout | None:
         return TableLayout(None)
     is_list = table.suffix.lower() not in (".csv", ".tsv")
     for separator in _separators(table, options):
-        header = [name.strip().strip('"') for name in first.split(separator)]
+        header = _header(first, separator)
         image = _place(header, options.image_column, PATH_COLUMNS)
         caption = _place(header, options.caption_column, CAPTION_COLUMNS)
-        if image is None or caption is None or (len(header) < 2 and not asked):
+        there = {"image": image, "caption": caption}
+        if any(there[name] is None for name in needs) or (len(header) < len(needs) and not asked):
             continue
         numbered = any(name in header for name in _NUMBER_COLUMNS)
         return TableLayout(
@@ -90,8 +99,17 @@ def _separators(table: Path, options: DataOptions) -> Sequence[str]:
     return "\t,|;" if table.suffix.lower() == ".tsv" else ",\t|;"
 
 
+def _header(first: str, separator: str) -> list[str]:
+    try:
+        cells = next(csv.reader([first], delimiter=separator), [])
+    except csv.Error:  # a line of something else
+        cells = first.split(separator)
+    return [name.strip() for name in cells]
+
+
 def _place(header: Sequence[str], asked: str | None, usual: Iterable[str]) -> int | None:
-    return next((header.index(name) for name in ([asked] if asked else usual) if name in header), None)
+    name = (asked if asked in header else None) if asked else usual_name(header, usual)
+    return None if name is None else header.index(name)
 
 
 class TablePairs(Pairs):
@@ -101,32 +119,34 @@ class TablePairs(Pairs):
     Flickr's lists a picture with its captions is a pair. A row with too few or too many cells is an error of its own.
     """
 
-    def __init__(self, table: Path, options: DataOptions | None = None) -> None:
+    def __init__(self, table: Path, options: DataOptions | None = None, needs: Sequence[str] = NEEDS) -> None:
         options = options or DataOptions()
-        layout = table_layout(table, options)
+        layout = table_layout(table, options, needs)
         if layout is None:
-            raise ValueError(_no_columns(table, options))
+            raise ValueError(_no_columns(table, options, needs))
         rows = list(_rows(table, layout, options))
         if not rows:
             raise ValueError(f"data: got no pairs in {table}, expected at least one")
-        names = [row.name for row in rows if not row.problem]
+        names = [row.name for row in rows if row.name and not row.problem]
         refuse_urls(names, str(table))
         self._table = table
         self.files = (table,)
         self._base = find_base(table.parent, names)
         self._rows = _grouped(rows) if layout.grouped else [[row] for row in rows]
         self.groups = (len(self._rows),)
+        self.repeats = True
 
     def key(self, index: int) -> str:
         """See :class:`clipfast.data.pairs.PairSource`."""
         row = self._rows[index][0]
-        return f"{self._table}, line {row.line}" if row.problem else str(self._base / row.name)
+        whole = row.name and not row.problem
+        return str(self._base / row.name) if whole else f"{self._table}, line {row.line}"
 
     def image(self, index: int) -> bytes:
         """See :class:`clipfast.data.pairs.PairSource`."""
         row = self._rows[index][0]
-        if row.problem:
-            raise PairError(f"{self.key(index)}: {row.problem}")
+        if row.problem or not row.name:
+            raise PairError(f"{self.key(index)}: {row.problem or 'got no path'}")
         try:
             return read_picture(self._base / row.name)
         except OSError as error:
@@ -160,14 +180,22 @@ def _rows(table: Path, layout: TableLayout, options: DataOptions) -> Iterator[_R
     bare = layout.separator == "|"  # blanks stand around it in results.csv
     for line, cells in islice(read, 1, None):
         extra = [cell for cell in cells[layout.columns :] if cell.strip()]
-        if len(cells) <= layout.image or extra or (len(cells) <= layout.caption and not cells[layout.image]):
+        name, caption = (_cell(cells, place) for place in (layout.image, layout.caption))
+        if extra or name is None or (caption is None and not name):
             yield _Row(
                 line, "", "", f"got {len(cells)} cells, expected {layout.columns}: does a caption lack its quotes?"
             )
             continue
-        name, caption = cells[layout.image], cells[layout.caption] if layout.caption < len(cells) else ""
-        name = name.strip() if bare else name
-        yield _Row(line, name, caption.strip() if bare else caption, None if name.strip() else "got no path")
+        name, caption = (name.strip(), (caption or "").strip()) if bare else (name, caption or "")
+        problem = None if name.strip() or layout.image is None else "got no path"
+        yield _Row(line, name, caption, problem)
+
+
+def _cell(cells: Sequence[str], place: int | None) -> str | None:
+    """Return a cell; nothing where the table has no such column, None where the row ends before it."""
+    if place is None:
+        return ""
+    return cells[place] if place < len(cells) else None
 
 
 def _open_ended_rows(table: Path, layout: TableLayout, options: DataOptions) -> Iterator[tuple[int, list[str]]]:
@@ -186,23 +214,23 @@ def _grouped(rows: list[_Row]) -> list[list[_Row]]:
     """Put the rows of one picture together; each row that cannot be read stays by itself."""
     groups: dict[str | int, list[_Row]] = {}
     for row in rows:
-        groups.setdefault(row.line if row.problem else row.name, []).append(row)
+        groups.setdefault(row.name if row.name and not row.problem else row.line, []).append(row)
     return list(groups.values())
 
 
-def _no_columns(table: Path, options: DataOptions) -> str:
+def _no_columns(table: Path, options: DataOptions, needs: Sequence[str]) -> str:
     first = next(islice(iterate_lines(table, options.encoding), 1), "").rstrip("\r\n")
     separator = _separators(table, options)[0]
-    header = [name.strip() for name in first.split(separator)]
+    header = _header(first, separator)
     if any(name.startswith(("http://", "https://")) for name in header):
         return (
             f"data: got URLs in {table}, expected paths of pictures: fetch them first, for instance with img2dataset, "
             f"and give the shards or the folder that it writes"
         )
     wanted = []
-    if _place(header, options.image_column, PATH_COLUMNS) is None:
+    if "image" in needs and _place(header, options.image_column, PATH_COLUMNS) is None:
         wanted.append(f"{options.image_column!r}" if options.image_column else f"one of {PATH_COLUMNS} for pictures")
-    if _place(header, options.caption_column, CAPTION_COLUMNS) is None:
+    if "caption" in needs and _place(header, options.caption_column, CAPTION_COLUMNS) is None:
         wanted.append(
             f"{options.caption_column!r}" if options.caption_column else f"one of {CAPTION_COLUMNS} for captions"
         )

@@ -94,6 +94,12 @@ def nothing(signum: int, frame: FrameType | None) -> None:
     """Handle a signal that has come by doing nothing: where its handler is SIG_IGN by then, Python prints an error."""
 
 
+def start_worker(_: int, begin: Callable[[], None]) -> None:
+    """Begin a worker, as a ``worker_init_fn``: ignore the signals to stop, and do what :func:`for_workers` says."""
+    ignore_stop_signals()
+    begin()
+
+
 def until_stopped(
     loader: DataLoader[T], workers: Workers | None, stop: Callable[[], bool] | None
 ) -> Generator[T, None, None]:

@@ -11,6 +11,7 @@ from clipfast.data.options import DataOptions
 from clipfast.data.patterns import find_parquet, find_shards
 from clipfast.data.pictures import PICTURES
 from clipfast.data.sources import is_table, layouts_of_folder, open_pairs
+from clipfast.data.table_pairs import TablePairs
 from clipfast.data.walk import files_below
 from clipfast.embed.lists import folder_files, open_list
 from clipfast.embed.rows import CaptionRows, Kind, of_pairs, of_parquet
@@ -93,7 +94,9 @@ def open_inputs(
     if not place.is_file():
         raise FileNotFoundError(f"input: got {text}, expected {_EXPECTED}: none is there")
     ending = place.suffix.lower()
-    if ending in (".csv", ".tsv", ".json", ".token") or (ending == ".txt" and is_table(place, options)):
+    if ending in (".csv", ".tsv"):
+        return of_pairs(TablePairs(place, options, ("image",) if kind == "image" else ("caption",)), kind, options)
+    if ending in (".json", ".token") or (ending == ".txt" and is_table(place, options)):
         return of_pairs(open_pairs(text, options), kind, options)
     if ending == ".txt":
         return open_list(place, kind, options.encoding)

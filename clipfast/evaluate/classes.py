@@ -34,12 +34,14 @@ class Classes:
         keys: What ``templates`` knows each class by: its name, or where it gives prompts by folder its folder.
         templates: Templates for all, or prompts by key.
         settings: What a result says of this.
+        folders: What the data call each class, where that is something else.
     """
 
     names: list[str]
     keys: list[str]
     templates: tuple[str, ...] | Mapping[str, Sequence[str]]
     settings: dict[str, Any] = field(default_factory=dict)
+    folders: list[str] | None = None
 
     @property
     def prompt_count(self) -> int:
@@ -84,16 +86,17 @@ def name_classes(
         known = None if own else imagenet_names_of(folders, told=told)
     names = known or folders
     settings: dict[str, Any] = {"class_names": IMAGENET} if known else {}
+    renamed = folders if names != folders else None
     if prompts is None:
         chosen = load_templates(templates or (IMAGENET if known else "simple"), encoding)
-        return Classes(names, names, chosen, settings | {"templates": list(chosen)})
+        return Classes(names, names, chosen, settings | {"templates": list(chosen)}, renamed)
     if templates is not None:
         raise ValueError(f"templates, prompts: got {os.fspath(templates)!r} and {os.fspath(prompts)!r}, expected one")
     loaded = load_prompts(prompts, encoding)
     if not isinstance(loaded, Mapping):
-        return Classes(names, names, loaded, settings | {"templates": list(loaded)})
+        return Classes(names, names, loaded, settings | {"templates": list(loaded)}, renamed)
     keys = [folder if folder in loaded else name for folder, name in zip(folders, names, strict=True)]
-    classes = Classes(names, keys, loaded, settings | {"prompts": os.fspath(prompts)})
+    classes = Classes(names, keys, loaded, settings | {"prompts": os.fspath(prompts)}, renamed)
     classes.settings["prompt_count"] = classes.prompt_count
     return classes
 
@@ -103,12 +106,12 @@ def _is_imagenet(class_names: str | os.PathLike[str] | None) -> bool:
 
 
 def effect_of_likeness(
-    names: Sequence[str], features: Tensor, classifier: Tensor, labels: Tensor, top1: float
+    classes: Classes, features: Tensor, classifier: Tensor, labels: Tensor, top1: float
 ) -> tuple[dict[str, Any], str]:
     """Return what classes with the same prompts do to a zero-shot result, as settings and in words; or ``({}, "")``.
 
     Args:
-        names: C names.
+        classes: C classes.
         features: ``[N, E]`` of pictures.
         classifier: ``[E, C]``.
         labels: int64 ``[N]``.
@@ -117,17 +120,26 @@ def effect_of_likeness(
     groups = classes_alike(classifier)
     if not groups:
         return {}, ""
-    first = torch.arange(len(names))
+    first = torch.arange(len(classes.names))
     for group in groups:
         first[group] = group[0]
     as_one = zero_shot_accuracy(features, classifier, first[labels], ks=(1,))["top1"]
-    said = ["/".join(dict.fromkeys(names[index] for index in group)) for group in groups]
-    words = "; ".join(
-        f"{name} ({', '.join(map(str, group))})" for name, group in zip(said[:5], groups[:5], strict=True)
-    )
-    more = f" and {len(groups) - 5} more groups" if len(groups) > 5 else ""
+    published = ", as in published figures" if classes.settings.get("class_names") == IMAGENET else ""
     message = (
-        f"class_names: got classes that have the same prompts: {words}{more}. Their scores are equal and the first is "
-        f"taken, so the others are never right: top1 is {top1:.4f}, and {as_one:.4f} if each group counts as one class"
+        f"class_names: got classes that have the same prompts: {_in_words(classes, groups)}. Their scores are equal "
+        f"and the first is taken{published}, so the others are never right: top1 is {top1:.4f}, and {as_one:.4f} if "
+        f"each group counts as one class"
     )
     return {"classes_alike": groups, "top1_if_alike_were_one": as_one}, message
+
+
+def _in_words(classes: Classes, groups: list[list[int]], shown: int = 5) -> str:
+    """Name the first groups and their first members: ``missile (657, 744); …``."""
+    words = []
+    for group in groups[:shown]:
+        names = "/".join(dict.fromkeys(classes.names[index] for index in group[:shown]))
+        called = [classes.folders[index] if classes.folders else str(index) for index in group[:shown]]
+        more = f" and {len(group) - shown} more" if len(group) > shown else ""
+        words.append(f"{names} ({', '.join(called)}{more})")
+    more = f"; and {len(groups) - shown} more groups" if len(groups) > shown else ""
+    return "; ".join(words) + more

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ def linear_probe(
     validation_share: float = 0.2,
     max_iterations: int = 1000,
     seed: int = 0,
+    on_fit: Callable[[int], None] | None = None,
 ) -> LinearProbe:
     """Fit logistic regression on features and measure it on others, by scikit-learn's L-BFGS.
 
@@ -57,6 +58,7 @@ def linear_probe(
         validation_share: That part's share, of every class alike.
         max_iterations: Of the solver.
         seed: Of the held-out part.
+        on_fit: Called with 1 after each fit: one for every C of several, and one.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -75,10 +77,12 @@ def linear_probe(
     if not candidates or min(candidates) <= 0:
         raise ValueError(f"c: got {c!r}, expected positive numbers")
     if len(candidates) > 1:
-        chosen = _choose(candidates, train_features, train_labels, validation_share, max_iterations, seed)
+        chosen = _choose(candidates, train_features, train_labels, validation_share, max_iterations, seed, on_fit)
     else:
         chosen = candidates[0]
     fitted = _fit(chosen, train_features, train_labels, max_iterations)
+    if on_fit is not None:
+        on_fit(1)
 
     ranks = _ranks(fitted, test_features, test_labels)
     metrics = {"top1": float((ranks <= 1).mean())}
@@ -136,13 +140,21 @@ def _fit(c: float, features: np.ndarray, labels: np.ndarray, max_iterations: int
 
 
 def _choose(
-    candidates: list[float], features: np.ndarray, labels: np.ndarray, share: float, max_iterations: int, seed: int
+    candidates: list[float],
+    features: np.ndarray,
+    labels: np.ndarray,
+    share: float,
+    max_iterations: int,
+    seed: int,
+    on_fit: Callable[[int], None] | None,
 ) -> float:
     train, validation = _split(labels, share, seed)
-    scores = [
-        _fit(c, features[train], labels[train], max_iterations).score(features[validation], labels[validation])
-        for c in candidates
-    ]
+    scores = []
+    for c in candidates:
+        fitted = _fit(c, features[train], labels[train], max_iterations)
+        scores.append(fitted.score(features[validation], labels[validation]))
+        if on_fit is not None:
+            on_fit(1)
     return candidates[int(np.argmax(scores))]
 
 

@@ -61,10 +61,7 @@ def load_prompts(
     place = Path(path)
     if not place.is_file():
         raise FileNotFoundError(f"prompts: got {place}, expected a JSON file: none is there")
-    try:
-        held = json.loads(read_text(place, encoding), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:  # of JSON, of the encoding, or of a class that comes twice
-        raise ValueError(f"prompts: got {place}, expected JSON: {error}") from error
+    held = read_json(place, "prompts", encoding)
     if isinstance(held, list):
         return checked_templates(held, place)
     if not isinstance(held, dict) or not held:
@@ -92,6 +89,24 @@ def checked_templates(lines: Any, place: Path) -> tuple[str, ...]:
         if "{}" not in template:
             raise ValueError(f"templates: got {template!r} in {place}, expected a {{}} where the class name goes")
     return templates
+
+
+def read_json(place: Path, argument: str, encoding: str | None = None) -> Any:
+    """Read a JSON file of a user's.
+
+    Args:
+        place: The file.
+        argument: What an error calls it.
+        encoding: Of the file; None is UTF-8.
+
+    Raises:
+        ValueError: It is no JSON, in another encoding, or an object has a name twice.
+    """
+    text = read_text(place, encoding)
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{argument}: got {place}, expected JSON: {error}") from error
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -21,7 +21,14 @@ from clipfast.data.options import DataOptions
 from clipfast.data.pairs import PairError, PairSource
 from clipfast.data.sources import open_pairs
 from clipfast.evaluate.class_cache import cached_classifier
-from clipfast.evaluate.classes import Classes, EvaluationWarning, effect_of_likeness, name_classes, open_classes
+from clipfast.evaluate.classes import (
+    IMAGENET,
+    Classes,
+    EvaluationWarning,
+    effect_of_likeness,
+    name_classes,
+    open_classes,
+)
 from clipfast.evaluate.features import Encoded, encode_rows, picture_encoder, text_encoder
 from clipfast.evaluate.linear_probe import SWEEP, linear_probe, split_for_probe
 from clipfast.evaluate.retrieval import retrieval_recall
@@ -142,7 +149,7 @@ def _zero_shot(model: CLIP, source: LabelledSource, classes: Classes, reading: R
     labels = torch.tensor(source.labels)[images.rows]
     count = len(classes.names)
     metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if count > 5 else (1,))
-    alike, words = effect_of_likeness(classes.names, images.features, classifier, labels, metrics["top1"])
+    alike, words = effect_of_likeness(classes, images.features, classifier, labels, metrics["top1"])
     if words:
         warnings.warn(words, EvaluationWarning, stacklevel=3)
     return Evaluation(
@@ -174,7 +181,9 @@ def _linear_probe(
         train_features, train_labels = seen.features, torch.tensor(train.labels)[seen.rows]
         test_features, test_labels = images.features, labels
         skipped |= _by_name(seen, train)
-    probe = linear_probe(train_features, train_labels, test_features, test_labels, c=c)
+    fits = 1 if isinstance(c, (int, float)) or len(c) == 1 else len(c) + 1
+    with RowProgress("fits", fits, reading.console) as progress:
+        probe = linear_probe(train_features, train_labels, test_features, test_labels, c=c, on_fit=progress)
     counts = {"pictures": len(test_labels), "trained_on": len(train_labels), "classes": len(source.class_names)}
     return Evaluation("linear-probe", probe.metrics, counts, {"C": probe.c, "converged": probe.converged}, skipped)
 
@@ -223,11 +232,16 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
         )
     skipped = _skipped_pairs(images, source) | unusable
     _require_some(images, next(iter(skipped), "pair 0"))
-    place = {row: index for index, row in enumerate(images.rows)}
+    # which of a picture's rows was read first is the threads' choice; its place among the others is not
+    first: dict[str, int] = {}
+    for row in sorted(captions):
+        first.setdefault(captions[row][0], row)
+    order = sorted(range(len(images.rows)), key=lambda index: first[captions[images.rows[index]][0]])
+    place = {captions[images.rows[index]][0]: number for number, index in enumerate(order)}
     pairs = [
-        (place[owner[key]], text)
+        (place[key], text)
         for key, of_row in (captions[row] for row in sorted(captions))
-        if owner[key] in place
+        if key in place
         for text in of_row
     ]
     # a caption that comes twice is encoded once: equal texts score the same, whatever their batches
@@ -244,7 +258,7 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
         )
     features = encoded.features[[number[text] for _, text in pairs]]
     image_of_text = torch.tensor([picture for picture, _ in pairs])
-    metrics = retrieval_recall(images.features, features, image_of_text=image_of_text)
+    metrics = retrieval_recall(images.features[order], features, image_of_text=image_of_text)
     counts = {"pictures": len(images.rows), "texts": len(pairs)}
     return Evaluation("retrieval", metrics, counts, {}, skipped)
 
@@ -287,10 +301,22 @@ def metrics_table(evaluation: Evaluation) -> Table:
         chance = None if of_chance == name else metrics.get(of_chance)
         words = name.replace("_", " ").replace("to text", "→ text").replace("to image", "→ image")
         table.add_row(words, f"{value:.4f}", "" if chance is None else f"{chance:.4f}")
-    if "C" in evaluation.settings:
-        stopped = "" if evaluation.settings["converged"] else ", and the solver was stopped early"
-        table.caption = f"C = {evaluation.settings['C']:.4g}{stopped}"
+    table.caption = _about(evaluation.settings) or None
     return table
+
+
+def _about(settings: dict[str, Any]) -> str:
+    words = []
+    if "C" in settings:
+        stopped = "" if settings["converged"] else ", and the solver was stopped early"
+        words.append(f"C = {settings['C']:.4g}{stopped}")
+    if settings.get("class_names") == IMAGENET:
+        words.append("OpenAI's names of ImageNet's classes")
+    if "templates" in settings:
+        words.append(f"{len(settings['templates'])} templates")
+    if "prompts" in settings:
+        words.append(f"{settings['prompt_count']} prompts of {settings['prompts']}")
+    return ", ".join(words)
 
 
 def write_evaluation(evaluation: Evaluation, path: Path, **about: object) -> None:

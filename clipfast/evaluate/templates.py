@@ -5,13 +5,12 @@ Source: ``notebooks/Prompt_Engineering_for_ImageNet.ipynb`` of OpenAI's CLIP (MI
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
-from clipfast.data.text_files import read_text, split_lines
+from clipfast.data.text_files import read_lines
 from clipfast.evaluate.imagenet import imagenet_templates
-from clipfast.evaluate.prompts import checked_templates
+from clipfast.evaluate.prompts import checked_templates, read_json
 
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "name": ("{}",),
@@ -51,12 +50,6 @@ def load_templates(name_or_path: str | os.PathLike[str], encoding: str | None = 
         raise FileNotFoundError(
             f"templates: got {name!r}, expected one of {', '.join(TEMPLATES)}, or a file of templates"
         )
-    text = read_text(path, encoding)
     if path.suffix == ".json":
-        try:
-            lines = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"templates: got {path}, expected JSON: {error}") from error
-    else:
-        lines = [line for line in split_lines(text) if line.strip()]
-    return checked_templates(lines, path)
+        return checked_templates(read_json(path, "templates", encoding), path)
+    return checked_templates([line for line in read_lines(path, encoding) if line.strip()], path)

@@ -179,7 +179,12 @@ def get_config(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str
     if name in _NAMED:
         return _NAMED[name]
     if name.endswith(".json"):
-        values = json.loads(Path(name).read_text(encoding="utf-8"))
+        try:
+            values = json.loads(Path(name).read_bytes().decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"model: got {name}, expected a configuration in JSON and UTF-8: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"model: got {name} with a {type(values).__name__}, expected an object of JSON")
         # open_clip's files on model hubs keep the sizes under this key
         return CLIPConfig.from_dict(values.get("model_cfg", values))
     raise ValueError(f"model name: got {name!r}{_nearest(name, list_models())}")

@@ -178,8 +178,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     else:
         import tomli as tomllib
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except tomllib.TOMLDecodeError as error:
+        settings = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:  # TOML is UTF-8, whatever is around it
         raise ValueError(f"{path}: not TOML: {error}") from error
     known = [field.name for field in fields(RunConfig)]
     for name in settings:

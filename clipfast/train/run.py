@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.console import make_console, tell
 from clipfast.data.batches import Shares, training_batches
+from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform, image_transform
@@ -156,9 +157,11 @@ class _Run:
         try:
             source = open_pairs(self.config.val_data, self.config.data_options())
         except (ValueError, OSError) as error:
-            raise type(error)(f"val_data: {str(error).removeprefix('data: ')}") from error
+            # of an error in JSON or of an encoding no second one is made with a text alone
+            kind = type(error) if isinstance(error, OSError) else ValueError
+            raise kind(f"val_data: {str(error).removeprefix('data: ')}") from error
         validation = Validation(
-            source,
+            DistinctPictures(source, self.config.val_pairs),
             self.config.val_pairs,
             self._transform(train=False),
             self._tokenizer(),

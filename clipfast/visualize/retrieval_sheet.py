@@ -43,9 +43,10 @@ def nearest_captions(
     found = []
     for query in queries:
         cosines = texts @ images[query]
-        best = cosines.topk(min(k, len(cosines)))
+        # of equals the first goes first; topk leaves their order open
+        values, order = cosines.sort(descending=True, stable=True)
         rank = int((cosines >= cosines[query]).sum())
-        found.append(Retrieval(best.indices.tolist(), best.values.tolist(), rank))
+        found.append(Retrieval(order[:k].tolist(), values[:k].tolist(), rank))
     return found
 
 

@@ -8,7 +8,7 @@ import pytest
 from samples import png, write_tar
 
 from clipfast.data.labelled import open_labelled
-from clipfast.data.pairs import PairError
+from clipfast.data.pairs import DistinctPictures, PairError
 from clipfast.data.shard_index import scan_shard
 from clipfast.data.sources import open_pairs
 from clipfast.embed.reader import open_inputs
@@ -48,6 +48,12 @@ def test_shards_of_one_name_in_two_folders(tmp_path, pattern):
         read = [inputs.read(row) for row in range(len(inputs))]
         assert read == ([png(i) for i in range(6)] if kind == "image" else named)
         assert [inputs.name(row) for row in range(6)] == named
+
+
+def test_a_shard_that_is_named_twice_is_told(tmp_path):
+    path = write_tar(tmp_path / "0.tar", sample("x", 0))
+    with pytest.warns(UserWarning, match=r"got .*0\.tar 2 times: its samples count as often"):
+        assert len(open_pairs(f"{path}::{path}")) == 2
 
 
 def test_a_key_that_comes_twice_is_two_samples(tmp_path):
@@ -190,6 +196,19 @@ def test_a_table_may_name_a_picture_twice(tmp_path):
     (tmp_path / "x.png").write_bytes(png(0))
     (tmp_path / "t.csv").write_text("filepath,title\nx.png,one\n./x.png,two\n")
     assert contents(open_pairs(tmp_path / "t.csv")) == [(str(tmp_path / "x.png"), 0, (t,)) for t in ("one", "two")]
+
+
+def test_a_picture_is_measured_once(tmp_path):
+    (tmp_path / "x.png").write_bytes(png(0))
+    (tmp_path / "y.png").write_bytes(png(1))
+    rows = "filepath,title\nx.png,one\n,\ny.png,three\nx.png,four\nlost.png,five\ny.png,six\n"
+    (tmp_path / "t.csv").write_text(rows)
+    source = open_pairs(tmp_path / "t.csv")
+    found = DistinctPictures(source, 5)
+    assert [found.captions(i).texts for i in (0, 2, 3)] == [("one",), ("three",), ("five",)]
+    assert (len(found), found.read(2).image) == (4, png(1))
+    shards = open_pairs(write_tar(tmp_path / "0.tar", [*sample("x", 0), *sample("x", 1), *sample("y", 2)]))
+    assert contents(DistinctPictures(shards, 2)) == contents(shards)[:2]
 
 
 @pytest.mark.parametrize("kept", [0.2, 0.4, 0.6])

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 import pytest
 from samples import png, write_tar
 
-from clipfast.data.labelled import has_labels
+from clipfast.data.labelled import has_labels, open_labelled
 from clipfast.data.options import DataOptions
 from clipfast.data.pairs import PairError
 from clipfast.data.sources import open_pairs
@@ -250,6 +250,14 @@ def test_columns_and_separators(tmp_path):
         DataOptions(separator=", ")
 
 
+def test_names_in_any_case(tmp_path):
+    pictures(tmp_path, ["a.jpg"])
+    (tmp_path / "t.csv").write_text("Image,Caption\na.jpg,one\n")
+    assert contents(open_pairs(tmp_path / "t.csv")) == [(0, ("one",))]
+    parquet.write_table(pyarrow.table({"Image": [png(0)], "TEXT": ["one"]}), tmp_path / "a.parquet")
+    assert contents(open_pairs(tmp_path / "a.parquet")) == [(0, ("one",))]
+
+
 def test_a_folder_of_several_kinds(tmp_path):
     pictures(tmp_path, ["a.jpg", "b.jpg"])
     (tmp_path / "a.txt").write_text("beside")
@@ -286,4 +294,12 @@ def test_json_beside_pictures(tmp_path):
 def test_classes_are_still_classes(tmp_path):
     pictures(tmp_path, ["cat/a.jpg", "dog/b.jpg"])
     (tmp_path / "notes.txt").write_text("collected in May\n")
+    # a stray archive makes no shards of pictures
+    write_tar(tmp_path / "cat" / "more.tar", [("x.png", png(0)), ("x.txt", b"words")])
     assert has_labels(str(tmp_path))
+    assert len(open_labelled(tmp_path)) == 2
+    pictures(tmp_path, ["dog/c.jpg"])
+    (tmp_path / "cat" / "a.txt").write_text("a stray text")
+    assert has_labels(str(tmp_path))
+    (tmp_path / "dog" / "b.json").write_text("{}")
+    assert not has_labels(str(tmp_path))

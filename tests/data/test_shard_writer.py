@@ -175,6 +175,32 @@ def test_captions_with_lone_surrogates_are_written(tmp_path):
     assert source.read(0).captions == ("a \ufffd cat \U0001f600", "more")
 
 
+def test_entries_that_are_no_captions_are_counted(tmp_path):
+    notes = {"00.json": '{"caption": ["a cat", null, 3]}', "01.json": '{"caption": [null]}', "02.txt": "a dog\n\nmore"}
+    (tmp_path / "in").mkdir()
+    for name, text in notes.items():
+        (tmp_path / "in" / name).write_text(text)
+        (tmp_path / "in" / f"{name[:2]}.png").write_bytes(picture(1))
+    for _ in range(2):  # a run that finds all there says the same
+        done = make(tmp_path / "in", tmp_path / "out")
+        assert done.pairs == 2
+        assert [row for row, _, _ in done.skipped] == [1]
+        assert [(row, key.rpartition("/")[2]) for row, key, _ in done.unusable] == [
+            (0, "00.png, caption 2"),
+            (0, "00.png, caption 3"),
+        ]
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 3
+    assert members(done.shards[0])["000000002.txt"] == b"a dog\nmore"
+
+
+def test_shards_below_their_input(tmp_path):
+    write_folder(tmp_path / "in", 3)
+    out = tmp_path / "in" / "out"
+    for made in (1, 0):
+        facts = {"input": input_facts(tmp_path / "in", but=out)}
+        assert make_shards(open_pairs(tmp_path / "in"), out, facts).made == made
+
+
 KINDS = [
     ("JPEG", "jpg"),
     ("PNG", "png"),
@@ -232,7 +258,10 @@ def test_arguments_that_do_not_fit(tmp_path):
         (tmp_path / "in" / f"0{i}.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match="got no pair that could be read, .*00.png: .*is not a picture"):
         make(tmp_path / "in", tmp_path / "out")
-    assert not list((tmp_path / "out").glob("*.tar"))
+    assert not list((tmp_path / "out").iterdir())
+    (tmp_path / "in" / "00.png").write_bytes(picture(1))
+    assert make(tmp_path / "in", tmp_path / "out").pairs == 1
+    (tmp_path / "in" / "00.png").write_bytes(b"bad")
     with pytest.raises(ValueError, match="x: got bytes that start with b'bad', expected a picture"):
         write_shards([Pair("x", b"bad", "c")], tmp_path / "more")
 

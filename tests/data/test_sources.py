@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import ast
 import io
 import os
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from clipfast.data import sources
 from clipfast.data.shard_index import scan_shard
 from clipfast.data.shards import ShardedPairs, write_shards
 from clipfast.data.sources import Pair, PairError, open_pairs
@@ -99,6 +103,30 @@ def test_a_shard_that_was_cut_short_gives_its_whole_samples(tmp_path, kept):
     assert contents(source) == [(p.image, p.caption) for p in pairs[: len(source)]]
 
 
+@pytest.mark.parametrize("what", ["a bit", "zeros", "a part gone", "another archive behind it"])
+def test_damage_in_the_middle_of_a_shard_is_named(tmp_path, what):
+    """``tarfile`` takes a header that it cannot read for the end."""
+    (path,) = write_shards(some_pairs(20), tmp_path)
+    data = bytearray(path.read_bytes())
+    first = min(first for _, first, _ in scan_shard(path)[0][9].parts)
+    header = first - 512
+    if what == "a bit":
+        data[header + 3] ^= 1
+    elif what == "zeros":
+        data[header : header + 512] = bytes(512)
+    elif what == "a part gone":
+        del data[header - 100 : header]
+    else:
+        data += bytes(data)
+    path.write_bytes(data)
+    samples, problem = scan_shard(path)
+    assert re.search(r"damaged at byte \d+: the \d+ bytes from there on are not read", problem)
+    assert len(samples) == (20 if what.startswith("another") else 9)
+    with pytest.warns(UserWarning, match=r"00000.tar: it is damaged at byte"):
+        source = ShardedPairs([path])
+    assert [pair.key for pair in map(source.read, range(len(source)))][:9] == [f"00000.tar/{i:09d}" for i in range(9)]
+
+
 def test_missing_and_remote_shards(tmp_path):
     write_shards(some_pairs(3), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"2 of 3 shards are missing, the first is .*00001.tar"):
@@ -154,3 +182,20 @@ def test_folders(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="got no pairs"):
         open_pairs(tmp_path / "empty")
+
+
+def test_imports_run_downwards():
+    """No file of the room imports one that imports it, at once or on a way through others."""
+    files = {f"clipfast.data.{path.stem}": path for path in Path(sources.__file__).parent.glob("*.py")}
+    trees = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in files.items()}
+    imports = {
+        name: {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        for name, tree in trees.items()
+    }
+    below = {name: found & files.keys() for name, found in imports.items()}
+    assert below["clipfast.data.sources"] > {"clipfast.data.shards", "clipfast.data.parquet_pairs"}
+    while below:
+        leaves = [name for name, found in below.items() if not found & below.keys()]
+        assert leaves, f"these import each other: {sorted(below)}"
+        for name in leaves:
+            del below[name]

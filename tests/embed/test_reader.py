@@ -149,7 +149,7 @@ def test_parquet(folder):
     with pytest.raises(ValueError, match="got 'data' of binary .* expected strings"):
         open_inputs(folder / "t.parquet", "text", "data")
     parquet.write_table(table.select(["number"]), folder / "n.parquet")
-    with pytest.raises(ValueError, match="expected one of filepath, image, .*or --column"):
+    with pytest.raises(ValueError, match="expected one of filepath, image, .*or --image-column"):
         open_inputs(folder / "n.parquet")
 
 
@@ -164,10 +164,19 @@ def test_shards_and_tables(folder):
         csv.writer(file).writerows([("filepath", "title"), ("02.png", "two")])
     assert contents(open_inputs(folder / "t.csv", "text")) == [("two", "two")]
     (folder / "u.csv").write_text("picture,words\n02.png,two\n")
-    with pytest.raises(ValueError, match=r"got the columns picture, words in .*u\.csv, expected 'photo' and one of"):
+    with pytest.raises(ValueError, match=r"got the columns picture, words in .*u\.csv, expected 'photo', or --image"):
         open_inputs(folder / "u.csv", column="photo")
     options = DataOptions(image_column="picture")
     assert contents(open_inputs(folder / "u.csv", "text", "words", options)) == [("two", "two")]
+    # a column is enough
+    (folder / "v.csv").write_text("filepath\n02.png\n01.png\n")
+    assert [data for _, data in contents(open_inputs(folder / "v.csv"))] == [
+        (folder / f"{i:02d}.png").read_bytes() for i in (2, 1)
+    ]
+    (folder / "w.tsv").write_text("id\ttext\n7\tone\n7\ttwo\n")
+    assert contents(open_inputs(folder / "w.tsv", "text")) == [("one", "one"), ("two", "two")]
+    with pytest.raises(ValueError, match=r"got the columns filepath in .*v\.csv, expected one of \('title'"):
+        open_inputs(folder / "v.csv", "text")
 
 
 def test_a_fingerprint_sees_what_moves_rows(folder):

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
+from clipfast.evaluate import linear_probe as linear_probe_module
 from clipfast.evaluate.linear_probe import linear_probe, split_for_probe
 
 
@@ -86,3 +89,11 @@ def test_errors(change, message):
         linear_probe(*arguments)
     with pytest.raises(ValueError, match="c: got"):
         linear_probe(*data(2, 20, 0), *data(2, 20, 1), c=(1.0, 0.0))
+
+
+def test_of_equal_scores_the_first_class_goes_first():
+    """As in predictions; a class that training lacked is beyond all."""
+    fitted = SimpleNamespace(
+        classes_=np.array([0, 2, 5]), decision_function=lambda features: np.array([[1.0, 1.0, 0.0]] * 4)
+    )
+    assert linear_probe_module._ranks(fitted, np.zeros((4, 1)), np.array([0, 2, 5, 3])).tolist() == [1, 2, 3, 4]

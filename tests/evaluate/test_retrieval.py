@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.evaluate import retrieval
+from clipfast.evaluate import ranking
 from clipfast.evaluate.retrieval import retrieval_recall
 
 
@@ -41,19 +41,51 @@ def test_the_two_directions_differ():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("n", [7, 130, 1000])
-def test_constant_features_find_nothing(n, dtype):
+def test_constant_features_come_out_at_chance(n, dtype):
     same = features(1, dim=77, dtype=torch.float64).to(dtype)
-    result = retrieval_recall(same.expand(n, -1), same.expand(n, -1))
-    for way in ("image_to_text", "text_to_image"):
-        assert result[f"{way}_recall@1"] == result[f"{way}_recall@5"] == 0
-    assert retrieval_recall(torch.zeros(n, 4), torch.zeros(n, 4))["text_to_image_recall@5"] == 0
+    for result in (
+        retrieval_recall(same.expand(n, -1), same.expand(n, -1)),
+        retrieval_recall(torch.zeros(n, 4), torch.zeros(n, 4)),
+    ):
+        for way in ("image_to_text", "text_to_image"):
+            for k in (1, 5):
+                assert result[f"{way}_recall@{k}"] == pytest.approx(result[f"{way}_chance@{k}"]) == k / n
 
 
 def test_equal_cosines_that_round_differently_are_ties():
     numbers = features(1, dim=77)[0]
     shuffled = torch.stack([numbers[torch.randperm(77, generator=torch.Generator().manual_seed(i))] for i in range(50)])
     result = retrieval_recall(torch.ones(50, 77), shuffled)
-    assert result["image_to_text_recall@5"] == result["text_to_image_recall@5"] == 0
+    assert result["image_to_text_recall@5"] == result["text_to_image_recall@5"] == 5 / 50
+
+
+def benchmarks_recall(scores: torch.Tensor, positive: torch.Tensor, k: int) -> float:
+    """clip-benchmark's definition, plainly: the share of rows with a positive pair among the k best of the row."""
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return positive.gather(1, order)[:, :k].any(dim=1).double().mean().item()
+
+
+@pytest.mark.parametrize("chunk", [1 << 24, 500])
+def test_any_number_of_captions_and_ties_by_the_definition_of_clip_benchmark(chunk, monkeypatch):
+    monkeypatch.setattr(ranking, "SCORES_IN_MEMORY", chunk)
+    generator = torch.Generator().manual_seed(0)
+    # one to six captions a picture, in any order; few directions, so that most scores come several times
+    captions = torch.randint(1, 7, (40,), generator=generator)
+    image_of_text = torch.arange(40).repeat_interleave(captions)[
+        torch.randperm(int(captions.sum()), generator=generator)
+    ]
+    directions = F.normalize(torch.randint(-1, 2, (9, 4), generator=generator).double() + 0.25, dim=-1)
+    images = directions[torch.randint(9, (40,), generator=generator)]
+    texts = directions[torch.randint(9, (len(image_of_text),), generator=generator)]
+    texts[::3] = images[image_of_text[::3]]
+    # exact scores: equal ones are equal, whatever a product's order of sums
+    scores = (texts @ images.T * 2**40).round()
+    positive = image_of_text[:, None] == torch.arange(40)
+    result = retrieval_recall(images, texts, image_of_text=image_of_text)
+    for k in (1, 5, 10):
+        assert result[f"text_to_image_recall@{k}"] == benchmarks_recall(scores, positive, k)
+        assert result[f"image_to_text_recall@{k}"] == benchmarks_recall(scores.T, positive.T, k)
+    assert 0 < result["text_to_image_recall@1"] < result["text_to_image_recall@10"] < 1
 
 
 def test_random_features_score_chance():
@@ -93,7 +125,7 @@ def test_chunks_change_nothing(monkeypatch):
     images = features(101)
     texts = images + 2 * features(101, seed=3)
     whole = retrieval_recall(images, texts)
-    monkeypatch.setattr(retrieval, "_SCORES_IN_MEMORY", 700)
+    monkeypatch.setattr(ranking, "SCORES_IN_MEMORY", 700)
     assert retrieval_recall(images, texts) == whole
     assert 0 < whole["text_to_image_recall@5"] < 1
 

@@ -77,6 +77,13 @@ def test_classification(arrays_are_floats):
     )
     torch.testing.assert_close(classifier, benchmark.float(), rtol=0, atol=1e-6)
 
+    # each class' own prompts, of any number
+    prompts = {name: [f"{5 * i + j}" for j in range(1 + i % 3)] for i, name in enumerate(names)}
+    benchmark = zeroshot_classification.zero_shot_classifier(model, tokenizer, names, prompts, "cpu", amp=False)
+    torch.testing.assert_close(
+        zero_shot_classifier(model.encode_text, tokenizer, names, prompts), benchmark.float(), rtol=0, atol=1e-6
+    )
+
     ours = zero_shot_accuracy(model.images, classifier, labels)
     logits = 100 * F.normalize(model.images, dim=-1) @ theirs
     counted = open_clip_zero_shot.accuracy(logits, labels, topk=(1, 5))

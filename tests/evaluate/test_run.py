@@ -7,6 +7,7 @@ import json
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 
 import clipfast
@@ -126,3 +127,45 @@ def test_nothing_that_can_be_read(tmp_path):
         evaluate(small.model(), tmp_path)
     with pytest.raises(ValueError, match="task: got 'both'"):
         evaluate(small.model(), tmp_path, "both")
+
+
+def test_several_captions_of_each_picture(tmp_path):
+    """Lines of a .txt are captions of one picture, which is right as clip-benchmark counts."""
+    model = small.model()
+    paths = small.write_pictures(tmp_path / "pairs", 6)
+    captions = [[f"caption {j} of {path.stem}" for j in range(1 + index % 4)] for index, path in enumerate(paths)]
+    captions[4][0] = captions[1][0]  # one text of two pictures
+    for path, lines in zip(paths, captions, strict=True):
+        path.with_suffix(".txt").write_text("\n".join(lines))
+    result = evaluate(model, tmp_path / "pairs", reading=Reading(batch_size=4, workers=3))
+    texts = [text for lines in captions for text in lines]
+    assert result.counts == {"pictures": 6, "texts": len(texts)} == {"pictures": 6, "texts": 13}
+    images = model.encode_image(torch.stack([picture_loader(model)(small.picture(i)) for i in range(6)]))
+    image_of_text = torch.tensor([i for i, lines in enumerate(captions) for _ in lines])
+    scores = F.normalize(model.encode_text(clipfast.tokenize(texts, 16)), dim=-1) @ F.normalize(images, dim=-1).T
+    for way, of_way, right in (
+        ("text_to_image", scores, image_of_text[:, None] == torch.arange(6)),
+        ("image_to_text", scores.T, torch.arange(6)[:, None] == image_of_text),
+    ):
+        for k in (1, 5, 10):
+            order = of_way.sort(dim=1, descending=True, stable=True).indices[:, :k]
+            expected = right.gather(1, order).any(dim=1).double().mean().item()
+            assert result.metrics[f"{way}_recall@{k}"] == pytest.approx(expected)
+
+
+def test_ranks_do_not_depend_on_batches_and_threads(tmp_path):
+    """Copies of a picture and captions that come twice are equal: their order is that of the rows."""
+    model = small.model()
+    (tmp_path / "p").mkdir()
+    rows = []
+    for index in range(24):
+        small.picture(index % 5).save(tmp_path / "p" / f"{index:02d}.png")
+        rows += [(f"p/{index:02d}.png", f"caption {index % 3}"), (f"p/{index:02d}.png", f"a {index} thing")]
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("filepath", "title"), *rows[::2], *rows[1::2]])
+    found = [
+        evaluate(model, tmp_path / "table.csv", reading=Reading(batch_size=batch_size, workers=workers)).metrics
+        for batch_size, workers in ((64, 0), (1, 4), (7, 2))
+    ]
+    assert all(metrics == found[0] for metrics in found)
+    assert 0 < found[0]["text_to_image_recall@5"] < 1

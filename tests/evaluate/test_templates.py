@@ -13,6 +13,7 @@ def test_names_and_files(tmp_path):
     assert load_templates(tmp_path / "t.txt") == ("a {}", "many {}")
     (tmp_path / "t.json").write_text('["one {}"]')
     assert load_templates(tmp_path / "t.json") == ("one {}",)
+    assert len(load_templates("imagenet")) == 80
 
 
 @pytest.mark.parametrize(
@@ -26,5 +27,5 @@ def test_files_that_do_not_fit(tmp_path, text, message):
 
 
 def test_no_such_set():
-    with pytest.raises(FileNotFoundError, match="got 'imagenet', expected one of name, photo, simple, imagenet, or"):
-        load_templates("imagenet")
+    with pytest.raises(FileNotFoundError, match="got 'openai', expected one of name, photo, simple, imagenet, or"):
+        load_templates("openai")

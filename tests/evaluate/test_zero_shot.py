@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
+from clipfast.evaluate.zero_shot import classes_alike, zero_shot_accuracy, zero_shot_classifier
 
 TEMPLATES = ("a photo of a {}.", "the {}", lambda name: f"{name}s")
 
@@ -17,6 +17,16 @@ def encode_text(tokens: torch.Tensor) -> torch.Tensor:
     """Features of several lengths, so that a forgotten normalisation shows."""
     table = torch.randn(200, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return table[tokens[:, 0]] * 10 + table[tokens[:, 1]] * tokens[:, 1:]
+
+
+def lower_tokenizer(texts: list[str]) -> torch.Tensor:
+    """Small letters and blanks that do not matter, as in CLIP's."""
+    return tokenizer([" ".join(text.lower().replace(".", " ").split()) for text in texts])
+
+
+def noisy_encode_text(tokens: torch.Tensor) -> torch.Tensor:
+    """Features whose last bits depend on the batch, as those of a matrix product may."""
+    return encode_text(tokens) * (1 + 1e-6 * torch.rand(len(tokens), 5, dtype=torch.float64))
 
 
 def test_classifier_is_the_mean_of_normalised_prompts():
@@ -54,10 +64,44 @@ def test_accuracy_by_hand():
     assert result == expected | {"mean_per_class_recall": pytest.approx(2 / 3)}
 
 
-def test_ties_count_against_the_model():
+def test_of_equal_classes_the_first_is_best():
     same = F.normalize(torch.ones(5, 9), dim=0)
     result = zero_shot_accuracy(torch.ones(20, 5), same, torch.arange(20) % 9)
-    assert result["top1"] == result["top5"] == 0
+    # class 0 is named for every picture: three of twenty, and of its own class all
+    assert result["top1"] == 3 / 20
+    assert result["top5"] == pytest.approx(3 * 2 / 20 + 3 * 2 / 20)
+    assert result["mean_per_class_recall"] == pytest.approx(1 / 9)
+
+
+def test_two_classes_of_one_name_compete_by_their_index():
+    """As argmax has it: the first is named for pictures of both, whatever batches the prompts were encoded in."""
+    names = ["cat", "missile", "ox", "Missile ", "dog"]
+    for batch_size in (1, 2, 3, 256):
+        classifier = zero_shot_classifier(
+            noisy_encode_text, lower_tokenizer, names, ["a {}.", "the {}"], batch_size=batch_size
+        )
+        assert torch.equal(classifier[:, 1], classifier[:, 3])
+        assert classes_alike(classifier) == [[1, 3]]
+        images = classifier.T.repeat(4, 1)
+        labels = torch.arange(5).repeat(4)
+        result = zero_shot_accuracy(images, classifier, labels, ks=(1, 2))
+        assert result["top1"] == ((images @ classifier).argmax(dim=1) == labels).double().mean() == 0.8
+        assert result["top2"] == 1
+        assert result["mean_per_class_recall"] == pytest.approx(0.8)
+
+
+def test_prompts_of_each_class():
+    """As clip-benchmark takes CuPL's: by name, unfilled, and as many of a class as there are."""
+    prompts = {"cat": ["a cat {}", "it purrs"], "ox": ["an ox"], "unused": ["x"]}
+    weights = zero_shot_classifier(encode_text, tokenizer, ["ox", "cat"], prompts, batch_size=2)
+    for column, name in zip(weights.T, ("ox", "cat"), strict=True):
+        mean = sum(v / v.norm() for v in encode_text(tokenizer(prompts[name])))
+        torch.testing.assert_close(column, (mean / mean.norm()).float())
+    told = []
+    zero_shot_classifier(encode_text, tokenizer, ["ox", "cat", "ox"], prompts, on_prompts=told.append)
+    assert sum(told) == 4
+    with pytest.raises(ValueError, match="prompts: got none for the class 'dog' and 1 more of 3"):
+        zero_shot_classifier(encode_text, tokenizer, ["dog", "cat", "owl"], prompts)
 
 
 def test_errors():
