@@ -64,10 +64,10 @@ class TrainConfig:
     seed: Annotated[int, "Of the data's order, crops and dropout."] = 0
     label_smoothing: Annotated[float, "The share of every target that is spread over its row."] = 0.0
     lock_image: Annotated[bool, "Freeze the image tower (LiT)."] = False
-    lock_image_unlocked_groups: Annotated[int, "But for its last groups of layers."] = 0
+    lock_image_unlocked_groups: Annotated[int, "Its last groups of layers that still learn."] = 0
     lock_image_freeze_bn_stats: Annotated[bool, "A frozen ResNet keeps BatchNorm's statistics."] = False
     lock_text: Annotated[bool, "Freeze the text tower."] = False
-    lock_text_unlocked_layers: Annotated[int, "But for its last groups of layers."] = 0
+    lock_text_unlocked_layers: Annotated[int, "Its last groups of layers that still learn."] = 0
 
     def __post_init__(self) -> None:
         values = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}

@@ -27,7 +27,7 @@ RULES: dict[str, Rule] = {
     "seed": between(0, 2**63 - 1),
     "label_smoothing": share(),
     "lock_image": ANY,
-    # below 0: all but the first ones
+    # negative ones count those that are frozen, from the front
     "lock_image_unlocked_groups": ANY,
     "lock_image_freeze_bn_stats": ANY,
     "lock_text": ANY,
@@ -43,6 +43,8 @@ RUN_RULES: dict[str, Rule] = RULES | {
     "model": SOME_TEXT,
     "weights": SOME_TEXT,
     "patch_dropout": share(),
+    "distill_model": SOME_TEXT,
+    "distill_weights": SOME_TEXT,
     "caption_key": SOME_TEXT,
     "image_key": SOME_TEXT,
     "caption_column": SOME_TEXT,
@@ -53,8 +55,6 @@ RUN_RULES: dict[str, Rule] = RULES | {
     "encoding": SOME_TEXT,
     "as_open_clip": ANY,
     "apply_orientation": ANY,
-    "distill_model": SOME_TEXT,
-    "distill_weights": SOME_TEXT,
     "val_data": SOME_TEXT,
     "val_every": at_least(1),
     "val_pairs": at_least(2),
@@ -99,7 +99,6 @@ def check_together(values: dict[str, Any], usual_warmup: int) -> None:
         for name in names:
             if values[name] and not values[lock]:
                 raise ValueError(f"{name}: got {values[name]} without {lock}, expected both or neither")
-    # of a run alone
     teacher, weights = values.get("distill_model"), values.get("distill_weights")
     if (teacher is None) != (weights is None):
         raise ValueError(f"distill_model, distill_weights: got {teacher} and {weights}, expected both or neither")

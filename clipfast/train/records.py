@@ -65,7 +65,7 @@ class TensorBoardLog:
     def write(self, values: Mapping[str, Any]) -> None:
         """Write the numbers of one step."""
         for name, value in values.items():
-            if name != "step":
+            if name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, values["step"])
 
     def close(self) -> None:

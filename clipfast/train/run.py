@@ -32,6 +32,7 @@ from clipfast.train.config import RunConfig, TrainConfig
 from clipfast.train.engine import StepRecord, TrainResult, train_on
 from clipfast.train.interrupt import StopRequest, stop_on_interrupt
 from clipfast.train.limits import check_output
+from clipfast.train.plan import leave_plan
 from clipfast.train.progress import TrainingProgress
 from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, step_values
 from clipfast.train.trainer import Trainer
@@ -94,6 +95,8 @@ def _run(config: RunConfig, console: Console | None, stop: StopRequest) -> RunRe
             traceback.clear_frames(error.__traceback__)
         raise
     finally:
+        if place.group is not None:
+            leave_plan()
         place.leave()
 
 
@@ -237,7 +240,7 @@ class _Run:
 
     def _log(self, values: dict[str, Any], logs: Sequence[JsonLog | TensorBoardLog]) -> None:
         for log in logs:
-            log.write(values)
+            log.write(values | {"plan": self.trainer.plan})
 
     def _due(self, every: int) -> bool:
         return self.trainer.step % every == 0
@@ -258,6 +261,13 @@ class _Run:
         if facts is None:
             return
         self._compare(facts["settings"])
+        plan = facts.get("plan", self.trainer.plan)
+        if plan != self.trainer.plan and self.place.leads:
+            warnings.warn(
+                f"the run goes on with the plan {self.trainer.plan} of kernels and not with {plan}: results may differ "
+                f"in their last bits",
+                stacklevel=2,
+            )
         self.trainer.loaded(facts["numbers"])
         self.metrics, self._owed = facts["metrics"], facts.get("owed")
         self._unsaved = False
@@ -280,6 +290,7 @@ class _Run:
             "settings": self._settings(),
             "metrics": self.metrics,
             "owed": self._owed,
+            "plan": self.trainer.plan,
             "model": self.model_config.to_dict(),
         }
         try:

@@ -16,6 +16,7 @@ from clipfast.models.warm_up import warm_up
 from clipfast.train.config import TrainConfig
 from clipfast.train.gradients import StepSeeds, compute_gradients
 from clipfast.train.optimizer import clip_gradients, learning_rate_share, make_optimizer
+from clipfast.train.plan import share_plan
 from clipfast.train.towers import Towers, autocast_of, halve, share_towers
 from clipfast.train.workplace import Workplace
 
@@ -54,6 +55,7 @@ class Trainer:
         frozen: The weights that do not learn, in full precision, by name.
         ema: The moving averages of the weights, by name; empty without ``ema_decay``.
         buffers: What the model keeps beside its parameters (BatchNorm's statistics), by name.
+        plan: The hash of what chooses kernels, the same on all ranks (:func:`clipfast.train.plan.share_plan`).
 
     Raises:
         ValueError: ``micro_batch_size`` for a model with BatchNorm, whose statistics depend on the batch; groups of a
@@ -92,10 +94,13 @@ class Trainer:
         frozen = {n: p.to("cpu", copy=True) for n, p in whole.items() if n not in masters}
         if copies:
             halve(model)
+        # before anything is traced, shared or captured
+        self.plan = share_plan(self.workplace)
         if self.workplace.device.type == "cuda":
-            # before anything is traced, shared or captured
             with autocast_of(config.precision, self.workplace.device):
                 warm_up(model, training=True)
+            # kernels have been checked
+            self.plan = share_plan(self.workplace)
         if config.compile:
             for tower in (model.visual, model):
                 for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 import clipfast
+from clipfast.cli import app
 from clipfast.modules.resnet import FrozenBatchNorm2d
 from clipfast.train.config import TrainConfig, make_run_config
 from clipfast.train.gradients import StepSeeds, compute_gradients
@@ -154,6 +159,9 @@ def test_what_is_frozen_keeps_no_activations():
     last = kept_for_backward(locked(model_of(), {"lock_image": True, "lock_image_unlocked_groups": 2}))
     one_block = kept_for_backward(model_of(**TINY["vision_cfg"] | {"layers": 1}))
     assert scale < last[0] <= one_block[0] < free[0]
+    # nor does a frozen tower whose blocks would be computed again
+    again = locked(model_of(), {"lock_image": True, "lock_text": True, "lock_text_unlocked_layers": -1})
+    assert kept_for_backward(again, checkpointing=True)[0] == scale
 
 
 def test_a_frozen_tower_is_encoded_once_a_part():
@@ -222,3 +230,26 @@ def test_settings_that_say_nothing_are_refused(settings, message):
 def test_a_resnet_is_frozen_as_a_whole():
     with pytest.raises(ValueError, match="unlocked_groups: got 1, expected 0"):
         Trainer(model_of(**RESNET), TrainConfig(1, lock_image=True, lock_image_unlocked_groups=1))
+
+
+def test_a_run_writes_what_is_frozen_as_it_came(tmp_path):
+    config = TINY | {"text_cfg": {k: v for k, v in TINY["text_cfg"].items() if k != "vocab_size"}}
+    (tmp_path / "tiny.json").write_text(json.dumps(config))
+    before = clipfast.create_model(config).state_dict()
+    save_file(before, tmp_path / "start.safetensors")
+    for i in range(8):
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"red {i}")
+    flags = ["--data", str(tmp_path), "--model", str(tmp_path / "tiny.json"), "--output", str(tmp_path / "run")]
+    flags += ["--weights", str(tmp_path / "start.safetensors"), "--batch-size", "4", "--save-every", "2"]
+    flags += ["--device", "cpu", "--workers", "0", "--no-tensorboard", "--precision", "pure_bf16", "--ema-decay", "0.5"]
+    flags += ["--lock-image", "--lock-image-unlocked-groups", "1", "--label-smoothing", "0.1"]
+    # it goes on from the checkpoint of the first two
+    for steps in ("2", "4"):
+        done = CliRunner().invoke(app, ["train", *flags, "--steps", steps])
+        assert done.exit_code == 0, done.output
+    assert "going on from step 2" in done.output
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert after.keys() == before.keys()
+    same = {n for n, w in before.items() if torch.equal(after[n], w)}
+    assert same == {n for n in before if n.startswith("visual.") and n != "visual.proj"}
