@@ -32,8 +32,6 @@ BACKENDS = ("auto", "reference", "torch", "native", "triton")
 _MOST = 1024
 
 _is_compiling = torch.compiler.is_compiling
-# half as long; other compilers and exports have a dispatch mode
-_is_dynamo = torch.compiler.is_dynamo_compiling
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -252,7 +250,7 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     entry = _ops[op]
     # the cheapest first: this is all that a call pays for its choice
-    if not (_is_dynamo() or _dispatch_modes() or _is_tracing() or kwargs):
+    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs):
         switches, choices = entry.current
         if switches is not _switches:
             choices = _choices(entry)[1]
@@ -281,22 +279,23 @@ def _first(op: str, entry: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return choice.run(*request)
 
 
-def remembered(op: str, signature: tuple[Any, ...]) -> Any:
-    """Return what :func:`remember` was given, or None where it has to be found out: as choices of ``op`` are kept."""
-    return None if _is_watched() else _choices(_ops[op])[1].get(signature)
-
-
-def remember(op: str, signature: tuple[Any, ...], value: Any, *tensors: torch.Tensor) -> Any:
-    """Keep and return what follows from choices of ``op`` for calls with these tensors.
+def remembered(op: str, signature: Callable[..., tuple[Any, ...]], find: Callable[..., Any], *args: Any) -> Any:
+    """Return ``find(*args)``, which depends on choices of an op and is kept as those are.
 
     Args:
         op: The op.
-        signature: All else that it depends on.
-        value: What to keep.
-        *tensors: Of the call.
+        signature: Gets the arguments and returns all of them that count, hashable.
+        find: Returns anything but None.
+        *args: The arguments.
     """
-    if not _is_watched():
-        _keep(*_choices(_ops[op]), signature, value, tensors)
+    if _is_watched():
+        return find(*args)
+    switches, choices = _choices(_ops[op])
+    key = signature(*args)
+    value = choices.get(key)
+    if value is None:
+        value = find(*args)
+        _keep(switches, choices, key, value, args)
     return value
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import clipfast
 from clipfast import ops
@@ -434,6 +435,30 @@ def test_no_error_is_lost_behind_right_calls(what: str) -> None:
         for _ in range(2):
             with pytest.raises((TypeError, ValueError), match=message):
                 call()
+
+
+class _Layers(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = ops.bias_gelu(x, _ONE) if kernel_adds_bias(x, _ONE) else ops.bias_gelu(x + _ONE)
+        hidden = ops.add_layer_norm(hidden, ops.layer_norm(x, _ONE, _ONE), _ONE, _ONE)[0]
+        return (
+            ops.single_query_attention(hidden[:, 0], hidden, hidden, 2) + ops.attention(hidden.repeat(1, 1, 3), 2)[:, 0]
+        )
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "make_fx"])
+def test_what_is_traced_for_any_batch_stays_so(how: str) -> None:
+    """A signature asks for sizes, which would make constants of symbols."""
+    model, x = _Layers(), _random(3, 7, 64)
+    model(x)
+    if how == "make_fx":
+        traced = make_fx(model, tracing_mode="symbolic")(x)
+    else:
+        shapes = ({0: torch.export.Dim("batch")},)
+        traced = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=how == "strict export").module()
+    for batch in (2, 5):
+        x = _random(batch, 7, 64)
+        torch.testing.assert_close(traced(x), model(x))
 
 
 def test_kernel_adds_bias_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
