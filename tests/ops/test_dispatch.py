@@ -439,11 +439,11 @@ def test_no_error_is_lost_behind_right_calls(what: str) -> None:
 
 class _Layers(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        hidden = ops.bias_gelu(x, _ONE) if kernel_adds_bias(x, _ONE) else ops.bias_gelu(x + _ONE)
-        hidden = ops.add_layer_norm(hidden, ops.layer_norm(x, _ONE, _ONE), _ONE, _ONE)[0]
-        return (
-            ops.single_query_attention(hidden[:, 0], hidden, hidden, 2) + ops.attention(hidden.repeat(1, 1, 3), 2)[:, 0]
-        )
+        one = x.new_ones(64)
+        hidden = ops.bias_gelu(x, one) if kernel_adds_bias(x, one) else ops.bias_gelu(x + one)
+        hidden = ops.add_layer_norm(hidden, ops.layer_norm(x, one, one), one, one)[0]
+        read = ops.single_query_attention(hidden[:, 0], hidden, hidden, 2)
+        return read + ops.attention(hidden.repeat(1, 1, 3), 2)[:, 0]
 
 
 @pytest.mark.parametrize("how", ["export", "strict export", "make_fx"])
