@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipfast import ops
-from clipfast.ops import fallback, trust
+from clipfast.ops import dispatch, fallback, keys, trust
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class WarmUp:
 def warm_up(
     model: nn.Module, *, images: Tensor | None = None, tokens: Tensor | None = None, training: bool = False
 ) -> WarmUp:
-    """Compile, load and check every kernel that a model will use on its device, by running it once.
+    """Compile, load and check every kernel that a model will use on its device, by running it once or twice.
 
     A kernel configuration that was not used on this card before is compared with float64 and launched again and again
     for the same bits (:mod:`clipfast.ops.trust`); one that fails is not used, with a warning. Without this, the first
     call does it. Call it before capturing a CUDA graph: during a capture nothing is compiled, loaded or checked, and
     what is not ready by then is PyTorch's. Call it under the autocast that the model will run under.
 
-    The model, its gradients, its buffers and the random numbers are left as they were; hooks see one call more.
+    The model, its gradients, its buffers and the random numbers are left as they were; hooks see a call or two more.
 
     Args:
         model: A model or tower of clipfast, of open_clip or of transformers, or any that takes images; also inside DDP
@@ -78,20 +78,28 @@ def warm_up(
     # what was not ready for an earlier capture may be ready for the next
     fallback.forget_captures()
     with _left_as_it_was(model, device), torch.set_grad_enabled(training):
-        features = [encode(inputs) for encode, inputs in calls]
-        if training:
-            if len(features) == 2:
-                features.append(_loss(*features))
-            wanted = [p for p in model.parameters() if p.requires_grad]
-            total = sum(f.float().sum() for f in features)
-            if wanted and total.requires_grad:
-                torch.autograd.grad(total, wanted, allow_unused=True)
+        # what serves large batches is got ready on small ones too
+        for large in (False, True) if keys.sizes_count(device) else (False,):
+            with dispatch.as_large_calls(large):
+                _run(model, calls, training)
     refused = trust.refused(device) | {
         f"{op}, every configuration": f"{op}: {why}"
         for (op, where), why in fallback.failures().items()
         if where == device
     }
     return WarmUp(device, tuple(trust.checked(device)), refused, time.monotonic() - began)
+
+
+def _run(model: nn.Module, calls: list[tuple[Callable[[Tensor], Tensor], Tensor]], training: bool) -> None:
+    """Run the towers, and in training the loss and the backward passes."""
+    features = [encode(inputs) for encode, inputs in calls]
+    if training:
+        if len(features) == 2:
+            features.append(_loss(*features))
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        total = sum(f.float().sum() for f in features)
+        if wanted and total.requires_grad:
+            torch.autograd.grad(total, wanted, allow_unused=True)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

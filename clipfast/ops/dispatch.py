@@ -122,16 +122,17 @@ def _checked(name: str, source: str) -> str:
 
 
 class _Switches(NamedTuple):
-    """What is forced: a backend, and results that are independent of the batch."""
+    """What is forced: a backend, results that are independent of the batch, choices as for a large one."""
 
     wanted: str
-    deterministic: bool
+    deterministic: bool = False
+    large: bool = False
 
 
 # One for the process, not for a thread or a context: the backward pass recomputes checkpointed blocks in threads of
 # its own, and those must choose as the forward pass did. Every setting is an object of its own: what was chosen while
 # it changed is not kept.
-_switches = _Switches(_checked(os.environ.get("CLIPFAST_BACKEND", "auto"), "CLIPFAST_BACKEND"), False)
+_switches = _Switches(_checked(os.environ.get("CLIPFAST_BACKEND", "auto"), "CLIPFAST_BACKEND"))
 
 
 def forget_choices() -> None:
@@ -160,11 +161,11 @@ def backend(name: str) -> Iterator[None]:
     """
     global _switches
     previous = _switches.wanted
-    _switches = _Switches(_checked(name, "backend(name)"), _switches.deterministic)
+    _switches = _Switches(_checked(name, "backend(name)"), *_switches[1:])
     try:
         yield
     finally:
-        _switches = _Switches(previous, _switches.deterministic)
+        _switches = _Switches(previous, *_switches[1:])
 
 
 def is_wanted(name: str) -> bool:
@@ -186,11 +187,28 @@ def deterministic(enabled: bool = True) -> Iterator[None]:
     """
     global _switches
     previous = _switches.deterministic
-    _switches = _Switches(_switches.wanted, bool(enabled))
+    _switches = _switches._replace(deterministic=bool(enabled))
     try:
         yield
     finally:
-        _switches = _Switches(_switches.wanted, previous)
+        _switches = _switches._replace(deterministic=previous)
+
+
+@contextmanager
+def as_large_calls(enabled: bool = True) -> Iterator[None]:
+    """Choose as for large calls, whatever their size: for who gets ready on a few samples what many will need."""
+    global _switches
+    previous = _switches.large
+    _switches = _switches._replace(large=enabled)
+    try:
+        yield
+    finally:
+        _switches = _switches._replace(large=previous)
+
+
+def are_calls_large() -> bool:
+    """Return whether every call counts as a large one: so that results do not depend on the batch, or to get ready."""
+    return _switches.large or _switches.deterministic
 
 
 def is_deterministic() -> bool:

@@ -78,10 +78,15 @@ def of_attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: fl
 
 def is_large(x: Tensor, elements: int) -> bool | None:
     """Return :attr:`Key.large` of a call with ``x``, which is large from so many elements on."""
-    if x.device.type not in _SIZED:
+    if not sizes_count(x.device):
         return None
     # A choice that depended on the batch would make its results depend on it, and a compiler compile for every batch
-    return dispatch.is_deterministic() or torch.compiler.is_compiling() or x.numel() >= elements
+    return dispatch.are_calls_large() or torch.compiler.is_compiling() or x.numel() >= elements
+
+
+def sizes_count(device: torch.device) -> bool:
+    """Return whether small calls and large ones are of two classes on a device."""
+    return device.type in _SIZED
 
 
 def modes(x: Tensor) -> dict[str, bool]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import clipfast
+from clipfast.ops import dispatch, keys, plan
 
 TEXT = {"context_length": 8, "vocab_size": 50, "width": 64, "layers": 2, "heads": 2}
 VIT = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
@@ -55,6 +56,26 @@ def test_inputs_are_those_that_are_given() -> None:
     with clipfast.exact_shortcuts(False):
         clipfast.warm_up(model, images=torch.zeros(5, 3, 16, 16), tokens=tokens)
     assert shapes == [(5, 3, 16, 16), (3, 5)]
+
+
+def test_a_few_samples_get_ready_what_large_batches_will_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(VIT)
+    monkeypatch.setattr(keys, "_SIZED", {"cpu"})
+    dispatch.forget_choices()
+    asked: dict[bool | None, set[str]] = {}
+    decision = plan.decision
+
+    def ask(op: str, key: Any, *rest: Any) -> plan.Decision:
+        asked.setdefault(key.large, set()).add(op)
+        return decision(op, key, *rest)
+
+    monkeypatch.setattr(plan, "decision", ask)
+    # with gradients no encoder takes a whole tower
+    clipfast.warm_up(model, training=True)
+    monkeypatch.undo()
+    dispatch.forget_choices()
+    assert asked[True] == asked[False] == {"layer_norm", "add_layer_norm", "bias_gelu", "attention"}
+    assert not dispatch.are_calls_large()
 
 
 def test_towers_alone_and_wrapped_models() -> None:
