@@ -49,18 +49,19 @@ def kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str = "none") -> bool
         bias: ``[H]``, the layer's.
         approximate: As for :func:`bias_gelu`.
     """
-    width, rows = bias.shape[0], x.shape[:-1]
-    signature = (
-        "adds bias", approximate, width, rows.numel() * width >= _WIDER * LARGE, x.dtype, x.device, bias.dtype,
-        bias.get_device(), keys.moment(x),
-    )  # fmt: skip
-    known = dispatch.remembered("bias_gelu", signature)
-    if known is not None:
-        return known
+    return dispatch.remembered("bias_gelu", _signature_of_layer, _kernel_adds_bias, x, bias, approximate)
+
+
+def _signature_of_layer(x: Tensor, bias: Tensor, approximate: str) -> tuple[Any, ...]:
+    width = bias.shape[0]
+    where = None if x.is_cpu else (x.shape[:-1].numel() * width >= _WIDER * LARGE, x.device, bias.get_device())
+    return "adds bias", approximate, width, x.dtype, bias.dtype, where, keys.moment(x)
+
+
+def _kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str) -> bool:
     # what the product will look like, without its memory
-    product = x.new_empty((), dtype=keys.autocast_dtype(x) or x.dtype).expand(*rows, width)
-    adds = dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
-    return dispatch.remember("bias_gelu", signature, adds, product, bias)
+    product = x.new_empty((), dtype=keys.autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], bias.shape[0])
+    return dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
 
 
 def check_approximate(approximate: str, owner: str) -> str:

@@ -13,54 +13,67 @@ exported or watched by a dispatch mode, nor while a CUDA graph is captured.
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from clipfast.ops import plan, rules
+from clipfast.ops import plan, rules, switches
+from clipfast.ops.switches import (
+    BACKENDS,
+    FallbackWarning,
+    Switches,
+    are_calls_large,
+    as_large_calls,
+    backend,
+    constant_when_compiled,
+    deterministic,
+    environment_switch,
+    is_deterministic,
+    is_wanted,
+)
+
+__all__ = [
+    "BACKENDS",
+    "FallbackWarning",
+    "Implementation",
+    "able",
+    "announce_slower",
+    "are_calls_large",
+    "as_large_calls",
+    "backend",
+    "call",
+    "chosen",
+    "constant_when_compiled",
+    "deterministic",
+    "environment_switch",
+    "explain",
+    "forget_choices",
+    "is_deterministic",
+    "is_wanted",
+    "key_of",
+    "leaves_clipfast",
+    "mark_told",
+    "operations",
+    "plannable",
+    "register",
+    "remembered",
+    "serving",
+    "shape_class",
+]
 
 # what runs wherever PyTorch does
 _PLAIN = ("torch", "reference")
-BACKENDS = ("auto", "reference", "torch", "native", "triton")
 # kept choices of an op; shapes that go on changing do not fill the memory
 _MOST = 1024
 
 _is_compiling = torch.compiler.is_compiling
-# half as long; other compilers and exports have a dispatch mode
-_is_dynamo = torch.compiler.is_dynamo_compiling
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
-
-
-def constant_when_compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``torch.compile`` call a function while it compiles, and keep the result.
-
-    ``torch.compiler.assume_constant_result`` sets the same attribute, but imports the compiler, and that Triton.
-    """
-    function._dynamo_marked_constant = True
-    return function
-
-
-def environment_switch(name: str) -> bool:
-    """Return whether an environment variable leaves something on: ``1``, which is its default, or ``0``.
-
-    Raises:
-        ValueError: It is set to something else.
-    """
-    value = os.environ.get(name, "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"{name}: got {value!r}, expected '0' or '1'")
-    return value == "1"
-
-
-class FallbackWarning(UserWarning):
-    """The backend that was asked for cannot serve a call; another one does, with the same results."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +115,7 @@ class _Op:
     def forget(self) -> None:
         """Drop all choices. Those that are being made go to dictionaries that nobody reads any more."""
         self.kept: dict[tuple[Any, ...], dict[Any, Any]] = {}
-        self.current: tuple[_Switches | None, dict[Any, Any]] = None, {}
+        self.current: tuple[Switches | None, dict[Any, Any]] = None, {}
 
     def with_implementations(self, *implementations: Implementation) -> _Op:
         """Return the op with others in the place of its implementations."""
@@ -115,26 +128,6 @@ _announced: set[tuple[str, str, str]] = set()
 _told: set[tuple[str, str]] = set()
 
 
-def _checked(name: str, source: str) -> str:
-    if name not in BACKENDS:
-        raise ValueError(f"{source}: got {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
-    return name
-
-
-class _Switches(NamedTuple):
-    """What is forced: a backend, results that are independent of the batch, choices as for a large one."""
-
-    wanted: str
-    deterministic: bool = False
-    large: bool = False
-
-
-# One for the process, not for a thread or a context: the backward pass recomputes checkpointed blocks in threads of
-# its own, and those must choose as the forward pass did. Every setting is an object of its own: what was chosen while
-# it changed is not kept.
-_switches = _Switches(_checked(os.environ.get("CLIPFAST_BACKEND", "auto"), "CLIPFAST_BACKEND"))
-
-
 def forget_choices() -> None:
     """Choose anew for every call: something else than its arguments has changed that a choice depends on."""
     for op in list(_all):
@@ -142,78 +135,6 @@ def forget_choices() -> None:
 
 
 plan.on_change(forget_choices)
-
-
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Force the implementations of one backend inside a ``with`` block, for the whole process.
-
-    Args:
-        name: ``"auto"`` (what the plan takes), ``"reference"`` (plain PyTorch, the specification), ``"torch"``
-            (PyTorch's fused operators), ``"native"`` (the compiled library) or ``"triton"``.
-
-    The environment variable ``CLIPFAST_BACKEND`` sets the same for a process. A call that the backend cannot
-    serve falls back to ``auto`` and is announced once by a :class:`FallbackWarning`. Run the backward pass inside
-    the block too where activations are checkpointed: it calls the ops again.
-
-    Raises:
-        ValueError: ``name`` is none of these.
-    """
-    global _switches
-    previous = _switches.wanted
-    _switches = _Switches(_checked(name, "backend(name)"), *_switches[1:])
-    try:
-        yield
-    finally:
-        _switches = _Switches(previous, *_switches[1:])
-
-
-def is_wanted(name: str) -> bool:
-    """Return whether a backend was asked for by name."""
-    return _switches.wanted == name
-
-
-@contextmanager
-def deterministic(enabled: bool = True) -> Iterator[None]:
-    """Make embeddings independent of their batch, bitwise, inside a ``with`` block and for the whole process.
-
-    Matrix products add up in an order that depends on how many rows there are, so that an image's features differ in
-    their last digits from batch to batch. Inside the block they do not: the op library's own CPU products have one
-    order of sums for every row, and where those cannot serve (another device or dtype, with gradients, without the
-    library), towers take one image or caption at a time, which is slow. docs/inference.md says what either costs.
-
-    Args:
-        enabled: Whether to; a block with False inside one with True goes back to any order.
-    """
-    global _switches
-    previous = _switches.deterministic
-    _switches = _switches._replace(deterministic=bool(enabled))
-    try:
-        yield
-    finally:
-        _switches = _switches._replace(deterministic=previous)
-
-
-@contextmanager
-def as_large_calls(enabled: bool = True) -> Iterator[None]:
-    """Choose as for large calls, whatever their size: for who gets ready on a few samples what many will need."""
-    global _switches
-    previous = _switches.large
-    _switches = _switches._replace(large=enabled)
-    try:
-        yield
-    finally:
-        _switches = _switches._replace(large=previous)
-
-
-def are_calls_large() -> bool:
-    """Return whether every call counts as a large one: so that results do not depend on the batch, or to get ready."""
-    return _switches.large or _switches.deterministic
-
-
-def is_deterministic() -> bool:
-    """Return whether results may not depend on the batch."""
-    return _switches.deterministic
 
 
 def register(
@@ -252,9 +173,9 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
     entry = _ops[op]
     # the cheapest first: this is all that a call pays for its choice
-    if not (_is_dynamo() or _dispatch_modes() or _is_tracing() or kwargs):
-        switches, choices = entry.current
-        if switches is not _switches:
+    if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs):
+        setting, choices = entry.current
+        if setting is not switches.current:
             choices = _choices(entry)[1]
         try:
             run = choices[entry.signature(*args)]
@@ -269,34 +190,35 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
 def _first(op: str, entry: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check arguments and run what serves them, which is kept for others like them."""
     watched = _is_watched()
-    switches, choices = (None, {}) if watched else _choices(entry)
+    setting, choices = (None, {}) if watched else _choices(entry)
     request = entry.prepare(*args, **kwargs)
     choice = _choose(op, request)
     # not where a backend is not to be had: that is announced
-    if not watched and not kwargs and switches.wanted in ("auto", choice.backend):
+    if not watched and not kwargs and setting.wanted in ("auto", choice.backend):
         with suppress(Exception):
             signature = entry.signature(*args)
             run = choice.run if entry.bind is None else entry.bind(choice.run, request, *args)
-            _keep(switches, choices, signature, run, request)
+            _keep(setting, choices, signature, run, request)
     return choice.run(*request)
 
 
-def remembered(op: str, signature: tuple[Any, ...]) -> Any:
-    """Return what :func:`remember` was given, or None where it has to be found out: as choices of ``op`` are kept."""
-    return None if _is_watched() else _choices(_ops[op])[1].get(signature)
-
-
-def remember(op: str, signature: tuple[Any, ...], value: Any, *tensors: torch.Tensor) -> Any:
-    """Keep and return what follows from choices of ``op`` for calls with these tensors.
+def remembered(op: str, signature: Callable[..., tuple[Any, ...]], find: Callable[..., Any], *args: Any) -> Any:
+    """Return ``find(*args)``, which depends on choices of an op and is kept as those are.
 
     Args:
         op: The op.
-        signature: All else that it depends on.
-        value: What to keep.
-        *tensors: Of the call.
+        signature: Gets the arguments and returns all of them that count, hashable.
+        find: Returns anything but None.
+        *args: The arguments.
     """
-    if not _is_watched():
-        _keep(*_choices(_ops[op]), signature, value, tensors)
+    if _is_watched():
+        return find(*args)
+    setting, choices = _choices(_ops[op])
+    key = signature(*args)
+    value = choices.get(key)
+    if value is None:
+        value = find(*args)
+        _keep(setting, choices, key, value, args)
     return value
 
 
@@ -305,19 +227,22 @@ def _is_watched() -> bool:
     return _is_compiling() or _dispatch_modes() > 0 or leaves_clipfast()
 
 
-def _choices(entry: _Op) -> tuple[_Switches, dict[Any, Any]]:
+def _choices(entry: _Op) -> tuple[Switches, dict[Any, Any]]:
     """Return the switches and the choices that are kept for them."""
-    switches, kept = _switches, entry.kept
-    entry.current = current = switches, kept.setdefault(tuple(switches), {})
-    return current
+    while True:
+        setting, kept = switches.current, entry.kept
+        entry.current = current = setting, kept.setdefault(tuple(setting), {})
+        # not what another thread has dropped meanwhile
+        if entry.kept is kept:
+            return current
 
 
 def _keep(
-    switches: _Switches, choices: dict[Any, Any], signature: tuple[Any, ...], value: Any, request: tuple[Any, ...]
+    setting: Switches, choices: dict[Any, Any], signature: tuple[Any, ...], value: Any, request: tuple[Any, ...]
 ) -> None:
     """Keep what was chosen, unless it depends on something of the moment or the switches have changed meanwhile."""
     devices = {x.device for x in request if isinstance(x, torch.Tensor)}
-    if switches is _switches and not any(ask(device) for ask in momentary for device in devices):
+    if setting is switches.current and not any(ask(device) for ask in momentary for device in devices):
         if len(choices) >= _MOST:
             choices.clear()
         choices[signature] = value
@@ -373,7 +298,7 @@ def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
     if leaves_clipfast():
         # before the sizes are looked at: the number of rows may be none yet
         return next(c for c in _ops[op].implementations if c.backend in _PLAIN and c.refusal(*request) is None)
-    candidates, wanted = _ops[op].implementations, _switches.wanted
+    candidates, wanted = _ops[op].implementations, switches.current.wanted
     if wanted != "auto":
         reason = f"it has no {wanted} implementation"
         for candidate in candidates:
@@ -416,7 +341,7 @@ def mark_told(op: str, reason: str) -> None:
 
 
 def _announce(op: str, reason: str) -> None:
-    wanted = _switches.wanted
+    wanted = switches.current.wanted
     key = (op, wanted, reason)
     if key not in _announced and (op, reason) not in _told and not torch.compiler.is_compiling():
         _announced.add(key)

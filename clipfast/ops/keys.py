@@ -70,7 +70,7 @@ def of_attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: fl
         (name_of(qkv.dtype),),
         **modes(qkv),
         large=is_large(qkv, 3 * LARGE),  # three values a channel of the stream
-        width=qkv.shape[-1],
+        width=int(qkv.shape[-1]),
         tokens=tokens,
         causal=bool(causal),
     )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import clipfast
 from clipfast import ops
@@ -283,15 +284,15 @@ def test_a_backend_that_is_not_to_be_had_is_looked_for_again(spy: Spy) -> None:
     assert spy.served[-1] == "triton"
 
 
-def test_a_choice_that_was_made_while_the_switches_changed_is_not_kept(spy: Spy) -> None:
+@pytest.mark.parametrize("change", [clipfast.deterministic, dispatch.forget_choices], ids=["a switch", "an event"])
+def test_a_choice_is_not_kept_if_something_changed_while_it_was_made(spy: Spy, change: Callable[[], Any]) -> None:
     entry = dispatch._ops["double"]
     check = entry.prepare
 
     def meanwhile(x: Tensor) -> tuple[Tensor]:
         # as another thread would
-        with clipfast.backend("reference"):
-            pass
-        return check(x)
+        with change() or nullcontext():
+            return check(x)
 
     entry.prepare = meanwhile
     assert spy.checks_of(X) == 3
@@ -434,6 +435,30 @@ def test_no_error_is_lost_behind_right_calls(what: str) -> None:
         for _ in range(2):
             with pytest.raises((TypeError, ValueError), match=message):
                 call()
+
+
+class _Layers(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        one = x.new_ones(64)
+        hidden = ops.bias_gelu(x, one) if kernel_adds_bias(x, one) else ops.bias_gelu(x + one)
+        hidden = ops.add_layer_norm(hidden, ops.layer_norm(x, one, one), one, one)[0]
+        read = ops.single_query_attention(hidden[:, 0], hidden, hidden, 2)
+        return read + ops.attention(hidden.repeat(1, 1, 3), 2)[:, 0]
+
+
+@pytest.mark.parametrize("how", ["export", "strict export", "make_fx"])
+def test_what_is_traced_for_any_batch_stays_so(how: str) -> None:
+    """A signature asks for sizes, which would make constants of symbols."""
+    model, x = _Layers(), _random(3, 7, 64)
+    model(x)
+    if how == "make_fx":
+        traced = make_fx(model, tracing_mode="symbolic")(x)
+    else:
+        shapes = ({0: torch.export.Dim("batch")},)
+        traced = torch.export.export(model, (x,), dynamic_shapes=shapes, strict=how == "strict export").module()
+    for batch in (2, 5):
+        x = _random(batch, 7, 64)
+        torch.testing.assert_close(traced(x), model(x))
 
 
 def test_kernel_adds_bias_follows_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
