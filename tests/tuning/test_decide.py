@@ -71,6 +71,17 @@ def test_a_noisy_small_lead_does_not_win(noise: str, rounds: int) -> None:
         assert not compare(noisy(drawn, noise, rounds, 1.03), noisy(drawn, noise, rounds)).wins
 
 
+def test_a_lead_that_noise_lifts_over_5_percent_rarely_wins() -> None:
+    drawn = random.Random(0)
+
+    def times(mean: float) -> Times:
+        found = [mean * drawn.gauss(1, 0.015) for _ in range(31)]
+        return Times(found, found)
+
+    # the median says 5% in one case of six
+    assert sum(compare(times(1.045), times(1)).wins for _ in range(300)) < 10
+
+
 def test_a_lead_of_20_percent_is_seen_through_noise() -> None:
     drawn = random.Random(0)
     wins = [compare(noisy(drawn, "normal", 31, 1.2), noisy(drawn, "normal", 31)).wins for _ in range(300)]
