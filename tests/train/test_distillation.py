@@ -87,11 +87,13 @@ def test_a_run_with_a_teacher(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(values))
     torch.manual_seed(0)
     save_file(clipfast.create_model(tmp_path / "wide.json").state_dict(), tmp_path / "wide.safetensors")
+    data = tmp_path / "data"
+    data.mkdir()
     for i in range(8):
-        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"red {i}")
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"red {i}")
     settings = {
-        "data": str(tmp_path),
+        "data": str(data),
         "model": str(tmp_path / "tiny.json"),
         "steps": 2,
         "batch_size": 4,

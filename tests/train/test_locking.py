@@ -237,10 +237,12 @@ def test_a_run_writes_what_is_frozen_as_it_came(tmp_path):
     (tmp_path / "tiny.json").write_text(json.dumps(config))
     before = clipfast.create_model(config).state_dict()
     save_file(before, tmp_path / "start.safetensors")
+    data = tmp_path / "data"
+    data.mkdir()
     for i in range(8):
-        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"red {i}")
-    flags = ["--data", str(tmp_path), "--model", str(tmp_path / "tiny.json"), "--output", str(tmp_path / "run")]
+        Image.new("RGB", (16, 16), (30 * i, 0, 0)).save(data / f"{i}.png")
+        (data / f"{i}.txt").write_text(f"red {i}")
+    flags = ["--data", str(data), "--model", str(tmp_path / "tiny.json"), "--output", str(tmp_path / "run")]
     flags += ["--weights", str(tmp_path / "start.safetensors"), "--batch-size", "4", "--save-every", "2"]
     flags += ["--device", "cpu", "--workers", "0", "--no-tensorboard", "--precision", "pure_bf16", "--ema-decay", "0.5"]
     flags += ["--lock-image", "--lock-image-unlocked-groups", "1", "--label-smoothing", "0.1"]
