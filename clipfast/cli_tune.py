@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipfast.console import echo, make_console
+
 if TYPE_CHECKING:
     from clipfast.tuning.run import Report
 
@@ -42,12 +44,11 @@ def tune(
     where the file cannot be written (the results are printed all the same); with 130 after Ctrl-C.
     """
     try:
-        from rich.console import Console
-
+        from clipfast.notices import error_console
         from clipfast.tuning.progress import TuningProgress
         from clipfast.tuning.run import tune as measure
 
-        with TuningProgress(Console(stderr=True)) as progress:
+        with TuningProgress(error_console()) as progress:
             report = measure(
                 [*(model or []), *(more_models or [])] or None,
                 device=None if device == "auto" else device,
@@ -57,11 +58,11 @@ def tune(
                 progress=progress,
             )
     except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
+        echo(f"error: {error}", err=True)
         raise typer.Exit(UNUSABLE) from error
     from clipfast.tuning.progress import render
 
-    Console().print(render(report))
+    make_console().print(render(report))
     if share:
         _share(report)
     raise typer.Exit(_exit_code(report))
@@ -83,24 +84,24 @@ def _share(report: Report) -> None:
     from clipfast.tuning import records
 
     if not report.lines:
-        typer.echo("nothing to share: nothing was measured")
+        echo("nothing to share: nothing was measured")
         return
     record = records.record_of(report, datetime.date.today().isoformat())
     entry = records.entry_of(record)
     if entry is None:
-        typer.echo("\nno entry for clipfast/ops/measured.py, because a CPU's name does not say what it is")
+        echo("\nno entry for clipfast/ops/measured.py, because a CPU's name does not say what it is")
     else:
-        typer.echo(f"\nto add to clipfast/ops/measured.py:\n\n{entry}")
+        echo(f"\nto add to clipfast/ops/measured.py:\n\n{entry}")
     place = Path("benchmarks") / "results"
     path = records.path_of(record)
     # from a clone, where it belongs; elsewhere beside the user
     path = place / path if place.is_dir() else Path(f"{path.parts[0]}-{path.name}")
     try:
         records.write_record(path, record)
-        typer.echo(f"\nwrote the record {path}; docs/tuning.md says how to send both")
+        echo(f"\nwrote the record {path}; docs/tuning.md says how to send both")
     except OSError as error:
-        typer.echo(f"\nthe record cannot be written ({error.strerror or error}); this is it:")
-        typer.echo(json.dumps(record, ensure_ascii=False))
+        echo(f"\nthe record cannot be written ({error.strerror or error}); this is it:")
+        echo(json.dumps(record, ensure_ascii=False))
 
 
 def add_tune_command(app: typer.Typer) -> None:
