@@ -45,7 +45,7 @@ BAD = {
     "encoding": ["", "utf-9"],
 }
 FREE = {name for name, kind in HINTS.items() if bool in (kind, *get_args(kind)) and name not in BAD}
-TEXTS = {name for name, kind in HINTS.items() if str in (kind, *get_args(kind)) and name not in BAD}
+TEXTS = [name for name, kind in HINTS.items() if str in (kind, *get_args(kind)) and name not in BAD]
 BAD |= {name: ["", " ", 3] for name in TEXTS}
 
 
