@@ -7,9 +7,9 @@ forced stands above the plan, in :mod:`clipfast.ops.dispatch`; so does what an i
 A device's part is read when it is first asked for, and stays as it is until :func:`reset` or :func:`adopt`: what tunes
 or writes a file afterwards changes no choice of a running process. Ranks of one run share rank 0's plan: ::
 
-    texts = gather(plan.export())           # of all ranks
+    texts = gather(plan.export(device))     # of all ranks
     plan.adopt(plan.merge(texts))           # the same on every rank: the devices of texts[0], what any rank refuses
-    log(plan.digest())
+    log(plan.digest(device))
 
 A change is a new :data:`generation`, which ``torch.compile`` guards on.
 """
