@@ -11,11 +11,10 @@ import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import contrastive_autograd, contrastive_cuda, contrastive_kernels, dispatch, fallback, keys
+from clipfast.ops import contrastive_autograd, contrastive_cuda, contrastive_kernels, dispatch, fallback
 from clipfast.ops.contrastive_arguments import Options, check_features, prepare
 from clipfast.ops.contrastive_autograd import Plan
 from clipfast.ops.contrastive_ranks import Ranks, TextExchange, meet
-from clipfast.ops.rules import WIDTHS, Key, bound
 
 
 class ContrastiveAccuracy(NamedTuple):
@@ -321,12 +320,6 @@ def _announce(op: str, image_features: Tensor) -> None:
         dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
 
 
-def _key(op: str, image_features: Tensor, *_: object) -> Key:
-    # whatever a rank's share of the batch is: all ranks have to choose the same
-    width = bound(image_features.shape[1], WIDTHS)
-    return Key(op, (keys.name_of(image_features.dtype),), **keys.modes(image_features), width=width)
-
-
 for _op, _implementations in (
     ("contrastive_loss", (_native, _chunked, _reference)),
     ("siglip_loss", (_siglip_native, _siglip_chunked, _siglip_reference)),
@@ -340,5 +333,4 @@ for _op, _implementations in (
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         # never for its speed: it holds all logits
         dispatch.Implementation("reference", "all logits at once, in PyTorch", _implementations[2], planned=False),
-        key=functools.partial(_key, _op),
     )
