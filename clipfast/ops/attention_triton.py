@@ -63,6 +63,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+# every launch on a card asks for it: its name is put together once
+@functools.cache
 def _trial(
     device: torch.device,
     dtype: torch.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -113,10 +114,17 @@ def _plain_backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str
 
 def _trial(x: Tensor, bias: Tensor | None, approximate: str, backward: bool) -> trust.Trial:
     """Return how the kernel that a call gets is checked."""
-    key = (approximate, x.shape[-1], x.dtype, None if bias is None else bias.dtype)
-    device, direction = x.device, "backward" if backward else "forward"
-    added = "" if bias is None else f", bias {str(bias.dtype).removeprefix('torch.')}"
-    name = f"bias_gelu {direction}, {approximate}, width {x.shape[-1]}, {str(x.dtype).removeprefix('torch.')}{added}"
+    return _trial_of(x.device, backward, approximate, x.shape[-1], x.dtype, None if bias is None else bias.dtype)
+
+
+# every launch on a card asks for it: its name is put together once
+@functools.cache
+def _trial_of(
+    device: torch.device, backward: bool, approximate: str, width: int, x: torch.dtype, bias: torch.dtype | None
+) -> trust.Trial:
+    key, direction = (approximate, width, x, bias), "backward" if backward else "forward"
+    added = "" if bias is None else f", bias {str(bias).removeprefix('torch.')}"
+    name = f"bias_gelu {direction}, {approximate}, width {width}, {str(x).removeprefix('torch.')}{added}"
     return trust.Trial(name, key, lambda programs: _probe(device, programs, *key, backward))
 
 

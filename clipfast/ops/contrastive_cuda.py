@@ -5,6 +5,7 @@ They are operators of their own, so that a compiled model, which calls operators
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,7 +55,11 @@ kernels = Kernels(*(_define(field) for field in Kernels._fields))
 
 def trial(op: str, image: Tensor) -> trust.Trial:
     """Return how the kernels that a loss gets are checked."""
-    device, dtype, width = image.device, image.dtype, image.shape[1]
+    return _trial_of(op, image.device, image.dtype, image.shape[1])
+
+
+@functools.cache
+def _trial_of(op: str, device: torch.device, dtype: torch.dtype, width: int) -> trust.Trial:
     name = f"{op} by the op library, width {width}, {str(dtype).removeprefix('torch.')}"
     return trust.Trial(name, (op, dtype, width), lambda programs: _probe(op, device, dtype, width, programs))
 

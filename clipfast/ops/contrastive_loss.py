@@ -17,14 +17,12 @@ from clipfast.ops import (
     contrastive_reference,
     dispatch,
     fallback,
-    keys,
 )
 from clipfast.ops.contrastive_arguments import ContrastiveAccuracy, Options, check_features, prepare
 from clipfast.ops.contrastive_autograd import Plan
 from clipfast.ops.contrastive_ranks import TextExchange, meet
 from clipfast.ops.contrastive_reference import share, texts_of
 from clipfast.ops.contrastive_targets import corrections
-from clipfast.ops.rules import WIDTHS, Key, bound
 
 
 def contrastive_loss(
@@ -293,13 +291,6 @@ def announce_chunks(op: str, image_features: Tensor) -> None:
         dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
 
 
-def key_of_loss(op: str, image_features: Tensor, *_: object) -> Key:
-    """Return the class of a loss' calls."""
-    # whatever a rank's share of the batch is: all ranks have to choose the same
-    width = bound(image_features.shape[1], WIDTHS)
-    return Key(op, (keys.name_of(image_features.dtype),), **keys.modes(image_features), width=width)
-
-
 for _op, _implementations in (
     ("contrastive_loss", (_native, _chunked, contrastive_reference.contrastive_loss)),
     ("siglip_loss", (_siglip_native, _siglip_chunked, contrastive_reference.siglip_loss)),
@@ -313,5 +304,4 @@ for _op, _implementations in (
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         # never for its speed: it holds all logits
         dispatch.Implementation("reference", "all logits at once, in PyTorch", _implementations[2], planned=False),
-        key=functools.partial(key_of_loss, _op),
     )

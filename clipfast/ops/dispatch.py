@@ -152,8 +152,8 @@ def register(
         prepare: Checks the arguments of the public function and returns those of the implementations.
         *implementations: In the order in which they are tried where the plan's own cannot serve; the last serves every
             call.
-        key: Gets the implementations' arguments and returns what of them decides: by default the first tensor's dtype,
-            and whether gradients are recorded or autocast is on.
+        key: Gets the implementations' arguments and returns what of them decides: by default the first tensor's dtype
+            and width, and whether gradients are recorded or autocast is on.
         signature: Gets the arguments of :func:`call` and returns, at little cost, all of them that ``prepare``, ``key``
             and the implementations' refusals look at, hashable; it need not check anything. By default nothing is kept.
         bind: Gets an implementation, the arguments that ``prepare`` made for it and those of :func:`call`; returns a
@@ -165,8 +165,10 @@ def register(
 
 def _key(op: str, *request: Any) -> rules.Key:
     first = next(argument for argument in request if isinstance(argument, torch.Tensor))
-    autocast = torch.is_autocast_enabled(first.device.type)
-    return rules.Key(op, (str(first.dtype).removeprefix("torch."),), torch.is_grad_enabled(), autocast)
+    modes = {"training": torch.is_grad_enabled(), "autocast": torch.is_autocast_enabled(first.device.type)}
+    width = rules.bound(first.shape[-1], rules.WIDTHS)
+    # no size: the ranks of a loss have to choose alike, whatever their shares of the batch are
+    return rules.Key(op, (str(first.dtype).removeprefix("torch."),), **modes, width=width)
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:

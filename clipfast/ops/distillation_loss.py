@@ -7,7 +7,6 @@ of the teacher's logits gives ``τ·T`` and ``τᵀ·I``, of O(B·D), which are 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ from clipfast.ops.contrastive_loss import (
     announce_chunks,
     as_rows,
     as_scalar,
-    key_of_loss,
     native_kernels,
     native_refusal,
 )
@@ -250,6 +248,4 @@ dispatch.register(
     dispatch.Implementation("torch", "tiles in PyTorch", _chunked),
     # never for its speed: it holds all logits
     dispatch.Implementation("reference", "all logits at once, in PyTorch", _reference, planned=False),
-    # its tiles are those of the contrastive loss
-    key=functools.partial(key_of_loss, "contrastive_loss"),
 )

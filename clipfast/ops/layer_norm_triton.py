@@ -48,6 +48,8 @@ def _fake_add_backward(
     return stream.new_empty(stream.shape, dtype=x_dtype), other, *parameters
 
 
+# every launch on a card asks for it: its name is put together once
+@functools.cache
 def _trial(
     device: torch.device,
     width: int,

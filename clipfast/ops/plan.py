@@ -7,9 +7,9 @@ forced stands above the plan, in :mod:`clipfast.ops.dispatch`; so does what an i
 A device's part is read when it is first asked for, and stays as it is until :func:`reset` or :func:`adopt`: what tunes
 or writes a file afterwards changes no choice of a running process. Ranks of one run share rank 0's plan: ::
 
-    texts = gather(plan.export())           # of all ranks
+    texts = gather(plan.export(device))     # of all ranks
     plan.adopt(plan.merge(texts))           # the same on every rank: the devices of texts[0], what any rank refuses
-    log(plan.digest())
+    log(plan.digest(device))
 
 A change is a new :data:`generation`, which ``torch.compile`` guards on.
 """
@@ -156,7 +156,7 @@ def _found(device: torch.device) -> _Part:
 def machine_of(device: torch.device) -> rules.Machine:
     """Return what the rule knows a device by."""
     if device.type == "cuda" and torch.version.hip is None:
-        return rules.Machine("cuda", torch.cuda.get_device_capability(device.index))
+        return rules.Machine("cuda", _of_card(torch.cuda.get_device_capability, device))
     if device.type == "cpu":
         return rules.Machine("cpu", amx=torch.cpu._is_amx_tile_supported())
     return rules.Machine(device.type)
@@ -164,7 +164,15 @@ def machine_of(device: torch.device) -> rules.Machine:
 
 def name_of(device: torch.device) -> str:
     """Return what the table of measurements knows a device by: a card's name, or the type of device."""
-    return torch.cuda.get_device_name(device.index) if device.type == "cuda" else device.type
+    return (device.type == "cuda" and _of_card(torch.cuda.get_device_name, device)) or device.type
+
+
+def _of_card(ask: Callable[..., Any], device: torch.device) -> Any:
+    """Return what a card tells, or None where there is none: fake tensors may be of a card that is not here."""
+    try:
+        return ask(device.index)
+    except (AssertionError, RuntimeError):
+        return None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -437,6 +437,15 @@ def test_no_error_is_lost_behind_right_calls(what: str) -> None:
                 call()
 
 
+def test_offsets_are_checked_every_time_for_kernels_too() -> None:
+    # PyTorch's implementation checks them again, kernels read past the end
+    with torch.no_grad(), clipfast.backend("triton"):
+        for _ in range(2):
+            ops.attention(_PACKED, 2, cu_seqlens=_offsets(4, 9))
+            with pytest.raises(ValueError, match="expected offsets"):
+                ops.attention(_PACKED, 2, cu_seqlens=_offsets(4, 10))
+
+
 class _Layers(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         one = x.new_ones(64)

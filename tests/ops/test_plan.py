@@ -132,6 +132,14 @@ def test_a_device_is_asked_about_once_and_its_plan_stays(monkeypatch: pytest.Mon
     assert dispatch.chosen("layer_norm", X, WEIGHT, WEIGHT) == "reference"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_card_that_is_not_here_gets_the_conservative_choice() -> None:
+    key = rules.Key("layer_norm", ("bfloat16",) * 2, training=True, large=True, width=1024)
+    assert plan.decision("layer_norm", key, torch.device("cuda", 0)).backend == "reference"
+    assert plan.name_of(torch.device("cuda", 0)) == "cuda"
+    assert json.loads(plan.export(torch.device("cuda", 0)))["devices"]["cuda"]["machine"]["capability"] is None
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # ranks
 
