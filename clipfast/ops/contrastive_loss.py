@@ -69,8 +69,8 @@ def contrastive_loss(
         extra_text_features: ``[M, D]`` texts that belong to no image (hard negatives, a queue of earlier texts), M ≥ 0:
             columns of the images' rows, which then have B + M of them, and no rows of their own. They get gradients if
             they want some. With a group, each rank brings its own and every image is held against those of all: what
-            all ranks keep alike, such as one queue, must come from one of them. ``equal_batches`` promises equally many of
-            these too, and that all ranks' want gradients or none.
+            all ranks keep alike, such as one queue, must come from one of them. ``equal_batches`` promises equally many
+            of these too, and that all ranks' want gradients or none.
 
     Returns:
         A scalar, in float32 at least: logits and sums are taken in float32 for half-precision features. With
