@@ -11,6 +11,9 @@
 # job that is queued again goes on there (resume = "auto"). Every node sees the data and the output folder.
 set -euo pipefail
 
+# as long as Slurm waits: torchrun kills ranks that still save after 30 seconds otherwise
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
+
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 
 # without exec in the inner shell, the signal would end that shell and not torchrun

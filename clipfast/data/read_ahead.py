@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from clipfast.data.pairs import PairError
 from clipfast.data.transform import ImageError
+from clipfast.settings import at_least, between, check_setting
 
 T = TypeVar("T")
 
@@ -37,8 +38,8 @@ def read_ahead(
     Raises:
         ValueError: ``workers`` is negative, or ``ahead`` is not positive.
     """
-    if workers < 0 or ahead < 1:
-        raise ValueError(f"workers, ahead: got {workers} and {ahead}, expected at least 0 and 1")
+    check_setting("workers", workers, int, between(0, 1000))
+    check_setting("ahead", ahead, int, at_least(1))
     return _read_ahead(read, iter(rows), workers, ahead)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,7 @@ def linear_probe(
     if len(np.unique(train_labels)) < 2:
         raise ValueError("train_labels: got one class, expected at least two")
     candidates = [float(c)] if isinstance(c, (int, float)) else sorted(map(float, c))
-    if not candidates or min(candidates) <= 0:
+    if not candidates or not all(0 < value < math.inf for value in candidates):
         raise ValueError(f"c: got {c!r}, expected positive numbers")
     if len(candidates) > 1:
         chosen = _choose(candidates, train_features, train_labels, validation_share, max_iterations, seed, on_fit)

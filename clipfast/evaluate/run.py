@@ -36,6 +36,7 @@ from clipfast.evaluate.zero_shot import zero_shot_accuracy
 from clipfast.files import write_atomically
 from clipfast.models.clip import CLIP
 from clipfast.progress import RowProgress
+from clipfast.settings import at_least, between, check_setting
 
 Task = Literal["auto", "zero-shot", "retrieval", "linear-probe"]
 TASKS = ("auto", "zero-shot", "retrieval", "linear-probe")
@@ -85,6 +86,10 @@ class Reading:
     workers: int = 2
     console: Console | None = None
     options: DataOptions = field(default_factory=DataOptions)
+
+    def __post_init__(self) -> None:
+        check_setting("batch_size", self.batch_size, int, at_least(1))
+        check_setting("workers", self.workers, int, between(0, 1000))
 
 
 def evaluate(

@@ -50,7 +50,7 @@ def test_other_exceptions_are_raised_and_threads_end():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="got -1 and 4"):
+    with pytest.raises(ValueError, match="workers: got -1, expected 0 to"):
         read_ahead(int, range(3), workers=-1, ahead=4)
-    with pytest.raises(ValueError, match="got 1 and 0"):
+    with pytest.raises(ValueError, match="ahead: got 0, expected at least 1"):
         read_ahead(int, range(3), workers=1, ahead=0)

@@ -129,7 +129,9 @@ def test_seed_decides_everything(tiny, tmp_path, monkeypatch):
     ("options", "message"),
     [
         ({"steps": 0}, "steps: got 0"),
-        ({"batch_size": 1}, "batch_size: got 1, expected 2 to"),
+        ({"batch_size": 1}, "batch_size: got 1, expected at least 2"),
+        ({"seed": -1}, "seed: got -1, expected 0 to"),
+        ({"image_size": 0}, "image_size: got 0, expected at least 1"),
         ({"batch_size": 100_000}, "batch_size: got 100000"),
         ({"model": "ViT-B-23"}, "ViT-B-32"),
         ({"image_size": 20}, "20×20, expected multiples of patch_size = 8"),

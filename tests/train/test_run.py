@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_costs_no_more_than_its_steps(place, tmp_path):
 
 def test_bad_pairs_are_counted_and_named(place, tmp_path):
     pairs = [Pair(str(i), picture(i), f"pair {i}") for i in range(12)]
-    pairs[3] = Pair("broken", b"\x89PNG and no more", "broken")
+    pairs[3] = Pair("broken", picture(3)[:60], "broken")
     write_shards(pairs, tmp_path / "shards")
     _, said = train(place, tmp_path / "run", data=str(tmp_path / "shards"), steps=3)
     assert "skipped 2 pairs" in said
