@@ -114,7 +114,11 @@ def test_the_doctor_has_a_line_for_them(reason: str | None, monkeypatch: pytest.
     monkeypatch.setattr(library, "missing_cuda_entry_points", lambda: reason)
     problems: list = []
     report = doctor.basics() | {"library": doctor._library(problems, wants_cuda=True), "cards": []}
-    report |= {"triton": {"version": None, "reason": "not installed"}, "torch": {"version": "2.11.0", "cuda": "13.0"}}
+    report |= {
+        "tuned": {},
+        "triton": {"version": None, "reason": "not installed"},
+        "torch": {"version": "2.11.0", "cuda": "13.0"},
+    }
     expected = "found" if reason is None else "missing (no stream was found)"
     assert f"CUDA entry points: {expected}" in doctor.render(report).splitlines()
     has_cuda = library.build_info()["cuda"] != "none"

@@ -230,8 +230,6 @@ def _call_of(op: str, batch: int, device: str, dtype: torch.dtype = torch.bfloat
         return empty(batch, 768), empty(batch, 50, 768), empty(batch, 50, 768), 12
     if op in ("contrastive_loss", "siglip_loss"):
         return empty(batch, 512), empty(batch, 512), 1.0, None, Options(None, "gather", "mean", False, False)
-    if op == "distillation_loss":
-        return empty(batch, 512), empty(batch, 512), 1.0, empty(batch, 768), empty(batch, 768), 1.0
     assert op == "encoder"
     shapes = ((64,), (64,), (192, 64), (192,), (64, 64), (64,), (64,), (64,), (256, 64), (256,), (64, 256), (64,))
     weights = [torch.empty(shape) for shape in shapes]
