@@ -52,6 +52,7 @@ __all__ = [
     "deterministic",
     "environment_switch",
     "explain",
+    "explanation",
     "forget_choices",
     "is_deterministic",
     "is_wanted",
@@ -322,7 +323,7 @@ def leaves_clipfast() -> bool:
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
-def _plan(op: str, request: tuple[Any, ...]) -> tuple[str, str, str]:
+def _plan(op: str, request: tuple[Any, ...]) -> tuple[str, str, str, str]:
     """Return what the plan decides for a call (:class:`clipfast.ops.plan.Decision`)."""
     device = next(argument.device for argument in request if isinstance(argument, torch.Tensor))
     return _decision(op, tuple(_ops[op].key(*request)), device.type, device.index, plan.generation)
@@ -331,7 +332,7 @@ def _plan(op: str, request: tuple[Any, ...]) -> tuple[str, str, str]:
 @constant_when_compiled
 def _decision(
     op: str, key: tuple[Any, ...], device_type: str, index: int | None, generation: str
-) -> tuple[str, str, str]:
+) -> tuple[str, str, str, str]:
     # compiled code is guarded by the generation that it was decided in
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
     return tuple(plan.decision(op, rules.Key(*key), device, _ops[op].planned))
@@ -374,21 +375,29 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
 
     Returns:
         One line for the implementation that serves the call, one for who decided so (a backend that was asked for, the
-        tuned file, a shipped measurement of this card, or the rule), then one for each of the others, with its reason.
+        tuned file, a shipped measurement of this card, or the rule), one for each of the others with its reason, and
+        where the rule decided, one for why nothing measured did.
 
     Raises:
         ValueError: There is no op of that name.
     """
     if op not in _ops:
         raise ValueError(f"explain(op): got {op!r}, expected one of {', '.join(map(repr, sorted(_ops)))}")
+    lines, advice = explanation(op, *args, **kwargs)
+    return "\n".join([*lines, f"  {advice}"] if advice else lines)
+
+
+def explanation(op: str, *args: Any, **kwargs: Any) -> tuple[list[str], str]:
+    """Return the lines of :func:`explain` but for the last, and that, or nothing: it is about the tuned file."""
     request = _ops[op].prepare(*args, **kwargs)
     serving = _choose(op, request)
+    advice = ""
     lines = [f"{op}: {serving.backend} ({serving.description})"]
     if is_wanted(serving.backend):
         why = f"the {serving.backend} backend was asked for"
         lines.append(f"  because {why}")
     else:
-        backend, authority, sentence = _plan(op, request)
+        backend, authority, sentence, advice = _plan(op, request)
         why = f"{_SPOKE[authority]} takes {serving.backend}"
         if backend != serving.backend:
             why = f"{_SPOKE[authority]} takes {backend}, and {serving.backend} where that cannot serve"
@@ -396,4 +405,4 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     for candidate in _ops[op].implementations:
         if candidate is not serving:
             lines.append(f"  not {candidate.backend} ({candidate.description}): {candidate.refusal(*request) or why}")
-    return "\n".join(lines)
+    return lines, advice

@@ -40,11 +40,13 @@ class Decision(NamedTuple):
         backend: Which one ``auto`` takes, where that can serve the call.
         authority: Who says so: ``"tuned"``, ``"measured"`` or ``"rule"``.
         sentence: The same for a reader.
+        advice: Why no measurement speaks, and what would; empty where one does.
     """
 
     backend: str
     authority: Authority
     sentence: str
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _decide(op: str, key: rules.Key, part: _Part, backends: Sequence[str] | None
         advice = f"{part.tuned_path} has no entry for {name}; `clipfast tune` measures more models"
     else:
         advice = "`clipfast tune` would measure it here"
-    return Decision(verdict.backend, "rule", f"{verdict.says} (the rule for {name}; {advice})")
+    return Decision(verdict.backend, "rule", f"{verdict.says} (the rule for {name})", advice)
 
 
 def part_of(device: torch.device) -> _Part:
