@@ -52,9 +52,9 @@ class _Worker(SpawnProcess):
             super().join()
             return
         patience = _PATIENCE if self.deadline is None else self.deadline - time.monotonic()
-        super().join(max(0.0, min(timeout, patience)))
-        if self.is_alive():
-            with _deaths_expected():
+        with _deaths_expected():
+            super().join(max(0.0, min(timeout, patience)))
+            if self.is_alive():
                 self.kill()
                 super().join(timeout)
 
@@ -136,8 +136,9 @@ def _until_stopped(
     finally:
         if workers is not None:
             workers.hurry()
-        # PyTorch ends the workers when nobody holds their iterator
-        del batches
+        # PyTorch ends the workers when nobody holds their iterator; one with threads of its own may abort as it ends
+        with _deaths_expected():
+            del batches
 
 
 @contextmanager
@@ -155,7 +156,7 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def _deaths_expected() -> Iterator[None]:
-    """Keep PyTorch's handler of SIGCHLD, which takes every worker that was killed for an accident, out of it."""
+    """Keep PyTorch's handler of SIGCHLD out of it: a worker that is killed, or aborts as it ends, is no accident here."""
     number = getattr(signal, "SIGCHLD", None)
     handler = signal.getsignal(number) if number is not None else None
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
