@@ -156,7 +156,7 @@ def _signals_blocked() -> Iterator[None]:
 
 @contextmanager
 def _deaths_expected() -> Iterator[None]:
-    """Keep PyTorch's handler of SIGCHLD out of it: a worker that is killed, or aborts as it ends, is no accident here."""
+    """Keep PyTorch's handler of SIGCHLD out of it: a worker that is killed or aborts as it ends is no accident here."""
     number = getattr(signal, "SIGCHLD", None)
     handler = signal.getsignal(number) if number is not None else None
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
