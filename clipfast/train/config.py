@@ -76,8 +76,10 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(TrainConfig):
+class RunConfig(TrainConfig, DataOptions):
     """A whole run of ``clipfast train``: :class:`TrainConfig` and what is around it.
+
+    The fields of :class:`clipfast.data.options.DataOptions` are about ``data`` and ``val_data`` alike.
 
     Attributes:
         data: The pairs; see :func:`clipfast.data.sources.open_pairs`.
@@ -86,9 +88,6 @@ class RunConfig(TrainConfig):
         model: A name of :func:`clipfast.list_models`, or a JSON file.
         weights: A file of weights to begin with.
         patch_dropout: The share of patches that the image tower leaves out in training.
-        caption_key, image_key, caption_column, image_column, separator, quotes, encoding: What of ``data`` and
-            ``val_data`` is the picture and what the caption; see :class:`clipfast.data.options.DataOptions`.
-        as_open_clip, apply_orientation: How pictures are read; see :func:`clipfast.data.transform.image_transform`.
         distill_model: A teacher, as ``model``: the loss is the contrastive one and the cross-entropy with the teacher's
             logits, added up as in open_clip. It reads the model's pictures and captions: sizes must be the same.
         distill_weights: The teacher's weights.
@@ -115,15 +114,6 @@ class RunConfig(TrainConfig):
     model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
     weights: Annotated[str | None, "A file of weights to begin with."] = None
     patch_dropout: Annotated[float, "The share of patches that the image tower leaves out."] = 0.0
-    caption_key: Annotated[str | None, "Of shards: the extension of captions, or a field of the .json."] = None
-    image_key: Annotated[str | None, "Of shards: the extension of pictures."] = None
-    caption_column: Annotated[str | None, "Of tables and Parquet."] = None
-    image_column: Annotated[str | None, "Of tables and Parquet."] = None
-    separator: Annotated[str | None, "Between the columns of a table; 'tab' is one."] = None
-    quotes: Annotated[bool | None, "Whether quotes around cells of a table count."] = None
-    encoding: Annotated[str | None, "Of texts that are not UTF-8."] = None
-    as_open_clip: Annotated[bool, "Cut grey of more than 8 bits off at 255, as open_clip does."] = False
-    apply_orientation: Annotated[bool, "Turn pictures as their EXIF orientation says."] = False
     distill_model: Annotated[str | None, "A teacher to learn from too, as model."] = None
     distill_weights: Annotated[str | None, "The teacher's weights."] = None
     val_data: Annotated[str | None, "Held-out pairs, as data."] = None
