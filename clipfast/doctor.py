@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import clipfast
+from clipfast.files import short
 
 _MARK = "clipfast-doctor-report:"
 _TIMEOUT = 300
@@ -88,7 +89,7 @@ def basics() -> dict[str, Any]:
     """Return what can be said without PyTorch."""
     return {
         "clipfast": clipfast.__version__,
-        "package": _short(Path(clipfast.__file__).parent),
+        "package": short(Path(clipfast.__file__).parent),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "glibc": platform.libc_ver()[1] or None,
@@ -105,7 +106,7 @@ def _library(problems: list[tuple[str, str]], wants_cuda: bool) -> dict[str, Any
 
     reason = library.unavailable()
     missing = library.missing_cuda_entry_points()
-    found: dict[str, Any] = {"path": _short(library.path()), "reason": reason, "bytes": None}
+    found: dict[str, Any] = {"path": short(library.path()), "reason": reason, "bytes": None}
     found["cuda_entry_points"] = "found" if missing is None else f"missing ({missing})"
     with contextlib.suppress(OSError):
         found["bytes"] = library.path().stat().st_size
@@ -143,7 +144,7 @@ def _tuned(device: Any, problems: list[tuple[str, str]]) -> dict[str, Any]:
             problems.append(("note", f"{device}: the tuned file is not used, the rule decides: {why}"))
         return {"path": None, "reason": why}
     changed, confirmed = (sum(map(len, of_ops.values())) for of_ops in (found.fastest, found.confirmed))
-    made = {"path": tuned.short(found.path), "date": found.date, "days": found.days}
+    made = {"path": short(found.path), "date": found.date, "days": found.days}
     return made | {"reason": None, "changed": changed, "confirmed": confirmed}
 
 
@@ -170,9 +171,9 @@ def _triton(problems: list[tuple[str, str]], wanted: bool) -> dict[str, Any]:
         return {"version": version, "reason": _line(error)}
     folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path(_triton_home()) / ".triton" / "cache")
     if wanted and not _writable(folder):
-        text = f"Triton cannot write its cache {_short(folder)}, and its kernels cannot run: set TRITON_CACHE_DIR"
+        text = f"Triton cannot write its cache {short(folder)}, and its kernels cannot run: set TRITON_CACHE_DIR"
         problems.append(("warning", text))
-    return {"version": version, "reason": None, "cache": _short(folder)}
+    return {"version": version, "reason": None, "cache": short(folder)}
 
 
 def _triton_home() -> str:
@@ -359,12 +360,6 @@ def _report() -> None:
 def _line(error: Any) -> str:
     text = " ".join(str(error).split())[:300]
     return f"{type(error).__name__}: {text}" if isinstance(error, Exception) else text
-
-
-def _short(path: Path) -> str:
-    """Return a path without the name of its user."""
-    home = os.path.expanduser("~")
-    return f"~{str(path)[len(home) :]}" if home != "/" and str(path).startswith(home + os.sep) else str(path)
 
 
 def _first(pattern: str, path: str) -> str | None:

@@ -27,6 +27,13 @@ def cache_folder() -> Path:
         raise OSError(f"no cache folder: {error}; set CLIPFAST_CACHE") from error
 
 
+def short(path: Path) -> str:
+    """Return a path without the name of its user."""
+    home = os.path.expanduser("~")
+    text = str(path)
+    return f"~{text[len(home) :]}" if home != "/" and text.startswith(home + os.sep) else text
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file that takes the place of ``path`` once it is whole and on disk.
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from clipfast.files import cache_folder, write_atomically
+from clipfast.files import cache_folder, short, write_atomically
 from clipfast.ops import tuned_format
 from clipfast.ops.tuned_format import Choice
 
@@ -182,13 +182,6 @@ def _difference(got: Mapping[str, str], expected: Mapping[str, str]) -> str | No
         if got.get(name) != expected[name]:
             return f"it was made for {name} {got.get(name, 'unknown')}, this is {name} {expected[name]}"
     return None
-
-
-def short(path: Path) -> str:
-    """Return a path without the name of its user."""
-    home = os.path.expanduser("~")
-    text = str(path)
-    return f"~{text[len(home) :]}" if home != "/" and text.startswith(home + os.sep) else text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

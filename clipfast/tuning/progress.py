@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from clipfast.files import short
 from clipfast.ops import tuned
 from clipfast.tuning.run import Report, about
 
@@ -98,7 +99,7 @@ def _closing(report: Report) -> list[str]:
     summary = f"{count} of {len(report.lines)} kinds of calls change" if report.lines else "nothing was measured"
     lines.append(f"{summary}; {report.device}, {report.seconds:.0f} s")
     if report.path is not None:
-        lines.append(f"wrote {tuned.short(report.path)}")
+        lines.append(f"wrote {short(report.path)}")
     else:
         lines.append(f"NOT WRITTEN: {report.not_written}; give --output FILE, and set {tuned.VARIABLE}=FILE to use it")
     return lines
