@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 import clipfast
+from clipfast.ops.identity import processor_name
 
 _RIVALS = (
     "triton", "open_clip_torch", "transformers", "timm", "torchvision", "openvino", "liger-kernel", "memeff", "inf-cl",
@@ -25,14 +25,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 def machine_name(device: str) -> str:
     """Return the card's name, or the processor's where the CPU is measured."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        info = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        named = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
-    except OSError:
-        named = None
-    return " ".join(named.group(1).split()) if named else platform.processor() or platform.machine()
+    return torch.cuda.get_device_name() if device == "cuda" else processor_name()
 
 
 def folder_name(machine: str) -> str:

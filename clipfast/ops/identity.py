@@ -50,9 +50,7 @@ def of_software(device_type: str) -> dict[str, str]:
     """Return the versions of what computes on a kind of device, and digests of kernels and op library."""
     found = {"clipfast": clipfast.__version__, "torch": torch.__version__, "library": _library_digest()}
     if device_type == "cuda":
-        found["triton"] = "none"
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found["triton"] = importlib.metadata.version("triton")
+        found["triton"] = _triton_version()
         found["driver"] = _driver()
         found["kernels"] = _kernels_digest()
     return found
@@ -77,6 +75,14 @@ def _cpu_features() -> str:
         if getattr(torch.cpu, ask, bool)():
             found.append(name)
     return ", ".join(found)
+
+
+def _triton_version() -> str:
+    # asked without the import, which takes a second; PyTorch's nightly builds bring it by the second name
+    for name in ("triton", "pytorch-triton"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return "none"
 
 
 def _driver() -> str:

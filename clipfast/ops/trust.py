@@ -27,9 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-import clipfast
 from clipfast.files import write_atomically
-from clipfast.ops import fallback, library, numerics, plan
+from clipfast.ops import fallback, identity, numerics, plan
 from clipfast.ops.dispatch import environment_switch, forget_choices
 
 # launches of a probe, all of which have to give the same bits
@@ -276,30 +275,8 @@ def _cache_folder() -> Path:
 
 @functools.cache
 def _versions(device: torch.device) -> dict[str, str]:
-    versions = {"clipfast": clipfast.__version__, "sources": _sources(), "torch": torch.__version__}
-    with suppress(Exception):
-        import triton
-
-        versions["triton"] = triton.__version__
-    if device.type == "cuda":
-        card = torch.cuda.get_device_properties(device)
-        versions |= {"card": card.name, "capability": f"{card.major}.{card.minor}"}
-        versions["multiprocessors"] = str(card.multi_processor_count)
-        versions["driver"] = str(library.driver_version())
-    return versions
-
-
-def _sources() -> str:
-    """Return a digest of the kernels' source and of the op library."""
-    with suppress(ImportError):
-        import clipfast.kernels
-
-        sources = sorted(Path(next(iter(clipfast.kernels.__path__))).glob("*.py"))
-        digest = hashlib.sha256()
-        for file in [*sources, *([library.path()] if library.path().exists() else [])]:
-            digest.update(file.read_bytes())
-        return digest.hexdigest()
-    return "unknown"
+    # what computes is the same in Triton's interpreter, on the CPU
+    return identity.of_device(device) | identity.of_software("cuda")
 
 
 @functools.cache
