@@ -158,3 +158,8 @@ class DistinctPictures(Pairs):
     def captions(self, index: int) -> Captions:
         """See :class:`PairSource`."""
         return self._source.captions(self._indices[index])
+
+    def read(self, index: int) -> Pair:
+        """See :class:`PairSource`."""
+        # not part by part: a shard is opened once
+        return self._source.read(self._indices[index])
