@@ -6,9 +6,17 @@ import contextlib
 import os
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from clipfast.console import tell
 from clipfast.notices import drawing_on, is_terminal
@@ -39,6 +47,31 @@ def rate_in_words(rate: float) -> str:
     return f"{rate:.0f} a second" if rate >= 10 else f"{rate:.2g} a second"
 
 
+class Bar(Progress):
+    """rich's bars on a terminal, below notices; nothing where they cannot be drawn, so that lines take their place.
+
+    Attributes:
+        draws: Whether they are drawn.
+    """
+
+    def __init__(self, *columns: ProgressColumn, console: Console | None, **options: Any) -> None:
+        self.draws = draws(console)
+        self._notices_above = contextlib.ExitStack()
+        super().__init__(*columns, console=console, disable=not self.draws, **options)
+
+    def start(self) -> None:
+        """Draw; a second call changes nothing."""
+        if self.draws and not self.live.is_started:
+            self._notices_above.enter_context(drawing_on(self.console))
+            super().start()
+
+    def stop(self) -> None:
+        """End drawing, if it began."""
+        if self.live.is_started:
+            super().stop()
+        self._notices_above.close()
+
+
 class RowProgress:
     """Rows done, rows a second and time left: a bar on a terminal; in a file or a pipe, a plain line a minute.
 
@@ -67,8 +100,7 @@ class RowProgress:
         self._seconds_between_lines = seconds_between_lines
         self._at_once = at_once
         self._done = done
-        self._draws = draws(console)
-        self._bar = Progress(
+        self._bar = Bar(
             TextColumn(label, markup=False),
             BarColumn(),
             MofNCompleteColumn(),
@@ -76,34 +108,26 @@ class RowProgress:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
-            disable=not self._draws,
         )
-        self._started_bar = contextlib.ExitStack()
 
     def __enter__(self) -> RowProgress:
         self._started = self._last_line = time.monotonic()
         self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, rate=rate_in_words(0))
         if self._at_once:
-            self._start_bar()
-        return self
-
-    def _start_bar(self) -> None:
-        if self._draws and not self._bar.live.is_started:
-            self._started_bar.enter_context(drawing_on(self._console))
-            self._started_bar.callback(self._bar.stop)
             self._bar.start()
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._started_bar.close()
+        self._bar.stop()
         took = time.monotonic() - self._started
         if kind is None and took >= self._seconds_between_lines:
             self._write(f"took {in_words(took)}", took)
 
     def __call__(self, rows: int) -> None:
         """Count ``rows`` more."""
-        self._start_bar()
+        self._bar.start()
         self._done += rows
         now = time.monotonic()
         took = now - self._started
@@ -117,6 +141,6 @@ class RowProgress:
         return (self._done - self._first) / max(took, 1e-9)
 
     def _write(self, words: str, took: float) -> None:
-        if self._console is not None and not self._draws:
+        if self._console is not None and not self._bar.draws:
             rate = rate_in_words(self._rate(took))
             tell(self._console, f"{self._label} {self._done}/{self._total} · {rate} · {words}")

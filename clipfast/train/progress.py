@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from clipfast.console import tell
-from clipfast.notices import drawing_on
-from clipfast.progress import draws, in_words
+from clipfast.progress import Bar, in_words
 from clipfast.train.engine import StepRecord
 
 
@@ -33,9 +31,7 @@ class TrainingProgress:
         self.console = console
         self.seconds_between_lines = seconds_between_lines
         self._last_line = -float("inf")
-        self._draws = draws(console)
-        self._above = contextlib.ExitStack()
-        self._bar = Progress(
+        self._bar = Bar(
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
@@ -43,13 +39,10 @@ class TrainingProgress:
             TimeRemainingColumn(),
             TextColumn("left"),
             console=console,
-            disable=not self._draws,
         )
 
     def __enter__(self) -> TrainingProgress:
         self._task = self._bar.add_task("training", total=self.steps, completed=self.first, words="")
-        if self._draws:
-            self._above.enter_context(drawing_on(self.console))
         self._bar.start()
         return self
 
@@ -57,7 +50,6 @@ class TrainingProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
-        self._above.close()
 
     def update(self, record: StepRecord) -> None:
         """Show one more step."""
@@ -69,7 +61,7 @@ class TrainingProgress:
         if record.skipped:
             words += f" · {record.skipped} skipped"
         self._bar.update(self._task, completed=record.step, words=words)
-        if self._draws:
+        if self._bar.draws:
             return
         now = time.monotonic()
         if record.step == self.steps or now - self._last_line >= self.seconds_between_lines:

@@ -6,12 +6,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console, Group
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from clipfast.console import tell
 from clipfast.files import short
 from clipfast.ops import tuned
+from clipfast.progress import Bar
 from clipfast.tuning.run import Report, about
 
 
@@ -28,14 +30,13 @@ class TuningProgress:
     def __init__(self, console: Console, *, seconds_between_lines: float = 10.0) -> None:
         self._console, self._seconds_between_lines = console, seconds_between_lines
         self._last_line = -float("inf")
-        self._bar = Progress(
+        self._bar = Bar(
             TextColumn("tuning"),
             BarColumn(),
             TaskProgressColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[what]}"),
             console=console,
-            disable=not console.is_terminal,
             # no thread that draws beside what is being timed
             auto_refresh=False,
         )
@@ -54,9 +55,9 @@ class TuningProgress:
         """Show that so much of the whole is done, and what is next."""
         self._bar.update(self._task, completed=done, total=total, what=what, refresh=True)
         now = time.monotonic()
-        if not self._console.is_terminal and now - self._last_line >= self._seconds_between_lines:
+        if not self._bar.draws and now - self._last_line >= self._seconds_between_lines:
             self._last_line = now
-            self._console.print(f"tuning {100 * done // max(total, 1)}% · {what}", highlight=False, markup=False)
+            tell(self._console, f"tuning {100 * done // max(total, 1)}% · {what}")
 
 
 def render(report: Report) -> Group:
