@@ -16,7 +16,7 @@ from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
 from clipfast.cli_train import ending_on_request as _ending_on_request
 from clipfast.cli_tune import add_tune_command as _add_tune_command
-from clipfast.commands import Commands
+from clipfast.commands import Commands, errors_told
 from clipfast.console import echo
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -55,28 +55,26 @@ def demo(
 
     Takes about four minutes on two CPU cores. Ctrl-C and SIGTERM end training early and keep what was learned.
     """
-    with _ending_on_request() as stop:
-        try:
-            with stop.at_once():
-                from clipfast.train.demo import run_demo
+    with (
+        _ending_on_request() as stop,
+        errors_told(
+            ImportError, ValueError, TypeError, OSError, FloatingPointError, code=1, missing=("the demo needs", "demo")
+        ),
+    ):
+        with stop.at_once():
+            from clipfast.train.demo import run_demo
 
-            run_demo(
-                model=model,
-                steps=steps,
-                batch_size=batch_size,
-                image_size=image_size,
-                learning_rate=learning_rate,
-                precision=precision,
-                device=device,
-                seed=seed,
-                output=output,
-            )
-        except ModuleNotFoundError as error:
-            echo(f"error: the demo needs {error.name}: pip install 'clipfast[demo]'", err=True)
-            raise typer.Exit(1) from error
-        except (ImportError, ValueError, TypeError, OSError, FloatingPointError) as error:
-            echo(f"error: {error}", err=True)
-            raise typer.Exit(1) from error
+        run_demo(
+            model=model,
+            steps=steps,
+            batch_size=batch_size,
+            image_size=image_size,
+            learning_rate=learning_rate,
+            precision=precision,
+            device=device,
+            seed=seed,
+            output=output,
+        )
 
 
 @app.command()
@@ -89,13 +87,10 @@ def convert(
 
     The layout of SOURCE is told by its keys. OpenAI's TorchScript archives are read, but their code is not run.
     """
-    try:
+    with errors_told(ValueError, OSError, code=2):
         from clipfast.models.weights import convert_weights
 
         convert_weights(source, target, layout)
-    except (ValueError, OSError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     echo(f"wrote {target} in the layout of {layout}")
 
 

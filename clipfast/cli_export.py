@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from clipfast.commands import errors_told
 from clipfast.console import echo
 
 
@@ -31,7 +32,7 @@ def export(
     Exits with 0 where every output is within the tolerance of the model in float32, and otherwise with 2 and without
     the file.
     """
-    try:
+    with errors_told(ImportError, ValueError, TypeError, OSError, code=2):
         import json
         from dataclasses import asdict
 
@@ -46,9 +47,6 @@ def export(
             opset=opset,
             tolerance=tolerance,
         )
-    except (ImportError, ValueError, TypeError, OSError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
     echo(json.dumps(asdict(report) | {"path": str(report.path)}, indent=1) if as_json else str(report))
 
 

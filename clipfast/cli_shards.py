@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from clipfast.cli_data import with_data_options
+from clipfast.commands import errors_told
 from clipfast.console import echo
 from clipfast.data.options import DataOptions
 from clipfast.notices import error_console, say
@@ -38,7 +39,7 @@ def shards(
     goes on where it was when it is started again. The emoji become two folders, OUTPUT/train and OUTPUT/held_out:
     compositions that training does not see.
     """
-    try:
+    with errors_told(ImportError, ValueError, OSError, code=1, missing=("shards need", "demo")):
         if source == "emoji" and not Path(source).exists():
             from clipfast.data.emoji_pairs import write_emoji_shards
 
@@ -63,12 +64,6 @@ def shards(
                 workers=workers,
                 on_rows=progress,
             )
-    except ModuleNotFoundError as error:
-        echo(f"error: shards need {error.name}: pip install 'clipfast[demo]'", err=True)
-        raise typer.Exit(1) from error
-    except (ImportError, ValueError, OSError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
     if done.made:
         echo(f"wrote {done.made} of {len(done.shards)} shards to {output}: {done.pairs} pairs")
     else:

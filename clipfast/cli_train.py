@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
+from clipfast.commands import errors_told
 from clipfast.console import echo
 from clipfast.data.workers import ignore_stop_signals
 from clipfast.train.config import RunConfig
@@ -53,7 +54,9 @@ def train(
     the step in progress and keep what was learned; the exit status is 0 then, too.
     """
     with ending_on_request() as stop:
-        try:
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        kinds = (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
+        with errors_told(*kinds, code=1, missing=("training needs", "train"), prefix=rank):
             # one rank of many may not leave before all have agreed to
             with contextlib.nullcontext() if "RANK" in os.environ else stop.at_once():
                 from clipfast.train.config import make_run_config, read_settings
@@ -62,13 +65,6 @@ def train(
             settings = read_settings(config) if config else {}
             given = {name: value for name, value in flags.items() if value is not None}
             run_training(make_run_config(settings | given))
-        except ModuleNotFoundError as error:
-            echo(f"error: training needs {error.name}: pip install 'clipfast[train]'", err=True)
-            raise typer.Exit(1) from error
-        except (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError) as error:
-            rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-            echo(f"error: {rank}{error}", err=True)
-            raise typer.Exit(1) from error
 
 
 @contextlib.contextmanager

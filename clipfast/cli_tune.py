@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from clipfast.commands import errors_told
 from clipfast.console import echo, make_console
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def tune(
     Exits with 0; with 1 where an implementation computes wrong results here; with 2 where the request is wrong; with 3
     where the file cannot be written (the results are printed all the same); with 130 after Ctrl-C.
     """
-    try:
+    with errors_told(ImportError, ValueError, TypeError, OSError, RuntimeError, code=UNUSABLE):
         from clipfast.notices import error_console
         from clipfast.tuning.progress import TuningProgress
         from clipfast.tuning.run import tune as measure
@@ -57,9 +58,6 @@ def tune(
                 seconds=seconds,
                 progress=progress,
             )
-    except (ImportError, ValueError, TypeError, OSError, RuntimeError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(UNUSABLE) from error
     from clipfast.tuning.progress import render
 
     make_console().print(render(report))

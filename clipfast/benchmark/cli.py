@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clipfast.commands import Commands
+from clipfast.commands import Commands, errors_told
 from clipfast.console import echo
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
@@ -20,16 +19,8 @@ def main() -> None:
     """What ``pytest benchmarks/`` measured: compared, and drawn."""
 
 
-@contextmanager
-def _errors_in_a_line() -> Iterator[None]:
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        echo(f"error: the report needs {error.name}: pip install 'clipfast[bench]'", err=True)
-        raise typer.Exit(2) from error
-    except (ValueError, OSError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+def _errors_in_a_line() -> AbstractContextManager[None]:
+    return errors_told(ModuleNotFoundError, ValueError, OSError, code=2, missing=("the report needs", "bench"))
 
 
 @app.command()
