@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_oracle import BIAS, LOSSES, compare, oracle, oracle_in_chunks, run
+from contrastive_oracle import BIAS, LOSSES, TILED, compare, oracle, oracle_in_chunks, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -21,15 +21,6 @@ from torch import Tensor
 from clipfast import ops
 from clipfast.ops import contrastive_kernels, dispatch
 
-TILED = [
-    "torch",
-    pytest.param(
-        "native",
-        marks=pytest.mark.skipif(
-            contrastive_kernels.native is None, reason=f"no op library: {contrastive_kernels.native_unavailable}"
-        ),
-    ),
-]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 

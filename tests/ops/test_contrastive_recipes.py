@@ -9,20 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from contrastive_recipes import RECIPES, Largest, plain_loss, recipe
+from contrastive_oracle import BACKENDS, TILED
+from contrastive_recipes import RECIPES, Largest, assert_all_as_exact, plain_loss, recipe
 from torch import Tensor
 
 from clipfast import ops
 from clipfast.ops import contrastive_kernels
-
-NATIVE = pytest.param(
-    "native",
-    marks=pytest.mark.skipif(
-        contrastive_kernels.native is None, reason=f"no op library: {contrastive_kernels.native_unavailable}"
-    ),
-)
-BACKENDS = ["reference", "torch", NATIVE]
-TILED = ["torch", NATIVE]
 
 
 def batch_of(size: int, extra: int, width: int, dtype: torch.dtype, *, length: float = 1.0) -> list[Tensor]:
@@ -83,12 +75,7 @@ def test_as_near_to_float64_as_the_reference(name: str, scale: float, dtype: tor
             reference = numbers(ops.contrastive_loss, features, name, scale)
         with ops.backend(backend):
             found = numbers(ops.contrastive_loss, features, name, scale)
-        for mine, theirs, value in zip(found, reference, exact, strict=True):
-            assert mine.dtype == theirs.dtype
-            # a scalar is a sum whose terms are of 1 at least
-            natural = max(1.0 if value.dim() == 0 else 0.0, float(value.abs().max()))
-            errors = [float((x.double() - value).abs().max()) for x in (mine, theirs)]
-            assert errors[0] <= 2 * errors[1] + 2 * torch.finfo(mine.dtype).eps * natural, (value.shape, errors)
+        assert_all_as_exact(found, reference, exact)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -6,12 +6,22 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 from clipfast import ops
+from clipfast.ops import contrastive_kernels
 
 BIAS = -3.0
+NATIVE = pytest.param(
+    "native",
+    marks=pytest.mark.skipif(
+        contrastive_kernels.native is None, reason=f"no op library: {contrastive_kernels.native_unavailable}"
+    ),
+)
+TILED = ["torch", NATIVE]
+BACKENDS = ["reference", *TILED]
 LOSSES = {"contrastive": ops.contrastive_loss, "siglip": ops.siglip_loss}
 
 
