@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from clipfast.ops import plan, rules, switches
+from clipfast.ops import keys, plan, rules, switches
 from clipfast.ops.switches import (
     BACKENDS,
     FallbackWarning,
@@ -46,6 +46,7 @@ __all__ = [
     "are_calls_large",
     "as_large_calls",
     "backend",
+    "backends",
     "call",
     "chosen",
     "constant_when_compiled",
@@ -166,10 +167,9 @@ def register(
 
 def _key(op: str, *request: Any) -> rules.Key:
     first = next(argument for argument in request if isinstance(argument, torch.Tensor))
-    modes = {"training": torch.is_grad_enabled(), "autocast": torch.is_autocast_enabled(first.device.type)}
     width = rules.bound(first.shape[-1], rules.WIDTHS)
     # no size: the ranks of a loss have to choose alike, whatever their shares of the batch are
-    return rules.Key(op, (str(first.dtype).removeprefix("torch."),), **modes, width=width)
+    return rules.Key(op, (keys.name_of(first.dtype),), **keys.modes(first), width=width)
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast.ops import dispatch
+from clipfast.ops import switches
 from clipfast.ops.rules import LARGE, LENGTHS, WIDTHS, Key, bound
 
 # devices on which a launch takes as long as a small call
@@ -22,7 +22,7 @@ _INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET") if _environment is no
 
 
 def moment(x: Tensor) -> tuple[Any, ...]:
-    """Return what a choice depends on besides its arguments and the switches of :mod:`clipfast.ops.dispatch`.
+    """Return what a choice depends on besides its arguments and the switches of :mod:`clipfast.ops.switches`.
 
     Args:
         x: A tensor of the call, on whose device it runs.
@@ -81,7 +81,7 @@ def is_large(x: Tensor, elements: int) -> bool | None:
     if not sizes_count(x.device):
         return None
     # A choice that depended on the batch would make its results depend on it, and a compiler compile for every batch
-    return dispatch.are_calls_large() or torch.compiler.is_compiling() or x.numel() >= elements
+    return switches.are_calls_large() or torch.compiler.is_compiling() or x.numel() >= elements
 
 
 def sizes_count(device: torch.device) -> bool:
