@@ -34,9 +34,14 @@ constexpr int64_t read_last = -1, read_all = -2;
 // ---------------------------------------------------------------------------------------------------------------
 // arguments
 
+const EncoderKernels* float32_kernels() {
+    const EncoderKernels* best = encoder_kernels_float32_avx512();
+    return best ? best : encoder_kernels_float32_avx2();
+}
+
 const EncoderKernels& kernels_for(const char* op, ScalarType dtype) {
     const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? encoder_kernels_bfloat16()
-                                    : dtype == ScalarType::Float  ? encoder_kernels_float32()
+                                    : dtype == ScalarType::Float  ? float32_kernels()
                                                                   : nullptr;
     STD_TORCH_CHECK(kernels, op, ": this CPU has no kernels for the dtype of the input");
     return *kernels;
@@ -267,7 +272,7 @@ Tensor encode(const Tensor& x, const Tensor& cu_seqlens, const std::vector<Tenso
     return out;
 }
 
-bool can_encode(bool bfloat16) { return (bfloat16 ? encoder_kernels_bfloat16() : encoder_kernels_float32()) != nullptr; }
+bool can_encode(bool bfloat16) { return (bfloat16 ? encoder_kernels_bfloat16() : float32_kernels()) != nullptr; }
 
 int64_t release_workspace() { return int64_t(workspace_pool().release()); }
 

@@ -34,7 +34,7 @@ struct Head {
 
 struct EncoderKernels {
     int64_t element;  // bytes
-    // a product's work comes in tiles of up to tile_rows rows and 32 columns: those numbered begin..end-1
+    // a product's work comes in tiles of up to tile_rows rows and a panel's columns: those numbered begin..end-1
     int64_t (*tiles)(const Product&);
     void (*product)(const Product&, int64_t begin, int64_t end);
     // weights [columns, terms] to panels; terms is even
@@ -50,8 +50,9 @@ struct EncoderKernels {
     void (*from_float)(const float* from, int64_t count, void* to);
 };
 
-// nullptr where this CPU lacks the instructions (AVX-512; AVX512-BF16 for bfloat16)
-const EncoderKernels* encoder_kernels_float32();
+// nullptr where this CPU lacks the instructions, or is not to use them (instructions.h)
+const EncoderKernels* encoder_kernels_float32_avx512();
+const EncoderKernels* encoder_kernels_float32_avx2();
 const EncoderKernels* encoder_kernels_bfloat16();
 
 }  // namespace clipfast::cpu

@@ -1,0 +1,11 @@
+// The encoder's kernels for float32 on AVX2.
+
+#define CLIPFAST_BFLOAT16 0
+#define CLIPFAST_AVX2 1
+#include "encoder_kernels.h"
+
+namespace clipfast::cpu {
+
+const EncoderKernels* encoder_kernels_float32_avx2() { return kernels_of_this_cpu(); }
+
+}  // namespace clipfast::cpu
