@@ -30,7 +30,7 @@ inline Lanes exponential(Lanes x) {
 
 inline Lanes reciprocal(Lanes x) {
 #if CLIPFAST_BFLOAT16
-    return _mm512_rcp14_ps(x);
+    return rough_reciprocal(x);
 #else
     return all(1.f) / x;
 #endif

@@ -16,6 +16,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -34,13 +35,19 @@ constexpr int64_t read_last = -1, read_all = -2;
 // ---------------------------------------------------------------------------------------------------------------
 // arguments
 
-const EncoderKernels* float32_kernels() {
-    const EncoderKernels* best = encoder_kernels_float32_avx512();
-    return best ? best : encoder_kernels_float32_avx2();
+// the widest that this CPU has, or nullptr
+const EncoderKernels* widest(std::initializer_list<const EncoderKernels*> kernels) {
+    for (const EncoderKernels* k : kernels)
+        if (k) return k;
+    return nullptr;
 }
+const EncoderKernels* float32_kernels() {
+    return widest({encoder_float32_avx512(), encoder_float32_avx2(), encoder_float32_neon()});
+}
+const EncoderKernels* bfloat16_kernels() { return widest({encoder_bfloat16_avx512(), encoder_bfloat16_neon()}); }
 
 const EncoderKernels& kernels_for(const char* op, ScalarType dtype) {
-    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? encoder_kernels_bfloat16()
+    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? bfloat16_kernels()
                                     : dtype == ScalarType::Float  ? float32_kernels()
                                                                   : nullptr;
     STD_TORCH_CHECK(kernels, op, ": this CPU has no kernels for the dtype of the input");
@@ -272,7 +279,7 @@ Tensor encode(const Tensor& x, const Tensor& cu_seqlens, const std::vector<Tenso
     return out;
 }
 
-bool can_encode(bool bfloat16) { return (bfloat16 ? encoder_kernels_bfloat16() : float32_kernels()) != nullptr; }
+bool can_encode(bool bfloat16) { return (bfloat16 ? bfloat16_kernels() : float32_kernels()) != nullptr; }
 
 int64_t release_workspace() { return int64_t(workspace_pool().release()); }
 

@@ -51,8 +51,10 @@ struct EncoderKernels {
 };
 
 // nullptr where this CPU lacks the instructions, or is not to use them (instructions.h)
-const EncoderKernels* encoder_kernels_float32_avx512();
-const EncoderKernels* encoder_kernels_float32_avx2();
-const EncoderKernels* encoder_kernels_bfloat16();
+const EncoderKernels* encoder_float32_avx512();
+const EncoderKernels* encoder_float32_avx2();
+const EncoderKernels* encoder_float32_neon();
+const EncoderKernels* encoder_bfloat16_avx512();
+const EncoderKernels* encoder_bfloat16_neon();
 
 }  // namespace clipfast::cpu

@@ -1,13 +1,19 @@
-// The kernels of encoder.h for one dtype: float32 on AVX-512, or on AVX2 where CLIPFAST_AVX2 is 1, or bfloat16 on
-// AVX512-BF16 where CLIPFAST_BFLOAT16 is 1. Each of the three has a file that sets them, includes this and names the
-// result.
+// The kernels of encoder.h for one dtype and one set of instructions. A file for each pair says what it may use, includes
+// this and names the result:
+//
+//     CLIPFAST_LANES         16 on AVX-512, 8 on AVX2, 4 on NEON
+//     CLIPFAST_BFLOAT16      1 for bfloat16, 0 for float32
+//     CLIPFAST_INSTRUCTIONS  what the compiler may take beyond the build's, as its target attribute has it
+//     CLIPFAST_HAS           whether this CPU has them
 
 #include "encoder.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-
 // before the pragmas: what these bring is for every CPU
+#if CLIPFAST_LANES == 4
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -16,13 +22,6 @@
 #include "instructions.h"
 
 // only what follows is compiled for these instructions, and all of it is local to the file that includes it
-#if CLIPFAST_BFLOAT16
-#define CLIPFAST_INSTRUCTIONS "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"
-#elif CLIPFAST_AVX2
-#define CLIPFAST_INSTRUCTIONS "avx2,fma"
-#else
-#define CLIPFAST_INSTRUCTIONS "avx512f,avx512bw,avx512dq,avx512vl,fma"
-#endif
 #define CLIPFAST_PRAGMA(text) _Pragma(#text)
 #define CLIPFAST_ALLOW_CLANG(names) \
     CLIPFAST_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
@@ -47,17 +46,22 @@ using Element = float;
 constexpr int64_t terms_a_unit = sizeof(uint32_t) / sizeof(Element);
 constexpr int64_t tile_rows = 96;  // at most: their activations and a panel stay in the second-level cache
 
+inline float as_float(Element x) {
+#if CLIPFAST_BFLOAT16
+    const uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof(y));
+    return y;
+#else
+    return x;
+#endif
+}
+
 const uint32_t* units_at(const void* p, int64_t element) {
     return reinterpret_cast<const uint32_t*>(static_cast<const Element*>(p) + element);
 }
 
 #if CLIPFAST_BFLOAT16
-inline Lanes load(Mask mask, const Element* p) {
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
-}
-inline void store(Element* p, Mask mask, Lanes x) {
-    _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
-}
 inline void store(Element* p, Lanes x) { store(p, first_lanes(lanes), x); }
 #endif
 
@@ -214,10 +218,7 @@ void pack_values(const Head& h, uint32_t* to) {
             const Mask mask = first_lanes(h.head_dim - d), none = first_lanes(0);
             uint32_t* unit = to + (d / panel * units + u) * panel + d % panel;
 #if CLIPFAST_BFLOAT16
-            const __m256i even = _mm256_maskz_loadu_epi16(t < h.tokens ? mask : none, at);
-            const __m256i odd = _mm256_maskz_loadu_epi16(t + 1 < h.tokens ? mask : none, at + h.row);
-            _mm512_storeu_si512(unit, _mm512_or_si512(_mm512_cvtepu16_epi32(even),
-                                                      _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16)));
+            store_pairs(unit, t < h.tokens ? mask : none, at, t + 1 < h.tokens ? mask : none, at + h.row);
 #else
             store(reinterpret_cast<float*>(unit), load(t < h.tokens ? mask : none, at));
 #endif
@@ -297,12 +298,7 @@ void attention_of_one(const Head& h, void* scratch) {
         Lanes sum = all(0.f);
         for (int64_t j = 0; j < h.tokens; ++j) {
             const Lanes value = load(mask, static_cast<const Element*>(h.v) + j * h.row + d);
-#if CLIPFAST_BFLOAT16
-            const Lanes weight = (__m512)_mm512_set1_epi32(int(uint32_t(weights[j]) << 16));
-#else
-            const Lanes weight = all(weights[j]);
-#endif
-            sum = fused(weight, value, sum);
+            sum = fused(all(as_float(weights[j])), value, sum);
         }
         store(static_cast<Element*>(h.out) + d, mask, sum * rescale);
     }
@@ -323,28 +319,7 @@ const EncoderKernels kernels{sizeof(Element), tiles,     product,          packe
 namespace clipfast::cpu {
 namespace {
 
-const EncoderKernels* kernels_of_this_cpu() {
-#if CLIPFAST_BFLOAT16
-    static const bool can = has_avx512() && __builtin_cpu_supports("avx512bf16");
-#elif CLIPFAST_AVX2
-    static const bool can = has_avx2();
-#else
-    static const bool can = has_avx512();
-#endif
-    return can ? &kernels : nullptr;
-}
+const EncoderKernels* kernels_of_this_cpu() { return CLIPFAST_HAS ? &kernels : nullptr; }
 
 }  // namespace
 }  // namespace clipfast::cpu
-
-#else
-
-namespace clipfast::cpu {
-namespace {
-
-const EncoderKernels* kernels_of_this_cpu() { return nullptr; }
-
-}  // namespace
-}  // namespace clipfast::cpu
-
-#endif

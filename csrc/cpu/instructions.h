@@ -7,6 +7,10 @@
 #include <cstdlib>
 #include <string_view>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace clipfast::cpu {
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -29,6 +33,23 @@ inline bool has_avx512() {
                __builtin_cpu_supports("avx512vl");
     }();
     return has;
+}
+
+inline bool has_avx512_bf16() {
+    static const bool has = has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return has;
+}
+
+#elif defined(__aarch64__)
+
+inline bool has_neon_bf16() {
+#ifdef __linux__
+    constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16
+    static const bool has = (getauxval(AT_HWCAP2) & bf16) != 0;
+    return has;
+#else
+    return false;
+#endif
 }
 
 #endif

@@ -1,90 +1,13 @@
-// A vector register of float32 lanes under one set of names: 16 on AVX-512, 8 on AVX2 where CLIPFAST_AVX2 is 1. The
+// A vector register of float32 lanes under one set of names: CLIPFAST_LANES is 16 on AVX-512, 8 on AVX2, 4 on NEON. The
 // compiler's own operators do +, -, * and /.
 //
 // Include this between the pragmas that allow the instructions; everything is local to the file that does, so that no
 // CPU without the instructions meets it.
 
-#include <immintrin.h>
-
-#include <cstdint>
-
-namespace clipfast::cpu {
-namespace {
-
-#if CLIPFAST_AVX2
-
-using Lanes = __m256;
-using Mask = __m256i;
-constexpr int64_t lanes = 8;
-
-// a mask of the first `count` lanes
-inline Mask first_lanes(int64_t count) {
-    const int n = int(count < 0 ? 0 : count > lanes ? lanes : count);
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-inline Lanes all(float x) { return _mm256_set1_ps(x); }
-inline Lanes load(const float* p) { return _mm256_loadu_ps(p); }
-inline Lanes load(Mask mask, const float* p) { return _mm256_maskload_ps(p, mask); }
-inline void store(float* p, Lanes x) { _mm256_storeu_ps(p, x); }
-inline void store(float* p, Mask mask, Lanes x) { _mm256_maskstore_ps(p, mask, x); }
-inline Lanes choose(Mask mask, Lanes x, Lanes other) { return _mm256_blendv_ps(other, x, _mm256_castsi256_ps(mask)); }
-inline Lanes choose_negative(Lanes of, Lanes x, Lanes other) {
-    return _mm256_blendv_ps(other, x, _mm256_cmp_ps(of, _mm256_setzero_ps(), _CMP_LT_OQ));
-}
-inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }           // a·b + c
-inline Lanes fused_negative(Lanes a, Lanes b, Lanes c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a·b
-inline Lanes larger(Lanes a, Lanes b) { return _mm256_max_ps(a, b); }                         // b where one is NaN
-inline Lanes smaller(Lanes a, Lanes b) { return _mm256_min_ps(a, b); }                        // b where one is NaN
-inline Lanes magnitude(Lanes x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
-inline Lanes nearest_integer(Lanes x) { return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
-
-// x · 2ⁿ for whole n from -252 to 252: in two steps, since 2ⁿ alone may have no float
-inline Lanes times_power_of_2(Lanes x, Lanes n) {
-    const __m256i whole = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(whole, 1);
-    const __m256i rest = _mm256_sub_epi32(whole, half), one = _mm256_set1_epi32(127);
-    x = x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, one), 23));
-    return x * _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(rest, one), 23));
-}
-
-inline float sum_of(Lanes x) {
-    __m128 y = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    y = _mm_add_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_add_ss(y, _mm_movehdup_ps(y)));
-}
-inline float largest_of(Lanes x) {
-    __m128 y = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    y = _mm_max_ps(y, _mm_movehl_ps(y, y));
-    return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
-}
-
+#if CLIPFAST_LANES == 16
+#include "lanes_avx512.h"
+#elif CLIPFAST_LANES == 8
+#include "lanes_avx2.h"
 #else
-
-using Lanes = __m512;
-using Mask = __mmask16;
-constexpr int64_t lanes = 16;
-
-// a mask of the first `count` lanes
-inline Mask first_lanes(int64_t count) { return Mask(count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1); }
-inline Lanes all(float x) { return _mm512_set1_ps(x); }
-inline Lanes load(const float* p) { return _mm512_loadu_ps(p); }
-inline Lanes load(Mask mask, const float* p) { return _mm512_maskz_loadu_ps(mask, p); }
-inline void store(float* p, Lanes x) { _mm512_storeu_ps(p, x); }
-inline void store(float* p, Mask mask, Lanes x) { _mm512_mask_storeu_ps(p, mask, x); }
-inline Lanes choose(Mask mask, Lanes x, Lanes other) { return _mm512_mask_mov_ps(other, mask, x); }
-inline Lanes choose_negative(Lanes of, Lanes x, Lanes other) {
-    return choose(_mm512_cmp_ps_mask(of, _mm512_setzero_ps(), _CMP_LT_OQ), x, other);
-}
-inline Lanes fused(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }           // a·b + c
-inline Lanes fused_negative(Lanes a, Lanes b, Lanes c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a·b
-inline Lanes larger(Lanes a, Lanes b) { return _mm512_max_ps(a, b); }                         // b where one is NaN
-inline Lanes smaller(Lanes a, Lanes b) { return _mm512_min_ps(a, b); }                        // b where one is NaN
-inline Lanes magnitude(Lanes x) { return _mm512_abs_ps(x); }
-inline Lanes nearest_integer(Lanes x) { return _mm512_roundscale_ps(x, 0); }
-inline Lanes times_power_of_2(Lanes x, Lanes n) { return _mm512_scalef_ps(x, n); }
-inline float sum_of(Lanes x) { return _mm512_reduce_add_ps(x); }
-inline float largest_of(Lanes x) { return _mm512_reduce_max_ps(x); }
-
+#include "lanes_neon.h"
 #endif
-
-}  // namespace
-}  // namespace clipfast::cpu

@@ -28,6 +28,7 @@
 #endif
 
 #define CLIPFAST_BFLOAT16 1
+#define CLIPFAST_LANES 16
 #include "register_tile.h"
 
 namespace clipfast::cpu {
@@ -224,8 +225,7 @@ namespace clipfast::cpu {
 
 const Gemm<float>* avx512_bf16_gemm() {
     static const Gemm<float> gemm{"avx512_bf16", tile_columns, block_rows, packed_rows, bf16_products};
-    static const bool can = has_avx512() && __builtin_cpu_supports("avx512bf16");
-    return can ? &gemm : nullptr;
+    return has_avx512_bf16() ? &gemm : nullptr;
 }
 
 }  // namespace clipfast::cpu

@@ -4,9 +4,8 @@
 // adds in float32. Include this between the pragmas that allow the instructions, with CLIPFAST_BFLOAT16 defined as 1
 // or 0; everything is local to the file that does, so that no CPU without the instructions meets it.
 
-#include <immintrin.h>
-
 #include <cstdint>
+#include <cstring>
 
 #include "elementwise_functions.h"
 
@@ -15,20 +14,18 @@ namespace {
 
 // columns of a register tile, and of the panels that B lies in: [panel][k][2 · lanes] units
 constexpr int64_t panel = 2 * lanes;
-// its rows: two sums each, beside 2 registers of B and 1 of A, in 32 registers or AVX2's 16
-constexpr int64_t height = lanes == 16 ? 8 : 6;
+// its rows: two sums each, beside 2 registers of B and 1 of A; AVX2 has 16 registers, the others 32
+constexpr int64_t height = CLIPFAST_LANES == 16 ? 8 : CLIPFAST_LANES == 8 ? 6 : 12;
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+#if !CLIPFAST_BFLOAT16
 inline Lanes multiply_add(Lanes sum, uint32_t a, const uint32_t* b) {
-#if CLIPFAST_BFLOAT16
-    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)_mm512_loadu_si512(b));
-#else
     float one;
-    __builtin_memcpy(&one, &a, sizeof(one));
+    std::memcpy(&one, &a, sizeof(one));
     return fused(all(one), load(reinterpret_cast<const float*>(b)), sum);
-#endif
 }
+#endif
 
 // Sums of more units than these are made of parts, as BLAS does: rounding errors grow with the length of a sum
 constexpr int64_t units_a_part = 192;
@@ -41,20 +38,20 @@ inline void register_tile(int64_t units, const uint32_t* a, int64_t a_row, const
     for (int64_t part = 0; part == 0 || part < units; part += units_a_part) {
         const int64_t end = units - part < units_a_part ? units : part + units_a_part;
         Lanes sum[rows][2];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r) sum[r][0] = sum[r][1] = all(0.f);
         for (int64_t k = part; k < end; ++k) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int r = 0; r < rows; ++r)
                 for (int half = 0; half < 2; ++half)
                     sum[r][half] = multiply_add(sum[r][half], a[r * a_row + k], b + k * panel + half * lanes);
         }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int r = 0; r < rows; ++r)
             for (int half = 0; half < 2; ++half)
                 total[r][half] = part ? total[r][half] + sum[r][half] : sum[r][half];
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int r = 0; r < rows; ++r) {
         store(r, 0, total[r][0]);
         store(r, 1, total[r][1]);
@@ -64,7 +61,21 @@ inline void register_tile(int64_t units, const uint32_t* a, int64_t a_row, const
 // As many rows of units as there are lanes to columns: to[k][lane] = from[lane][k] for as many k (`units` in all, less
 // at the end), `to` rows a panel apart; rows that are nullptr count as zeros
 inline void transpose(const uint32_t* const from[lanes], int64_t k, int64_t units, uint32_t* to) {
-#if CLIPFAST_AVX2
+#if CLIPFAST_LANES == 4
+    float32x4_t r[4], t[4];
+    for (int i = 0; i < 4; ++i)
+        r[i] = from[i] ? load(first_lanes(units - k), reinterpret_cast<const float*>(from[i] + k)) : all(0.f);
+    for (int i = 0; i < 4; i += 2) {
+        t[i] = vtrn1q_f32(r[i], r[i + 1]);
+        t[i + 1] = vtrn2q_f32(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+        const float64x2_t low = vreinterpretq_f64_f32(t[i]), high = vreinterpretq_f64_f32(t[i + 2]);
+        r[i] = vreinterpretq_f32_f64(vtrn1q_f64(low, high));
+        r[i + 2] = vreinterpretq_f32_f64(vtrn2q_f64(low, high));
+    }
+    for (int i = 0; i < 4 && k + i < units; ++i) store(reinterpret_cast<float*>(to + (k + i) * panel), r[i]);
+#elif CLIPFAST_LANES == 8
     const __m256i mask = first_lanes(units - k);
     __m256 r[8], t[8];
     for (int i = 0; i < 8; ++i)

@@ -131,6 +131,7 @@ def test_encoders_where_there_is_amx() -> None:
         ("float32", True, "native"),
     ):
         assert rules.decide(Key("encoder", (dtype,)), Machine("cpu", amx=amx)).backend == backend
+        assert rules.decide(Key("encoder", (dtype,)), Machine("cpu", arm=True)).backend == "torch"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
