@@ -20,10 +20,11 @@ from clipfast.kernels.card import multiprocessors
 from clipfast.kernels.layer_norm import as_rows
 from clipfast.kernels.partial_sums import sum_partials
 
-# A program's tile: 8 neighbouring elements a thread, the 16 bytes of one load in half precision
+# A program's tile: 32 elements a thread, 8 neighbours at a time, the 16 bytes of one load in half precision. With fewer
+# the erf takes longer than memory: what every thread does beside it, addresses and masks, is for more elements here
 ROWS, COLUMNS, WARPS = 8, 512, 4
-# as for LayerNorm: enough to hide memory's latency, with few partial sums
-BACKWARD_PROGRAMS = 8
+# as for LayerNorm: what a multiprocessor holds of them, with few partial sums
+BACKWARD_PROGRAMS = 3
 
 
 @triton.jit

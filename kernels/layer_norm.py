@@ -30,22 +30,20 @@ WARPS, ELEMENTS = 4, 32
 BACKWARD_PROGRAMS = 2
 
 
-def _tile(width: int, neighbours: int) -> tuple[int, int, int, int]:
-    """Return the tile of a program, chunks × rows × columns of a chunk, and its warps.
+def _tile(width: int, neighbours: int) -> tuple[int, int, int]:
+    """Return the tile of a program: chunks × rows × columns of a chunk.
 
-    Up to 1024 columns a row is one warp's: its sums need no other warp. A chunk is what a warp reads at once; with the
-    rows between chunks and columns, Triton gives its warps rows. Beyond, a row is a whole program's. The tile depends on
-    the width and the dtype alone: a row's result cannot depend on its batch.
+    Up to 1024 columns a row is one warp's: its sums need no other warp. Beyond, two or four share it. A chunk is what
+    the warps of a row read at once; with the rows between chunks and columns, Triton gives the other warps rows. The
+    tile depends on the width and the dtypes alone: a row's result cannot depend on its batch.
 
     Args:
         width: The columns.
         neighbours: Elements of a lane's load.
     """
     block = max(256, triton.next_power_of_2(width))
-    if block > 32 * ELEMENTS:
-        return 1, 1, block, block // 256
-    chunk = 32 * neighbours
-    return block // chunk, WARPS * 32 * ELEMENTS // block, chunk, WARPS
+    chunk = max(1, block // (32 * ELEMENTS)) * 32 * neighbours
+    return block // chunk, WARPS * 32 * ELEMENTS // block, chunk
 
 
 @triton.jit
@@ -172,12 +170,12 @@ def _forward(
     y = x.new_empty(x.shape, dtype=dtype)
     stream = y if residual is None else x.new_empty(x.shape, dtype=dtype)
     mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
-    chunks, tile_rows, chunk, warps = _tile(width, _neighbours(x, rows_of_residual))
+    chunks, tile_rows, chunk = _tile(width, _neighbours(x, rows_of_residual))
     if rows:
         _forward_kernel[(triton.cdiv(rows, tile_rows),)](
             rows_of_x, rows_of_residual, weight.contiguous(), bias.contiguous(), y, stream, mean, rstd,
             rows, width, rows_of_x.stride(0), rows_of_residual.stride(0), eps,
-            chunks, tile_rows, chunk, residual is not None, num_warps=warps, num_stages=1,
+            chunks, tile_rows, chunk, residual is not None, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
     return y, stream, mean, rstd
 
@@ -192,8 +190,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Return the gradients of ``x``, ``weight`` and ``bias`` from that of ``layer_norm(x)``.
 
-    With ``column_sums``, also the sum of the first over all rows, ``[C]`` in that dtype: the gradient of a bias that was
-    added to every row of ``x``.
+    With ``column_sums``, also the sum of the first over all rows, ``[C]`` in that dtype: the gradient of a bias that
+    was added to every row of ``x``.
     """
     dx, _, *more = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype, column_sums)
     return dx, *more
@@ -234,7 +232,7 @@ def _backward(
     rows, width = rows_of_x.shape
     dx = x.new_empty(x.shape, dtype=dtype)
     dx_other = x.new_empty(0 if dtype == other_dtype else x.shape, dtype=other_dtype)
-    chunks, tile_rows, chunk, warps = _tile(width, _neighbours(dx, rows_of_dy, rows_of_x))
+    chunks, tile_rows, chunk = _tile(width, _neighbours(dx, rows_of_dy, rows_of_x))
     programs = min(triton.cdiv(rows, tile_rows), BACKWARD_PROGRAMS * multiprocessors(x.device))
     dtypes = [weight.dtype, weight.dtype, *([] if column_sums is None else [column_sums])]
     partials = x.new_empty((programs, len(dtypes), width), dtype=torch.float32)
@@ -243,7 +241,7 @@ def _backward(
             rows_of_dy, rows_of_dstream, rows_of_x, weight.contiguous(), mean, rstd, dx, dx_other, partials,
             rows, width, rows_of_dy.stride(0), rows_of_dstream.stride(0), rows_of_x.stride(0),
             chunks, tile_rows, chunk, dstream is not None, dtype != other_dtype, column_sums is not None,
-            num_warps=warps, num_stages=1,
+            num_warps=WARPS, num_stages=1,
         )  # fmt: skip
     return dx, dx_other, *sum_partials(partials, dtypes)
 
@@ -274,7 +272,9 @@ def aot_call(
         weight, bias = (tensor(width, dtype=weight_dtype) for _ in range(2))
         if add:
             y, total, mean, rstd = add_forward(x, stream, weight, bias, 1e-5)
-            add_backward(y, total, total.clone(), weight, mean, rstd, x.dtype, stream.dtype, weight.dtype if sums else None)
+            add_backward(
+                y, total, total.clone(), weight, mean, rstd, x.dtype, stream.dtype, weight.dtype if sums else None
+            )
         else:
             y, mean, rstd = forward(x, weight, bias, 1e-5)
             backward(y, x, weight, mean, rstd, weight.dtype if sums else None)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from clipfast.kernels.aot import Call, Loop, Work, tensor
 
-# Tile of partial sums: few columns and many programs' rows, so that there are a hundred programs for 768 columns and each
-# of them waits for memory twice. 16 neighbours are 64 bytes, two sectors of memory.
+# Tile of partial sums: few columns and many programs' rows, so that there are a hundred programs for 768 columns and
+# each of them waits for memory twice. 16 neighbours are 64 bytes, two sectors of memory.
 PARTIALS, COLUMNS, WARPS = 256, 16, 8
 
 
