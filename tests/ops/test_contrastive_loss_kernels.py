@@ -374,7 +374,7 @@ def test_small_weights_do_not_underflow_in_float16() -> None:
 BARRIERS = [
     ("tile_engine.cuh", 0),
     *(("contrastive_loss_kernels.cuh", i) for i in range(2)),
-    *(("contrastive_loss_gradient_kernels.cuh", i) for i in range(3)),
+    *(("contrastive_loss_gradient_kernels.cuh", i) for i in range(4)),
 ]
 
 
@@ -410,7 +410,7 @@ def waits_for_too_little_of_two(text: str) -> str:
 
 
 def fills_a_stage_that_is_read(text: str) -> str:
-    load = "load_next(stage == 0 ? ring.stages - 1 : stage - 1);"
+    load = "load_next((stage == 0 ? ring_bytes : stage) - kStageBytes<T>);"
     return text.replace(f"__syncthreads();\n            {load}", f"{load}\n            __syncthreads();")
 
 
