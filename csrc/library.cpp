@@ -59,20 +59,22 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
     // With G_ij = u_i · (exp(x_ij - row_lse_i) - [j is i's label]) + v_j · (exp(x_ij - col_lse_j) - [j is i's label])
     // (the log-sum-exps in two parts, as above; x_ij must come out in the very bits of the statistics' pass)
     // for the weights u [M], v [N]: d_image_i = Σ_j G_ij s f_i g_j text_j, d_text_j = Σ_i G_ij s f_i g_j image_i,
-    // d_scale = Σ_ij G_ij f_i g_j (image_i · text_j). The factors count as constants.
+    // d_scale = Σ_ij G_ij f_i g_j (image_i · text_j). The factors count as constants. Features' gradients are in the
+    // features' dtype, or `wide`: in the precision of the sums.
     m.def(
         "contrastive_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
-        "Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, Tensor col_weight, int first_label) "
-        "-> (Tensor d_image, Tensor d_text, Tensor d_scale)");
+        "Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, Tensor col_weight, int first_label, "
+        "bool wide=False) -> (Tensor d_image, Tensor d_text, Tensor d_scale)");
     // SigLIP: with z_ij = 1 at the label and -1 beside it, row_loss_i = Σ_j log(1 + exp(-z_ij · (x_ij + b))).
     m.def(
         "siglip_statistics(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "
         "Tensor? text_factor, int first_label) -> Tensor");
-    // As contrastive_gradients with G_ij = -u_i · z_ij · σ(-z_ij · (x_ij + b)), and d_bias = Σ_ij G_ij.
+    // As contrastive_gradients with G_ij = -u_i · z_ij · σ(-z_ij · (x_ij + b)), and d_bias = Σ_ij G_ij; with the row_loss
+    // of siglip_statistics from the same pass.
     m.def(
         "siglip_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "
-        "Tensor? text_factor, Tensor row_weight, int first_label) "
-        "-> (Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
+        "Tensor? text_factor, Tensor row_weight, int first_label, bool wide=False) "
+        "-> (Tensor row_loss, Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
 
     // Inference on the CPU (csrc/cpu/encoder.cpp), for bfloat16 and float32. Whether this CPU has what it takes:
     m.def("can_encode(bool bfloat16) -> bool");

@@ -78,7 +78,8 @@ def _probe(op: str, device: torch.device, dtype: torch.dtype, width: int, progra
         i, t, s, b, w = (x.to(wider) if exact else x for x in (image, text, scale, bias, weight))
         if op == "siglip_loss":
             losses = kernels.siglip_statistics(i, t, s, b, None, None, 0)
-            return [losses.mean(), *kernels.siglip_gradients(i, t, s, b, None, None, w, 0)]
+            again, *gradients = kernels.siglip_gradients(i, t, s, b, None, None, w, 0)
+            return [losses.mean(), again.mean(), *gradients]
         row_lse, column_lse, positive, *_ = kernels.statistics(i, t, s, None, None, 0)
         half = w / 2
         gradients = kernels.gradients(i, t, s, None, None, row_lse, column_lse, half, half, 0)
@@ -93,5 +94,6 @@ def _probe(op: str, device: torch.device, dtype: torch.dtype, width: int, progra
 
     # a loss of SigLIP's is a sum over all texts
     many = batch if op == "siglip_loss" else 1
-    scales = (many, 20.0 * many / batch, 20.0 * many / batch, many, many)[: 5 if op == "siglip_loss" else 4]
+    scales = (20.0 * many / batch, 20.0 * many / batch, many)
+    scales = (many, many, *scales, many) if op == "siglip_loss" else (many, *scales)
     return trust.Probe(launch, 1, 0, expected, tuple(float(s) for s in scales))

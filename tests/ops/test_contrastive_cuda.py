@@ -21,7 +21,13 @@ pytestmark = [
     pytest.mark.skipif(contrastive_kernels.native is None, reason=str(contrastive_kernels.native_unavailable)),
 ]
 
-LOSSES = {"contrastive_loss": ops.contrastive_loss, "siglip_loss": ops.siglip_loss}
+
+def two_passes(*inputs: Any) -> Tensor:
+    """SigLIP's loss by both of its kernels: with a mean, training needs one of them alone."""
+    return ops.siglip_loss(*inputs, reduction="none").mean()
+
+
+LOSSES = {"contrastive_loss": ops.contrastive_loss, "siglip_loss": two_passes}
 PASSES = ("statistics", "gradients")
 NOT_LAUNCHED = "contrastive: a kernel could not be launched: cudaErrorNoKernelImageForDevice: no kernel image"
 
@@ -81,6 +87,13 @@ def test_a_kernel_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch, op: s
     assert len(calls) == 1
 
 
+def test_siglips_one_pass_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = let_fail(monkeypatch, "siglip_loss", "gradients", RuntimeError(NOT_LAUNCHED))
+    monkeypatch.setitem(LOSSES, "siglip_loss", ops.siglip_loss)
+    assert_right_with_one_warning("siglip_loss")
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("which", PASSES)
 def test_in_a_compiled_loss(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     compiled = torch.compile(ops.contrastive_loss, fullgraph=True, backend="aot_eager")
@@ -120,8 +133,9 @@ def scaled(by: float, index: int) -> Any:
     return edit
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize(
+    ("op", "index"), [*(("contrastive_loss", i) for i in range(3)), *(("siglip_loss", i) for i in range(5))]
+)
 def test_wrong_gradients_fail_the_check(monkeypatch: pytest.MonkeyPatch, op: str, index: int) -> None:
     native, field = contrastive_kernels.native, "gradients" if op == "contrastive_loss" else "siglip_gradients"
     wrong: Kernels = native._replace(**{field: scaled(1.01, index)(getattr(native, field))})
