@@ -254,7 +254,10 @@ def meet(
             raise problem
         return Ranks(group, (image.shape[0],) * world)
     code = ("groups" in given) + 2 * ("extra" in given)
-    facts = [-1] * 4 if problem is not None else [*image.shape, _DTYPES.index(image.dtype), code]
+    facts = [-1] * 4
+    if problem is None:
+        # the dtype that travels: on a rank without autocast it would be another
+        facts = [*image.shape, _DTYPES.index(tile_dtype(image) or image.dtype), code]
     mine = torch.tensor(facts, device=image.device)
     gathered = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(gathered, mine, group=group)

@@ -213,6 +213,13 @@ def unfit(rank: int, ranks: int) -> list[str]:
             messages.append("no error")
         except (TypeError, ValueError) as error:
             messages.append(str(error))
+    # a rank alone under autocast would send other bytes
+    contrastive_narrow._DEVICES = ("cpu",)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 1):
+        try:
+            ops.contrastive_loss(good.float(), good.float(), 1.0, group=dist.group.WORLD)
+        except ValueError as error:
+            messages.append(str(error))
     return messages
 
 
@@ -269,5 +276,6 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all() -> None:
     assert all("width 2" in messages[1] and "on rank 1, expected 3" in messages[1] for messages in (first, second))
     assert "torch.float32 on rank 1" in third[2]
     assert "got torch.int64" in second[3]
+    assert all("torch.float16 on rank 1" in messages[-1] for messages in (first, second, third))
     assert "expected [B, D]" in second[4]
     assert all("rank 1 cannot take part" in messages[i] for messages in (first, third) for i in (3, 4))
