@@ -105,6 +105,15 @@ def cases(device_type: str) -> list[Case]:
             lambda *x: (x, {}),
             scales=(48.0, 48 * feature_scale, 48 * feature_scale, 48.0),
         ),
+        # with gradients, its loss comes from another kernel
+        Case(
+            "siglip_loss",
+            "loss alone",
+            (images, texts, scale),
+            lambda *x: (x, {}),
+            gradients=False,
+            scales=(48.0,),
+        ),
     ]
     if device_type == "cpu":
         shapes = ((64,), (64,), (192, 64), (192,), (64, 64), (64,), (64,), (64,), (256, 64), (256,), (64, 256), (64,))

@@ -21,13 +21,19 @@ _OPS = {"statistics": "contrastive_loss", "gradients": "contrastive_loss"}
 _OPS |= {f"siglip_{name}": "siglip_loss" for name in _OPS}
 
 
-def refusal(op: str, image: Tensor) -> str | None:
-    """Return why the op library's CUDA kernels cannot serve a loss of features on a card, or None."""
+def refusal(op: str, image: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Return why the op library's CUDA kernels cannot serve a loss of features on a card, or None.
+
+    Args:
+        op: The loss.
+        image: Its features.
+        dtype: That of the kernels' features, where it is another.
+    """
     reason = library.missing_cuda_entry_points() or library.card_refusal(image.device.index)
     if reason is not None or not trust.is_possible():
         return reason
     if trust.is_required(image.device):
-        reason = trust.refusal(op, image.device, [trial(op, image)])
+        reason = trust.refusal(op, image.device, [trial(op, image, dtype)])
     return reason or fallback.failure(op, image.device)
 
 
@@ -53,9 +59,9 @@ _definitions = torch.library.Library("clipfast", "FRAGMENT")
 kernels = Kernels(*(_define(field) for field in Kernels._fields))
 
 
-def trial(op: str, image: Tensor) -> trust.Trial:
+def trial(op: str, image: Tensor, dtype: torch.dtype | None = None) -> trust.Trial:
     """Return how the kernels that a loss gets are checked."""
-    return _trial_of(op, image.device, image.dtype, image.shape[1])
+    return _trial_of(op, image.device, dtype or image.dtype, image.shape[1])
 
 
 @functools.cache

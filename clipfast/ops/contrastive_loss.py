@@ -264,13 +264,17 @@ def as_rows(features: Tensor) -> Tensor:
     return features if in_place else features.contiguous()
 
 
-def native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
-    """Return why the op library's kernels cannot serve a loss of features, or None."""
+def native_refusal(op: str, image_features: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Return why the op library's kernels cannot serve a loss, or None; ``dtype`` is the tiles' if it is another."""
     if contrastive_kernels.native is None:
         return contrastive_kernels.native_unavailable
     if image_features.device.type not in contrastive_kernels.native_devices:
         return f"the op library has no kernels for {image_features.device.type}"
-    return contrastive_cuda.refusal(op, image_features) if image_features.is_cuda else None
+    return contrastive_cuda.refusal(op, image_features, dtype) if image_features.is_cuda else None
+
+
+def _refusal(op: str, image_features: Tensor, *_: object) -> str | None:
+    return native_refusal(op, image_features, contrastive_narrow.tile_dtype(image_features))
 
 
 def native_kernels(image_features: Tensor) -> contrastive_kernels.Kernels:
@@ -298,7 +302,7 @@ def _siglip_chunked(*arguments: Any) -> Any:
 
 def announce_chunks(op: str, image_features: Tensor) -> None:
     """Warn once that PyTorch's tiles stand in for the op library's."""
-    reason = native_refusal(op, image_features)
+    reason = _refusal(op, image_features)
     # a kernel that failed has been announced
     if reason is not None and fallback.failure(op, image_features.device) is None:
         dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
@@ -312,7 +316,7 @@ for _op, _implementations in (
         _op,
         prepare,
         dispatch.Implementation(
-            "native", "tiles in the op library", _implementations[0], functools.partial(native_refusal, _op)
+            "native", "tiles in the op library", _implementations[0], functools.partial(_refusal, _op)
         ),
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         # never for its speed: it holds all logits

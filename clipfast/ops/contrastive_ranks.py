@@ -59,7 +59,7 @@ class Ranks:
             return out
         parts = [x.new_empty(max(self.sizes), *x.shape[1:]) for _ in self.sizes]
         dist.all_gather(parts, self._padded(x), group=self.group)
-        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+        return _joined([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum ``[B, ...]`` over ranks and return this rank's rows ``[b, ...]``."""
@@ -131,7 +131,7 @@ class Ranks:
 
     def _padded(self, x: Tensor) -> Tensor:
         missing = max(self.sizes) - x.shape[0]
-        return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
+        return _joined([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
 
 
 class TextExchange:
@@ -204,19 +204,25 @@ class _Arrive(torch.autograd.Function):
             return leaving.view_as(leaving)
         if ranks._equal:
             return leaving
-        return torch.cat([part[:size] for part, size in zip(leaving.split(max(ranks.sizes)), ranks.sizes, strict=True)])
+        return _joined([part[:size] for part, size in zip(leaving.split(max(ranks.sizes)), ranks.sizes, strict=True)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange, ranks = ctx.exchange, ctx.exchange.ranks
         if not ranks._equal:
-            grad = torch.cat([ranks._padded(grad[ranks.rows(rank)]) for rank in range(len(ranks.sizes))])
+            grad = _joined([ranks._padded(grad[ranks.rows(rank)]) for rank in range(len(ranks.sizes))])
         out = grad.new_empty(max(ranks.sizes), *grad.shape[1:])
         grad = grad.contiguous()
         exchange._returning = out, _reduce_scatter(out, grad, group=ranks.group, async_op=True)
         # what _Send returns comes from the exchange; this only tells autograd the way
         return grad if grad.dtype == ctx.dtype else grad.new_zeros((), dtype=ctx.dtype).expand_as(grad), None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return ``torch.cat(parts)``, also of float16 under autocast to bfloat16, which has no place for it."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
 
 
 def meet(
@@ -248,7 +254,10 @@ def meet(
             raise problem
         return Ranks(group, (image.shape[0],) * world)
     code = ("groups" in given) + 2 * ("extra" in given)
-    facts = [-1] * 4 if problem is not None else [*image.shape, _DTYPES.index(image.dtype), code]
+    facts = [-1] * 4
+    if problem is None:
+        # the dtype that travels: on a rank without autocast it would be another
+        facts = [*image.shape, _DTYPES.index(tile_dtype(image) or image.dtype), code]
     mine = torch.tensor(facts, device=image.device)
     gathered = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(gathered, mine, group=group)

@@ -306,9 +306,9 @@ RULES: tuple[Rule, ...] = (
         "CUDA, D = 512, B = 8k / 32k / 64k, 16-bit (float32 under autocast too): the op library's kernels 0.8 / 13.3 / "
         "53 ms, scripts/reckon_loss.py; SigLIP, whose gradients come with the loss, 0.6 / 9.3 / 37. Chunks through "
         "torch.mm(out_dtype=float32), as PyTorch's tiles are, would take 0.7 / 12 / 47 if one kernel did all "
-        "between the products and nothing were lost; there is none, and PyTorch's elementwise operators move 64 bytes a "
-        "logit for the statistics and 106 for the gradients: 170 · B² / 3.0 TB/s = 3.8 / 61 / 244 ms beside products of "
-        "8 at 32k (the gradients' in two terms). float32 features outside autocast: 102 ms at 32k by the kernel; "
+        "between the products and nothing were lost; there is none, and PyTorch's elementwise operators move 64 bytes "
+        "a logit for the statistics and 106 for the gradients: 170 · B² / 3.0 TB/s = 3.8 / 61 / 244 ms beside products "
+        "of 8 at 32k (the gradients' in two terms). float32 features outside autocast: 102 ms at 32k by the kernel; "
         "8·B²·D / 67 TFLOP/s = 66 and 61 between them by PyTorch. CPU: 2.3 times open_clip's loss at B = 8,192 in "
         "bfloat16.",
     ),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import contrastive_cuda, contrastive_kernels, contrastive_loss, fallback, trust
+from clipfast.ops import contrastive_cuda, contrastive_kernels, contrastive_loss, contrastive_narrow, fallback, trust
 from clipfast.ops.contrastive_kernels import Kernels
 from clipfast.ops.fallback import KernelFallbackWarning
 
@@ -179,3 +179,23 @@ def test_a_kernel_that_fails_its_check_does_not_serve(monkeypatch: pytest.Monkey
     for actual, other, right in zip(found, again, expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-6)
         assert torch.equal(actual, other)
+
+
+@pytest.mark.parametrize("op", ["contrastive_loss", "siglip_loss"])
+def test_what_is_checked_is_what_runs_under_autocast(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    monkeypatch.setattr(contrastive_narrow, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(trust, "is_required", lambda device: True)
+    monkeypatch.setattr(trust, "_kept", lambda device: set())
+    tried: list[torch.dtype] = []
+
+    def watched(op: str, device: torch.device, dtype: torch.dtype, width: int, programs: int) -> Any:
+        tried.append(dtype)
+        return probe(op, device, dtype, width, programs)
+
+    probe = contrastive_cuda._probe
+    monkeypatch.setattr(contrastive_cuda, "_probe", watched)
+    # another width than elsewhere: what has been checked is not checked again
+    x, _ = features(20, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        getattr(ops, op)(x, x.detach(), 10.0).backward()
+    assert tried == [torch.float16]
