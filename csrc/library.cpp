@@ -65,6 +65,16 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
         "contrastive_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
         "Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, Tensor col_weight, int first_label, "
         "bool wide=False) -> (Tensor d_image, Tensor d_text, Tensor d_scale)");
+    // The same pair on the CPU for few logits: the first also returns the products image_i · text_j [M, N], in the
+    // precision of the sums, and the second reads them in place of forming them again.
+    m.def(
+        "contrastive_statistics_and_products(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
+        "Tensor? text_factor, int first_label) -> "
+        "(Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_rival, Tensor col_rival, Tensor products)");
+    m.def(
+        "contrastive_gradients_of_products(Tensor products, Tensor image, Tensor text, Tensor logit_scale, "
+        "Tensor? image_factor, Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, "
+        "Tensor col_weight, int first_label, bool wide=False) -> (Tensor d_image, Tensor d_text, Tensor d_scale)");
     // SigLIP: with z_ij = 1 at the label and -1 beside it, row_loss_i = Σ_j log(1 + exp(-z_ij · (x_ij + b))).
     m.def(
         "siglip_statistics(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "

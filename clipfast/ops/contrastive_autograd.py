@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipfast.ops import contrastive_kept
 from clipfast.ops.contrastive_kernels import accumulation_dtype, join_lse
 from clipfast.ops.contrastive_plan import (
     Plan,
@@ -62,14 +63,18 @@ class _Contrastive(torch.autograd.Function):
         text, powers = as_read(text, plan)
         powers, ranks = all_powers(powers, plan), plan.ranks
         image_factor = factor(image, plan.normalize, image_powers)
-        others = text
+        others, products = text, None
         if ranks is not None and plan.ring:
             statistics = _ring_statistics(image, text, logit_scale, image_factor, powers, plan)
         else:
             others = text if ranks is None or plan.arrived else ranks.gather(text)
             text_factor = factor(others, plan.normalize, powers)
             first_label = 0 if ranks is None else ranks.own.start
-            statistics = plan.kernels.statistics(image, others, logit_scale, image_factor, text_factor, first_label)
+            arguments = image, others, logit_scale, image_factor, text_factor, first_label
+            if contrastive_kept.keeps(image, others, plan.kernels, any(ctx.needs_input_grad)):
+                *statistics, products = contrastive_kept.statistics(*arguments)
+            else:
+                statistics = plan.kernels.statistics(*arguments)
         row_lse, col_lse, positive, row_rival, col_rival = statistics
         of_rank = slice(0, image.shape[0])
         if ranks is not None:
@@ -84,7 +89,7 @@ class _Contrastive(torch.autograd.Function):
             row_lse, row_rival = join_lse(row_lse, of_rows), torch.maximum(row_rival, rival)
         ctx.plan = plan
         ctx.save_for_backward(
-            image, others, extra, logit_scale, row_lse, col_lse, extra_lse, image_powers, powers, extra_powers
+            image, others, extra, logit_scale, row_lse, col_lse, extra_lse, image_powers, powers, extra_powers, products
         )
         # the large parts first: what is left of them is small, and exact
         losses = sum((lse[0] - positive + lse[1]) / 2 for lse in (row_lse, col_lse[:, of_rank]))
@@ -95,7 +100,7 @@ class _Contrastive(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: object) -> tuple[Tensor | None, ...]:
-        image, text, extra, logit_scale, row_lse, col_lse, extra_lse, image_powers, powers, extra_powers = (
+        image, text, extra, logit_scale, row_lse, col_lse, extra_lse, image_powers, powers, extra_powers, products = (
             ctx.saved_tensors
         )
         plan, ranks = ctx.plan, ctx.plan.ranks
@@ -104,7 +109,10 @@ class _Contrastive(torch.autograd.Function):
         col_weight = row_weight if ranks is None else ranks.gather(row_weight)
 
         def block(texts: Tensor, columns: slice, first_label: int) -> tuple[Tensor, ...]:
-            return plan.kernels.gradients(
+            kept = () if products is None else (products,)
+            gradients = contrastive_kept.gradients if kept else plan.kernels.gradients
+            return gradients(
+                *kept,
                 image,
                 texts,
                 logit_scale,

@@ -266,6 +266,42 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_gradients(const Tensor& image, co
     return in_double(image) ? run(double()) : run(float());
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics_and_products(
+    const Tensor& image, const Tensor& text, const Tensor& logit_scale, std::optional<Tensor> image_factor,
+    std::optional<Tensor> text_factor, int64_t first_label) {
+    const auto run = [&](auto real) {
+        using Real = decltype(real);
+        Problem<Real> p("contrastive_statistics_and_products", image, text, logit_scale, image_factor, text_factor,
+                        first_label);
+        Tensor products = torch::stable::new_empty(image, {p.image.rows, p.text.rows},
+                                                   std::make_optional(scalar_type<Real>));
+        p.kept = products.template mutable_data_ptr<Real>();
+        return std::tuple_cat(contrastive_statistics_<Real>(image, p), std::make_tuple(products));
+    };
+    return in_double(image) ? run(double()) : run(float());
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrastive_gradients_of_products(
+    const Tensor& products, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+    std::optional<Tensor> image_factor, std::optional<Tensor> text_factor, const Tensor& row_lse, const Tensor& col_lse,
+    const Tensor& row_weight, const Tensor& col_weight, int64_t first_label, bool wide) {
+    const auto run = [&](auto real) {
+        using Real = decltype(real);
+        Problem<Real> p("contrastive_gradients_of_products", image, text, logit_scale, image_factor, text_factor,
+                        first_label);
+        STD_TORCH_CHECK(products.scalar_type() == scalar_type<Real> && products.dim() == 2 &&
+                            products.size(0) == p.image.rows && products.size(1) == p.text.rows &&
+                            products.is_contiguous(),
+                        p.op, "(products): expected contiguous [", p.image.rows, ", ", p.text.rows,
+                        "] in the precision of the sums");
+        // read alone, since `left` is set
+        p.kept = const_cast<Real*>(products.template const_data_ptr<Real>());
+        p.left = true;
+        return contrastive_gradients_<Real>(image, p, row_lse, col_lse, row_weight, col_weight, wide);
+    };
+    return in_double(image) ? run(double()) : run(float());
+}
+
 Tensor siglip_statistics(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
                          std::optional<Tensor> image_factor, std::optional<Tensor> text_factor, int64_t first_label) {
     const auto run = [&](auto real) {
@@ -294,6 +330,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_gradients(
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CPU, m) {
     m.impl("contrastive_statistics", TORCH_BOX(&clipfast::cpu::contrastive_statistics));
     m.impl("contrastive_gradients", TORCH_BOX(&clipfast::cpu::contrastive_gradients));
+    m.impl("contrastive_statistics_and_products", TORCH_BOX(&clipfast::cpu::contrastive_statistics_and_products));
+    m.impl("contrastive_gradients_of_products", TORCH_BOX(&clipfast::cpu::contrastive_gradients_of_products));
     m.impl("siglip_statistics", TORCH_BOX(&clipfast::cpu::siglip_statistics));
     m.impl("siglip_gradients", TORCH_BOX(&clipfast::cpu::siglip_gradients));
 }

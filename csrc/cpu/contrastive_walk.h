@@ -66,6 +66,9 @@ struct Problem {
     Real scale;
     std::vector<Real> f, g;
     int64_t first_label;
+    // products [image rows, text rows] that a walk leaves, or that one before has left; nullptr where none are kept
+    Real* kept = nullptr;
+    bool left = false;
 
     Problem(const char* op, const Tensor& images, const Tensor& texts, const Tensor& logit_scale,
             const std::optional<Tensor>& image_factor, const std::optional<Tensor>& text_factor, int64_t first_label)
@@ -132,6 +135,11 @@ struct Place {
     int64_t tile, column;     // the column tile's number and first column
 };
 
+template <class Real>
+void copy_rows(const Real* from, int64_t from_row, Real* to, int64_t to_row, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; ++r) std::copy_n(from + r * from_row, columns, to + r * to_row);
+}
+
 // Calls at_tile(place, tile, products) for every tile of raw products, and after_block(first row, rows) once a block.
 template <class Real, class AtTile, class AfterBlock>
 void walk(const Problem<Real>& p, int64_t parts, const AtTile& at_tile, const AfterBlock& after_block) {
@@ -154,7 +162,13 @@ void walk(const Problem<Real>& p, int64_t parts, const AtTile& at_tile, const Af
                 products[part]->columns(column, columns);
                 for (int64_t row = 0; row < in_block; row += sub_rows) {
                     const int64_t count = std::min(sub_rows, in_block - row);
-                    products[part]->logits(row, count, logits[part].data());
+                    Real* kept = p.kept ? p.kept + (block + row) * p.text.rows + column : nullptr;
+                    if (p.left)
+                        copy_rows(kept, p.text.rows, logits[part].data(), gemm.tile_columns, count, columns);
+                    else
+                        products[part]->logits(row, count, logits[part].data());
+                    if (kept && !p.left)
+                        copy_rows(logits[part].data(), gemm.tile_columns, kept, p.text.rows, count, columns);
                     at_tile(Place{part, block, row, tile, column},
                             Tile<Real>{logits[part].data(), count, columns, gemm.tile_columns,
                                        p.first_label + block + row - column},
