@@ -47,9 +47,8 @@ def lines() -> Iterator[Line]:
     for tokens, heads, causal in ((50, 12, False), (77, 8, True), (197, 12, False), (257, 16, False), (577, 16, False)):
         name = f"attention, {tokens} tokens" + (", causal" if causal else "")
         yield Line(name, attention.aot_call(PICTURES, tokens, heads, 64, "bf16", causal), PICTURES * heads)
-    yield Line(
-        "attention, packed captions of 20", attention.aot_call(PICTURES, None, 8, 64, "bf16", True), PICTURES * 8
-    )
+    packed = attention.aot_call(PICTURES, None, 8, 64, "bf16", True)
+    yield Line("attention, packed captions of 20", packed, PICTURES * 8)
     for width, tokens in ((768, 50), (768, 197), (1024, 257), (1280, 257)):
         rows = PICTURES * tokens
         pure = layer_norm.aot_call(rows, width, True, "bf16", "bf16", "bf16")
@@ -127,18 +126,17 @@ def cards() -> str:
 
 def text() -> str:
     """Return what stands between the page's marks."""
-    first, second = (
-        heads(),
-        "| kernel | " + " | ".join(f"{n / 10}" for n in ARCHITECTURES) + " |\n|---|---|---|---|---|\n",
-    )
+    first = heads()
+    second = "| kernel | " + " | ".join(f"{number / 10}" for number in ARCHITECTURES) + " |\n|---|---|---|---|---|\n"
     for line in lines():
         found = {number: reckoned(line, number) for number in ARCHITECTURES}
         first += rows(line, found[90])
         second += ceilings(line, found)
     return (
-        f"Predicted, with Triton {triton.__version__}; nothing here is measured. Of every card is assumed:\n\n{cards()}\n"
-        f"and of all: {SPECIAL} lanes a clock of special functions, {SHARED} bytes of shared memory, {LATENCY} clocks for a "
-        f"load, {LAUNCH} µs between two kernels (an estimate, in no figure below).\n\n"
+        f"Predicted, with Triton {triton.__version__}; nothing here is measured. Of every card is assumed:\n\n"
+        f"{cards()}\n"
+        f"and of all: {SPECIAL} lanes a clock of special functions, {SHARED} bytes of shared memory, {LATENCY} clocks "
+        f"for a load, {LAUNCH} µs between two kernels (an estimate, in no figure below).\n\n"
         f"On 9.0, bfloat16, head_dim 64, {PICTURES} pictures or captions, clocks a head or a row:\n\n{first}\n"
         f"Ceilings on four cards, the share of device memory's time, and what binds:\n\n{second}"
     )
