@@ -35,6 +35,7 @@ from clipfast.kernels.attention_tiles import (
     store_tile,
     widen,
 )
+from clipfast.kernels.launch import jit
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def sequence_bounds(cu_seqlens, batch, tokens, PACKED: tl.constexpr):
     return start, length
 
 
-@triton.jit
+@jit
 def streaming_forward(
     qkv, out, lse, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
     log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -120,7 +121,7 @@ def streaming_forward(
         store_statistics(lse, second, rows, length, top, total, EXACT)
 
 
-@triton.jit
+@jit
 def streaming_backward_queries(
     qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
@@ -196,7 +197,7 @@ def streaming_backward_queries(
         store_tile(place, 3 * width, left, d_query * scale, D, QUERIES, BLOCK_D, CLASS_TOKEN)
 
 
-@triton.jit
+@jit
 def streaming_backward_keys(
     qkv, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,

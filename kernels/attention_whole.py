@@ -26,9 +26,10 @@ from clipfast.kernels.attention_tiles import (
     store_row,
     store_tile,
 )
+from clipfast.kernels.launch import jit
 
 
-@triton.jit
+@jit
 def whole_forward(
     qkv, out, lse, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
     log2_scale,
@@ -94,7 +95,7 @@ def whole_forward(
         tl.store(lse + rows, top + tl.log2(total), mask=rows < tokens)
 
 
-@triton.jit
+@jit
 def whole_backward(
     qkv, out, lse, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, scale,
     log2_scale,

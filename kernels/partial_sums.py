@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from clipfast.kernels.aot import AotJob
+from clipfast.kernels.launch import cdiv, jit
 
 # tile of partial sums: a warp reads 32 neighbours of a row
 PARTIALS, COLUMNS, WARPS = 32, 64, 4
@@ -25,7 +26,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-@triton.jit(do_not_specialize=["programs"])
+@jit(do_not_specialize=["programs"])
 def _sum_kernel(
     partials, first, second, programs, width, PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr
 ):
@@ -55,8 +56,8 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
         n sums ``[C]``.
     """
     programs, outputs, width = partials.shape
-    sums = [partials.new_empty(width, dtype=dtype) for _ in range(outputs)]
-    grid = (triton.cdiv(width, COLUMNS), outputs)
+    sums = [torch.empty(width, dtype=dtype, device=partials.device) for _ in range(outputs)]
+    grid = (cdiv(width, COLUMNS), outputs)
     _sum_kernel[grid](partials, sums[0], sums[-1], programs, width, PARTIALS, COLUMNS, outputs, num_warps=WARPS)
     return sums
 
