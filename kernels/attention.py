@@ -57,19 +57,22 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
     plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
-    constexprs = plan_constexprs(plan, head_dim, causal, qkv.stride(-2) % 8 == 0)
+    unit, sign = alignment(qkv), sign_of(scale)
+    constexprs = plan_constexprs(plan, head_dim, causal, unit) | {"SIGN": sign}
+    # the largest score of a row is that of the largest product; a factor of 0 would meet masked scores, which are -inf
+    log2_scale = abs(scale) * LOG2_E if sign else 1.0
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
     if isinstance(plan, Whole):
         tiles = cdiv(lead[-1] - plan.class_token, plan.queries)
         # few heads: more programs, each with a share of the query tiles
         splits = min(tiles, cdiv(2 * _multiprocessors(qkv.device), sequences * heads))
         whole_forward[(sequences * heads * splits,)](
-            qkv, out, lse, *_strides(qkv), *shape, splits, scale * LOG2_E, **constexprs, **options
+            qkv, out, lse, *_strides(qkv, unit), *shape, splits, log2_scale, **constexprs, **options
         )
         return out, lse
     splits = _splits(lse.shape[2], sequences, plan.queries, plan.class_token)
     streaming_forward[(sequences * heads * splits,)](
-        qkv, out, lse, cu_seqlens, *_strides(qkv), *shape, splits, scale * LOG2_E,
+        qkv, out, lse, cu_seqlens, *_strides(qkv, unit), *shape, splits, log2_scale,
         PACKED=cu_seqlens is not None, EXACT=lse.shape[0] == 2, **constexprs, **options,
     )  # fmt: skip
     return out, lse
@@ -84,7 +87,7 @@ def backward(
         d_out: ``[B, N, H·D]`` (``[total, H·D]``), the gradient of the output, in its dtype.
         qkv, out, lse, cu_seqlens, causal, scale: What :func:`forward` took and returned.
     """
-    qkv, d_out = _readable(qkv), d_out.contiguous()
+    qkv, d_out = _readable(qkv), _on_16_bytes(d_out.contiguous())
     *lead, _, heads, head_dim = qkv.shape
     d_qkv = qkv.new_empty(qkv.shape)
     if d_qkv.numel() == 0:
@@ -98,11 +101,11 @@ def backward(
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
     scales = (scale, scale * LOG2_E)
-    aligned = qkv.stride(-2) % 8 == 0
+    unit = alignment(qkv)
     if isinstance(plans, Whole):
         whole_backward[(sequences * heads,)](
-            qkv, out, lse, d_out, d_qkv, *_strides(qkv), *shape, *scales,
-            **plan_constexprs(plans, head_dim, causal, aligned), num_warps=plans.warps, num_stages=plans.stages,
+            qkv, out, lse, d_out, d_qkv, *_strides(qkv, unit), *shape, *scales,
+            **plan_constexprs(plans, head_dim, causal, unit), num_warps=plans.warps, num_stages=plans.stages,
         )  # fmt: skip
         return d_qkv
     for_queries, for_keys = plans
@@ -111,14 +114,14 @@ def backward(
     delta = lse.new_empty(lse.shape[1:])
     splits = _splits(lse.shape[2], sequences, for_queries.queries, for_queries.class_token)
     streaming_backward_queries[(sequences * heads * splits,)](
-        qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
-        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_queries, head_dim, causal, aligned),
+        qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv, unit), *shape, splits, *scales,
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_queries, head_dim, causal, unit),
         num_warps=for_queries.warps, num_stages=for_queries.stages,
     )  # fmt: skip
     splits = _splits(lse.shape[2], sequences, for_keys.keys, for_keys.class_token)
     streaming_backward_keys[(sequences * heads * splits,)](
-        qkv, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
-        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_keys, head_dim, causal, aligned),
+        qkv, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv, unit), *shape, splits, *scales,
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_keys, head_dim, causal, unit),
         num_warps=for_keys.warps, num_stages=for_keys.stages,
     )  # fmt: skip
     return d_qkv
@@ -127,12 +130,28 @@ def backward(
 def _readable(qkv: Tensor) -> Tensor:
     """Return ``qkv``, or a copy of one whose layout the kernels cannot read in place."""
     readable = qkv.stride(-1) == 1 and qkv.stride(-4) <= LARGEST_TOKEN_STRIDE
-    return qkv if readable else qkv.contiguous()
+    return _on_16_bytes(qkv if readable else qkv.contiguous())
 
 
-def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
-    """Return the strides of sequences (0 when packed), tokens, parts (q, k, v) and heads."""
-    return (qkv.stride(0) if qkv.dim() == 5 else 0, *qkv.stride()[-4:-1])
+def _on_16_bytes(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy of one that starts elsewhere: Triton would compile another kernel for it."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def alignment(qkv: Tensor) -> int:
+    """Return how many elements the strides are multiples of: 8, or 1 where one of them is not a multiple of 8."""
+    return 1 if any(stride % 8 for stride in qkv.stride()[:-1]) else 8
+
+
+def sign_of(scale: float) -> int:
+    """Return -1, 0 or 1."""
+    return -1 if scale < 0 else 0 if scale == 0 else 1
+
+
+def _strides(qkv: Tensor, unit: int) -> tuple[int, int, int, int]:
+    """Return the strides of sequences (0 when packed), tokens, parts (q, k, v) and heads in units."""
+    batch = qkv.stride(0) if qkv.dim() == 5 else 0
+    return (batch // unit, *(stride // unit for stride in qkv.stride()[-4:-1]))
 
 
 def _splits(tokens: int, sequences: int, tile: int, class_token: bool) -> int:
@@ -153,7 +172,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, aligned: bool) -> dict[str, Any]:
+def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, unit: int) -> dict[str, Any]:
     """Return the compile-time arguments that a plan gives its kernel."""
     if isinstance(plan, Whole):
         keys = {"KEYS_0": plan.keys[0], "KEYS_1": plan.keys[1]}
@@ -165,7 +184,7 @@ def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, aligne
         "QUERIES": plan.queries,
         "CLASS_TOKEN": plan.class_token,
         "CAUSAL": causal,
-        "ALIGNED": aligned,
+        "UNIT": unit,
     }
 
 
@@ -201,10 +220,12 @@ def _jobs(
     else:
         planned += zip((streaming_backward_queries, streaming_backward_keys), backward_plans, strict=True)
     for kernel, plan in planned:
-        constexprs = plan_constexprs(plan, head_dim, causal, aligned=True)
+        constexprs = plan_constexprs(plan, head_dim, causal, unit=8)
         packed = tokens is None
         if isinstance(plan, Streaming):
             constexprs |= {"PACKED": packed, "EXACT": size == 4}
+        if "SIGN" in kernel.arg_names:
+            constexprs["SIGN"] = 1
         types = dict.fromkeys(("qkv", "out", "d_out", "d_qkv"), f"*{dtype}")
         types |= dict.fromkeys(("lse", "delta"), "*fp32")
         types |= {"cu_seqlens": "*i32", "scale": "fp32", "log2_scale": "fp32"}
@@ -213,7 +234,6 @@ def _jobs(
             # None is a constant to the launcher
             del signature["cu_seqlens"]
             constexprs["cu_seqlens"] = None
-        strides = ["batch_stride", "token_stride", "part_stride"]
         tiles = f"{plan.keys[0] + plan.keys[1]}" if isinstance(plan, Whole) else f"{plan.keys}, streaming"
         sizes = f"D={head_dim} keys {tiles}, queries {plan.queries}"
         traits = "".join(
@@ -229,6 +249,5 @@ def _jobs(
             plan.stages,
             label=f"{kernel.__name__} sm_{architecture} {dtype} {sizes}{traits}",
             architectures=(architecture,),
-            divisible_by_16=(*strides, "head_stride") if head_dim % 16 == 0 else tuple(strides),
             needs_hgmma=architecture == 90 and size == 2,
         )
