@@ -11,7 +11,6 @@ dV are final when it ends: no atomics, no second pass, the same sums in the same
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
 from clipfast.kernels.attention_tiles import (

@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from clipfast.kernels.aot import AotJob
-from clipfast.kernels.layer_norm import as_rows, empty
 from clipfast.kernels.launch import cdiv, jit
+from clipfast.kernels.layer_norm import as_rows, empty
 from clipfast.kernels.partial_sums import multiprocessors, sum_partials
 
 # A program's tile: 8 neighbouring elements a thread, the 16 bytes of one load in half precision

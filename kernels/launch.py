@@ -84,7 +84,7 @@ class Kernel(JITFunction):
             except TypeError:
                 # an argument of no type that Triton knows or that can be looked up: it says so itself
                 found = None
-            if found is not None and self._is_unwatched():
+            if found is not None and not callable(grid) and self._is_unwatched():
                 run, function, metadata, defaults = found
                 x, y, z = (*grid, 1, 1)[:3]
                 stream = active.get_current_stream(device)
@@ -118,14 +118,20 @@ class Kernel(JITFunction):
             or runtime.add_stages_inspection_hook is not None
             or _is_set(runtime.launch_enter_hook)
             or _is_set(runtime.launch_exit_hook)
-            or (
-                self.used_global_vals
-                and any(scope.get(n, _MISSING) != value for (n, _), (value, scope) in self.used_global_vals.items())
-            )
+            or (self.used_global_vals and self._is_outdated())
         )
+
+    def _is_outdated(self) -> bool:
+        for (name, _), (value, scope) in self.used_global_vals.items():
+            found = scope.get(name, _MISSING)
+            if found is not value and found != value:
+                return True
+        return False
 
     def _remember(self, device: int, compiled: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Keep a launch that Triton has made."""
+        if getattr(compiled, "function", None) is None:
+            return
         try:
             caches = self.device_caches[device]
             _, _, _, backend, binder = caches
@@ -134,7 +140,7 @@ class Kernel(JITFunction):
             # what is not among the arguments by position is constant, and in the key by name
             defaults = tuple(bound.values())[len(arguments) :]
             same = key[0] == tuple(specialization[: self._runtime_arguments])
-            if same and len(arguments) >= self._runtime_arguments and compiled.function is not None:
+            if same and len(arguments) >= self._runtime_arguments:
                 known = self._known.get(device)
                 if known is None or known[0] is not caches:
                     known = self._known[device] = (caches, backend, {})
