@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.models.clip import CLIP
 from clipfast.models.warm_up import warm_up
-from clipfast.train.config import TrainConfig
+from clipfast.train.config import Compile, TrainConfig
 from clipfast.train.gradients import StepSeeds, compute_gradients
+from clipfast.train.limits import GRAPH_MODES
 from clipfast.train.optimizer import (
     clip_gradients,
     copy_each,
@@ -109,10 +110,7 @@ class Trainer:
                 warm_up(model, training=True)
             # kernels have been checked
             self.plan = share_plan(self.workplace)
-        if config.compile:
-            for tower in (model.visual, model):
-                for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
-                    block.compile()
+        _compile_blocks(model, config.compile)
         self.teacher = None
         if teacher is not None:
             teacher = teacher.to(self.workplace.device).eval().requires_grad_(False)
@@ -140,6 +138,9 @@ class Trainer:
         rate = config.learning_rate * learning_rate_share(config.schedule, self.step, config.steps, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if config.compile in GRAPH_MODES:
+            # what the last step's graphs gave is not looked at any more: this step may write over it
+            torch.compiler.cudagraph_mark_step_begin()
         found = compute_gradients(
             self.shared,
             images.to(device, non_blocking=True),
@@ -256,6 +257,15 @@ class Trainer:
             state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         return state
+
+
+def _compile_blocks(model: CLIP, mode: Compile) -> None:
+    if mode == "no":
+        return
+    # a graph is for one shape, and the packed captions of every batch are of another
+    for tower, of_tower in ((model.visual, mode), (model, GRAPH_MODES.get(mode, mode))):
+        for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
+            block.compile(mode=of_tower)
 
 
 def _lock(model: CLIP, config: TrainConfig) -> None:
