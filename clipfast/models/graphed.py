@@ -15,6 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -110,8 +111,9 @@ class Graphed:
         why = self._refusal(method, inputs)
         if why is None:
             with self._lock:
-                tower = self._towers.setdefault(method, _Tower(self.model, method, self.batch_sizes))
-                features = tower.replayed(encode, inputs)
+                if method not in self._towers:
+                    self._towers[method] = _Tower(self.model, method, self.batch_sizes)
+                features = self._towers[method].replayed(encode, inputs)
             if isinstance(features, Tensor):
                 return F.normalize(features, dim=-1) if normalize else features
             why = features
@@ -128,8 +130,6 @@ class Graphed:
             return "results may not depend on the batch (clipfast.deterministic)"
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
             return "it is traced or transformed"
-        if torch.is_grad_enabled() and (inputs.requires_grad or any(p.requires_grad for p in self.model.parameters())):
-            return "gradients are recorded"
         return None
 
     def _is_plain_clip(self) -> bool:
@@ -144,6 +144,7 @@ class Graphed:
 
 
 _FORWARD = CLIP.forward
+_WANTS = attrgetter("requires_grad")
 
 
 class _Graph(NamedTuple):
@@ -170,6 +171,8 @@ class _Tower:
     def replayed(self, encode: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor | str:
         """Return the features of a batch, or why the model itself has to compute them."""
         why = self._refusal()
+        if why is None and torch.is_grad_enabled() and (inputs.requires_grad or any(map(_WANTS, self._tensors()))):
+            why = "gradients are recorded"
         if why is not None:
             return why
         if self.takes_tokens and isinstance(self.model, TextTower):
@@ -205,9 +208,12 @@ class _Tower:
         self._addresses = self._addresses_now()
         self._device = next((p.device for m in modules for p in m._parameters.values() if p is not None), None)
 
+    def _tensors(self) -> Iterator[Tensor]:
+        found = (t for m in self._modules for table in (m._parameters, m._buffers) for t in table.values())
+        return (t for t in found if t is not None)
+
     def _addresses_now(self) -> list[tuple[int, torch.dtype, tuple[int, ...]]]:
-        tensors = (t for m in self._modules for table in (m._parameters, m._buffers) for t in table.values())
-        return [(t.data_ptr(), t.dtype, t.stride()) for t in tensors if t is not None]
+        return [(t.data_ptr(), t.dtype, t.stride()) for t in self._tensors()]
 
     def _refusal(self) -> str | None:
         if self._broken:
