@@ -26,8 +26,6 @@ from clipfast.kernels.attention_streaming import (
 from clipfast.kernels.attention_whole import whole_backward, whole_forward
 
 LOG2_E = math.log2(math.e)
-# offsets within a tile are 32 bits: 257 rows of at most this many elements
-LARGEST_TOKEN_STRIDE = 2**22
 
 
 def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -57,7 +55,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
     plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
-    unit, sign = alignment(qkv), sign_of(scale)
+    unit, sign = policy.unit(qkv.stride()), policy.sign(scale)
     constexprs = plan_constexprs(plan, head_dim, causal, unit) | {"SIGN": sign}
     # the largest score of a row is that of the largest product; a factor of 0 would meet masked scores, which are -inf
     log2_scale = abs(scale) * LOG2_E if sign else 1.0
@@ -101,7 +99,7 @@ def backward(
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
     scales = (scale, scale * LOG2_E)
-    unit = alignment(qkv)
+    unit = policy.unit(qkv.stride())
     if isinstance(plans, Whole):
         whole_backward[(sequences * heads,)](
             qkv, out, lse, d_out, d_qkv, *_strides(qkv, unit), *shape, *scales,
@@ -129,23 +127,12 @@ def backward(
 
 def _readable(qkv: Tensor) -> Tensor:
     """Return ``qkv``, or a copy of one whose layout the kernels cannot read in place."""
-    readable = qkv.stride(-1) == 1 and qkv.stride(-4) <= LARGEST_TOKEN_STRIDE
-    return _on_16_bytes(qkv if readable else qkv.contiguous())
+    return _on_16_bytes(qkv if policy.in_place(qkv.stride()) else qkv.contiguous())
 
 
 def _on_16_bytes(x: Tensor) -> Tensor:
     """Return ``x``, or a copy of one that starts elsewhere: Triton would compile another kernel for it."""
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def alignment(qkv: Tensor) -> int:
-    """Return how many elements the strides are multiples of: 8, or 1 where one of them is not a multiple of 8."""
-    return 1 if any(stride % 8 for stride in qkv.stride()[:-1]) else 8
-
-
-def sign_of(scale: float) -> int:
-    """Return -1, 0 or 1."""
-    return -1 if scale < 0 else 0 if scale == 0 else 1
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
 
 
 def _strides(qkv: Tensor, unit: int) -> tuple[int, int, int, int]:

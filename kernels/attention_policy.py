@@ -10,9 +10,13 @@ live in registers, which is what these kernels run out of.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 HEAD_DIMS = (32, 64, 80, 96, 104, 128)
+# offsets within a tile are 32 bits: 257 rows of at most this many elements
+LARGEST_TOKEN_STRIDE = 2**22
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,24 @@ def block_d(head_dim: int) -> int:
 def architecture(capability: tuple[int, int]) -> int:
     """Return the architecture whose tables serve a compute capability: cards of unknown kind get sm_80's."""
     return {9: 90, 10: 100}.get(capability[0], 80)
+
+
+def in_place(strides: Sequence[int]) -> bool:
+    """Return whether the kernels read queries, keys and values of these strides where they lie, and not a copy."""
+    return strides[-1] == 1 and strides[-4] <= LARGEST_TOKEN_STRIDE
+
+
+def unit(strides: Sequence[int]) -> int:
+    """Return in which unit the kernels are told the strides: 8 elements if all are multiples of 8, else 1.
+
+    A unit of 8 lets every row start on 16 bytes. Every copy has it, since every head_dim is a multiple of 8.
+    """
+    return 8 if not in_place(strides) or math.gcd(8, *strides[:-1]) == 8 else 1
+
+
+def sign(scale: float) -> int:
+    """Return -1, 0 or 1 (for NaN too): the forward kernels are compiled for each."""
+    return -1 if scale < 0 else 0 if scale == 0 else 1
 
 
 def forward_plan(architecture: int, tokens: int | None, head_dim: int, size: int, causal: bool) -> Whole | Streaming:
