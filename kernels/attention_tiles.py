@@ -157,7 +157,7 @@ def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale
         scores = tl.where(columns[None, :] < tokens, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     shrink = tl.exp2(top - new_top)
-    weights = tl.exp2(scores * log2_scale - new_top[:, None])
+    weights = tl.exp2(tl.fma(scores, log2_scale, -new_top[:, None]))
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
     return new_top, total, acc
@@ -184,7 +184,8 @@ def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens,
     They are formed key by key (transposed), so that the products that sum over queries take them from registers.
     Masked keys need the mask here too: a key of zeros has the weight ``2^-lse``, which may overflow.
     """
-    weights = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale - lse[None, :])
+    products = tl.dot(key, tl.trans(query), input_precision="ieee")
+    weights = tl.exp2(tl.fma(products, log2_scale, -lse[None, :]))
     if CAUSAL:
         weights = tl.where((columns[:, None] < tokens) & (columns[:, None] <= rows[None, :]), weights, 0.0)
     elif not FULL:
@@ -197,7 +198,8 @@ def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens,
 def score_gradients_by_query(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale,
                              CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Return the gradients of the scores of a tile as ``[queries, keys]``, for a sum over keys."""
-    weights = tl.exp2(tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale - lse[:, None])
+    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    weights = tl.exp2(tl.fma(products, log2_scale, -lse[:, None]))
     if CAUSAL:
         weights = tl.where((columns[None, :] < tokens) & (columns[None, :] <= rows[:, None]), weights, 0.0)
     elif not FULL:
