@@ -15,12 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What of a kernel's arguments Triton shall not look at. It would compile anew for a 1 and for a multiple of 16, so that a
-# batch of another size met a kernel that nothing had checked. All that the code gains from a value it is told: strides
-# come in units of 8 elements, which makes every row start on 16 bytes, or where they cannot, in units of 1.
+# The arguments that Triton shall not specialise for: it would compile anew for a 1 and for a multiple of 16, and a
+# batch of another size would meet a kernel that nothing has checked. What code gains from a value, it is told: strides
+# come in units of 8 elements, so that every row starts on 16 bytes, and only where they cannot, in units of 1.
 NUMBERS = (
-    "cu_seqlens", "batch_stride", "token_stride", "part_stride", "head_stride", "heads", "tokens", "all_tokens", "splits",
-)  # fmt: skip
+    "cu_seqlens",
+    "batch_stride",
+    "token_stride",
+    "part_stride",
+    "head_stride",
+    "heads",
+    "tokens",
+    "all_tokens",
+    "splits",
+)
 # below every score: a maximum that starts here, and not at -inf, makes no inf - inf
 LOWEST = tl.constexpr(-3.0e38)
 

@@ -44,9 +44,7 @@ def _plain_backward(
     return torch.autograd.grad(again, leaf, d_out)[0].contiguous()
 
 
-def _trials(
-    qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, backward: bool
-) -> list[trust.Trial]:
+def _trials(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, backward: bool) -> list[trust.Trial]:
     """Return how the kernels that a call gets are checked; a backward pass relies on the forward kernel too."""
     from clipfast.kernels import attention_policy
 
