@@ -6,7 +6,7 @@ The kernels are in :mod:`~clipfast.kernels.attention_whole` (all keys of a head 
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from clipfast.kernels import attention_policy as policy
-from clipfast.kernels.aot import AotJob
+from clipfast.kernels import card
+from clipfast.kernels.aot import Call, tensor
 from clipfast.kernels.attention_policy import Streaming, Whole
 from clipfast.kernels.attention_streaming import (
     streaming_backward_keys,
@@ -26,8 +27,6 @@ from clipfast.kernels.attention_whole import whole_backward, whole_forward
 from clipfast.kernels.launch import cdiv
 
 LOG2_E = math.log2(math.e)
-# offsets within a tile are 32 bits: 257 rows of at most this many elements
-LARGEST_TOKEN_STRIDE = 2**22
 
 
 def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -57,7 +56,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
     plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
-    unit, sign = alignment(qkv), sign_of(scale)
+    unit, sign = policy.unit(qkv.stride()), policy.sign(scale)
     constexprs = plan_constexprs(plan, head_dim, causal, unit) | {"SIGN": sign}
     # the largest score of a row is that of the largest product; a factor of 0 would meet masked scores, which are -inf
     log2_scale = abs(scale) * LOG2_E if sign else 1.0
@@ -101,7 +100,7 @@ def backward(
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
     scales = (scale, scale * LOG2_E)
-    unit = alignment(qkv)
+    unit = policy.unit(qkv.stride())
     if isinstance(plans, Whole):
         whole_backward[(sequences * heads,)](
             qkv, out, lse, d_out, d_qkv, *_strides(qkv, unit), *shape, *scales,
@@ -129,23 +128,12 @@ def backward(
 
 def _readable(qkv: Tensor) -> Tensor:
     """Return ``qkv``, or a copy of one whose layout the kernels cannot read in place."""
-    readable = qkv.stride(-1) == 1 and qkv.stride(-4) <= LARGEST_TOKEN_STRIDE
-    return _on_16_bytes(qkv if readable else qkv.contiguous())
+    return _on_16_bytes(qkv if policy.in_place(qkv.stride()) else qkv.contiguous())
 
 
 def _on_16_bytes(x: Tensor) -> Tensor:
     """Return ``x``, or a copy of one that starts elsewhere: Triton would compile another kernel for it."""
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def alignment(qkv: Tensor) -> int:
-    """Return how many elements the strides are multiples of: 8, or 1 where one of them is not a multiple of 8."""
-    return 1 if any(stride % 8 for stride in qkv.stride()[:-1]) else 8
-
-
-def sign_of(scale: float) -> int:
-    """Return -1, 0 or 1."""
-    return -1 if scale < 0 else 0 if scale == 0 else 1
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
 
 
 def _strides(qkv: Tensor, unit: int) -> tuple[int, int, int, int]:
@@ -163,13 +151,11 @@ def _splits(tokens: int, sequences: int, tile: int, class_token: bool) -> int:
 
 
 def _architecture(device: torch.device) -> int:
-    # the interpreter on the CPU runs what a Hopper card would
-    return policy.architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 90
+    return policy.architecture(card.capability(device))
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return card.multiprocessors(device, interpreted=1)
 
 
 def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, unit: int) -> dict[str, Any]:
@@ -188,66 +174,33 @@ def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, unit: 
     }
 
 
-def aot_jobs() -> list[AotJob]:
-    """Return every configuration that :func:`forward` and :func:`backward` choose, for every architecture."""
-    jobs = {}
-    for architecture in (80, 90, 100):
-        for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-            for head_dim in policy.HEAD_DIMS:
-                for tokens, causal in _calls():
-                    for job in _jobs(architecture, dtype, size, head_dim, tokens, causal):
-                        jobs.setdefault(job.label, job)
-    return list(jobs.values())
+def aot_calls() -> Iterator[Call]:
+    """Yield calls that reach every configuration: each class of lengths, with and without the causal mask."""
+    for dtype, head_dim, causal in itertools.product(("bf16", "fp16", "fp32"), policy.HEAD_DIMS, (False, True)):
+        for tokens in (50, 77, 128, 197, 256, 257, 577, 1024, None):
+            yield aot_call(256, tokens, 12, head_dim, dtype, causal)
+    for tokens, sign in itertools.product((77, 197, 257, None), (-1, 0)):
+        yield aot_call(256, tokens, 12, 64, "bf16", False, sign)
 
 
-def _calls() -> Iterator[tuple[int | None, bool]]:
-    """Yield a length (None: packed) of every class of calls, with and without the causal mask."""
-    for tokens in (64, 80, 128, 256, 257, 577, 1024, None):
-        yield tokens, False
-        yield tokens, True
-
-
-def _jobs(
-    architecture: int, dtype: str, size: int, head_dim: int, tokens: int | None, causal: bool
-) -> Iterator[AotJob]:
-    forward_plan = policy.forward_plan(architecture, tokens, head_dim, size, causal)
-    backward_plans = policy.backward_plan(architecture, tokens, head_dim, size, causal)
-    planned: list[tuple[Any, Whole | Streaming]] = [
-        (whole_forward if isinstance(forward_plan, Whole) else streaming_forward, forward_plan)
+def aot_call(
+    batch: int, tokens: int | None, heads: int, head_dim: int, dtype: str, causal: bool, sign: int = 1
+) -> Call:
+    """Return a call of :func:`forward` and :func:`backward`; without ``tokens`` of packed captions, 20 tokens each."""
+    packed = tokens is None
+    lead = (20 * batch,) if tokens is None else (batch, tokens)
+    words = [
+        f"attention {dtype} D={head_dim}",
+        "packed" if packed else f"{tokens} tokens",
+        *(["causal"] if causal else []),
+        *([f"scale {sign}"] if sign != 1 else []),
     ]
-    if isinstance(backward_plans, Whole):
-        planned.append((whole_backward, backward_plans))
-    else:
-        planned += zip((streaming_backward_queries, streaming_backward_keys), backward_plans, strict=True)
-    for kernel, plan in planned:
-        constexprs = plan_constexprs(plan, head_dim, causal, unit=8)
-        packed = tokens is None
-        if isinstance(plan, Streaming):
-            constexprs |= {"PACKED": packed, "EXACT": size == 4}
-        if "SIGN" in kernel.arg_names:
-            constexprs["SIGN"] = 1
-        types = dict.fromkeys(("qkv", "out", "d_out", "d_qkv"), f"*{dtype}")
-        types |= dict.fromkeys(("lse", "delta"), "*fp32")
-        types |= {"cu_seqlens": "*i32", "scale": "fp32", "log2_scale": "fp32"}
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
-        if not packed and "cu_seqlens" in signature:
-            # None is a constant to the launcher
-            del signature["cu_seqlens"]
-            constexprs["cu_seqlens"] = None
-        tiles = f"{plan.keys[0] + plan.keys[1]}" if isinstance(plan, Whole) else f"{plan.keys}, streaming"
-        sizes = f"D={head_dim} keys {tiles}, queries {plan.queries}"
-        traits = "".join(
-            f" {name}"
-            for name, there in (("causal", causal), ("packed", packed), ("class token", plan.class_token))
-            if there
-        )
-        yield AotJob(
-            kernel,
-            signature,
-            constexprs,
-            plan.warps,
-            plan.stages,
-            label=f"{kernel.__name__} sm_{architecture} {dtype} {sizes}{traits}",
-            architectures=(architecture,),
-            needs_hgmma=architecture == 90 and size == 2,
-        )
+    scale = sign * head_dim**-0.5
+
+    def run() -> None:
+        qkv = tensor(*lead, 3, heads, head_dim, dtype=dtype)
+        offsets = tensor(batch + 1, dtype="i32") if packed else None
+        out, lse = forward(qkv, offsets, causal, scale)
+        backward(torch.empty_like(out), qkv, out, lse, offsets, causal, scale)
+
+    return Call(", ".join(words), run, half=dtype != "fp32", quick=dtype == "bf16" and head_dim == 64 and sign == 1)

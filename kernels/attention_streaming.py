@@ -15,9 +15,13 @@ the other tiles of keys (dK and dV).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from clipfast.kernels.aot import Loop, Work
 from clipfast.kernels.attention_tiles import (
     LOWEST,
     NUMBERS,
@@ -279,3 +283,25 @@ def streaming_backward_keys(
         place = offset * (3 * width)
         store_tile(d_keys + place, 3 * width, left, d_key * scale, D, KEYS, BLOCK_D, CLASS_TOKEN)
         store_tile(d_values + place, 3 * width, left, d_value, D, KEYS, BLOCK_D, CLASS_TOKEN)
+
+
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of a kernel's loops, averages of the ``splits`` programs of a sequence, and what it moves.
+
+    Packed captions are as many as their launcher's tests of cost have: 20 tokens each.
+    """
+    by_keys = name == "streaming_backward_keys"
+    tile, step = (values[side] for side in (("KEYS", "QUERIES") if by_keys else ("QUERIES", "KEYS")))
+    length = (20 if values["PACKED"] else values["tokens"]) - values["CLASS_TOKEN"]
+    tiles, steps = -(-length // tile), -(-length // step)
+    inner = float(steps)
+    if values["CAUSAL"]:
+        # of the tiles beside the diagonal or on it, a program's average
+        first = [(own * tile) // step for own in range(tiles)]
+        last = [min(steps, -(-(own + 1) * tile // step)) for own in range(tiles)]
+        inner = (sum(steps - f for f in first) if by_keys else sum(last)) / tiles
+    loops = [Loop(tiles / values["splits"], (Loop(inner),))]
+    if values["CLASS_TOKEN"]:
+        loops.insert(0, Loop(steps / values["splits"]))
+    written = {"streaming_backward_queries": 1 / 3, "streaming_backward_keys": 2 / 3}.get(name, 1.0)
+    return Work(tuple(loops), {"d_qkv": written})

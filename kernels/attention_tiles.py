@@ -15,12 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# What of a kernel's arguments Triton shall not look at. It would compile anew for a 1 and for a multiple of 16, so that a
-# batch of another size met a kernel that nothing had checked. All that the code gains from a value it is told: strides
-# come in units of 8 elements, which makes every row start on 16 bytes, or where they cannot, in units of 1.
+# The arguments that Triton shall not specialise for: it would compile anew for a 1 and for a multiple of 16, and a
+# batch of another size would meet a kernel that nothing has checked. What code gains from a value, it is told: strides
+# come in units of 8 elements, so that every row starts on 16 bytes, and only where they cannot, in units of 1.
 NUMBERS = (
-    "cu_seqlens", "batch_stride", "token_stride", "part_stride", "head_stride", "heads", "tokens", "all_tokens", "splits",
-)  # fmt: skip
+    "cu_seqlens",
+    "batch_stride",
+    "token_stride",
+    "part_stride",
+    "head_stride",
+    "heads",
+    "tokens",
+    "all_tokens",
+    "splits",
+)
 # below every score: a maximum that starts here, and not at -inf, makes no inf - inf
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -157,7 +165,7 @@ def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale
         scores = tl.where(columns[None, :] < tokens, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     shrink = tl.exp2(top - new_top)
-    weights = tl.exp2(scores * log2_scale - new_top[:, None])
+    weights = tl.exp2(tl.fma(scores, log2_scale, -new_top[:, None]))
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
     return new_top, total, acc
@@ -184,7 +192,8 @@ def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens,
     They are formed key by key (transposed), so that the products that sum over queries take them from registers.
     Masked keys need the mask here too: a key of zeros has the weight ``2^-lse``, which may overflow.
     """
-    weights = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale - lse[None, :])
+    products = tl.dot(key, tl.trans(query), input_precision="ieee")
+    weights = tl.exp2(tl.fma(products, log2_scale, -lse[None, :]))
     if CAUSAL:
         weights = tl.where((columns[:, None] < tokens) & (columns[:, None] <= rows[None, :]), weights, 0.0)
     elif not FULL:
@@ -197,7 +206,8 @@ def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens,
 def score_gradients_by_query(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale,
                              CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Return the gradients of the scores of a tile as ``[queries, keys]``, for a sum over keys."""
-    weights = tl.exp2(tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale - lse[:, None])
+    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    weights = tl.exp2(tl.fma(products, log2_scale, -lse[:, None]))
     if CAUSAL:
         weights = tl.where((columns[None, :] < tokens) & (columns[None, :] <= rows[:, None]), weights, 0.0)
     elif not FULL:

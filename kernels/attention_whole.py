@@ -11,8 +11,12 @@ dV are final when it ends: no atomics, no second pass, the same sums in the same
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton.language as tl
 
+from clipfast.kernels.aot import Loop, Work
 from clipfast.kernels.attention_tiles import (
     LOWEST,
     NUMBERS,
@@ -199,3 +203,9 @@ def whole_backward(
     if KEYS_1:
         store_tile(d_keys + KEYS_0 * row, row, tokens - KEYS_0, d_key_1 * scale, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
         store_tile(d_values + KEYS_0 * row, row, tokens - KEYS_0, d_value_1, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
+
+
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of a kernel's loops: over tiles of queries, of which ``splits`` programs each take a share."""
+    tiles = -(-(values["tokens"] - values["CLASS_TOKEN"]) // values["QUERIES"])
+    return Work((Loop(tiles / values.get("splits", 1)),))

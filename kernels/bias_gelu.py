@@ -6,15 +6,20 @@ The three forms are gates: ``x·Φ(x)``, and with a sigmoid ``x·σ(z(x))``. PyT
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels.aot import AotJob
+from clipfast.kernels.aot import Call, Loop, Work, tensor
+from clipfast.kernels.card import multiprocessors
 from clipfast.kernels.launch import cdiv, jit
 from clipfast.kernels.layer_norm import as_rows, empty
-from clipfast.kernels.partial_sums import multiprocessors, sum_partials
+from clipfast.kernels.partial_sums import sum_partials
 
 # A program's tile: 8 neighbouring elements a thread, the 16 bytes of one load in half precision
 ROWS, COLUMNS, WARPS = 4, 512, 8
@@ -126,31 +131,29 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tu
     return dx, x.new_empty(0) if bias is None else sum_partials(partials, bias.dtype)[0]
 
 
-def aot_jobs() -> list[AotJob]:
-    """Return every form, with and without a bias, in the dtypes that half and full precision mix."""
-    return [
-        job
-        for form in ("none", "tanh", "quick")
-        for x, bias in (("fp32", None), ("fp16", None), ("bf16", None), ("fp32", "fp32"), ("fp16", "fp16"),
-                        ("bf16", "bf16"), ("fp16", "fp32"), ("bf16", "fp32"))
-        for job in _jobs(form, x, bias)
-    ]  # fmt: skip
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of a kernel's loop: the backward pass' over tiles of rows, a share for every strip."""
+    if name == "_forward_kernel":
+        return Work()
+    return Work((Loop(-(-values["rows"] // values["ROWS"]) / values["strips"]),))
 
 
-def _jobs(form: str, x: str, bias: str | None) -> list[AotJob]:
-    constexprs: dict[str, object] = {"FORM": form, "BIAS": bias is not None, "ROWS": ROWS, "COLUMNS": COLUMNS}
-    tensors = {"x": f"*{x}", "bias": f"*{bias or x}"}
-    name = f"gelu {form}, {x}, bias {bias}"
-    return [
-        AotJob(
-            _forward_kernel,
-            tensors | {"y": f"*{x}", "rows": "i32", "width": "i32", "x_stride": "i32"},
-            constexprs, WARPS, 1, f"{name}, forward", divisible_by_16=("width", "x_stride"),
-        ),
-        AotJob(
-            _backward_kernel,
-            tensors | {"dy": f"*{x}", "dx": f"*{x}", "partials": "*fp32"}
-            | dict.fromkeys(("rows", "strips", "width", "dy_stride", "x_stride"), "i32"),
-            constexprs, WARPS, 1, f"{name}, backward", divisible_by_16=("width", "dy_stride", "x_stride"),
-        ),
-    ]  # fmt: skip
+def aot_calls() -> Iterator[Call]:
+    """Yield every form, with and without a bias, in the dtypes that half and full precision mix."""
+    mixtures = (("fp32", None), ("fp16", None), ("bf16", None), ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"),
+                ("fp16", "fp32"), ("bf16", "fp32"))  # fmt: skip
+    for form, (x, bias) in itertools.product(("none", "tanh", "quick"), mixtures):
+        yield aot_call(50432, 3072, form, x, bias)
+
+
+def aot_call(rows: int, width: int, form: str, x_dtype: str, bias_dtype: str | None) -> Call:
+    """Return a call of :func:`forward` and :func:`backward`."""
+
+    def run() -> None:
+        x = tensor(rows, width, dtype=x_dtype)
+        bias = None if bias_dtype is None else tensor(width, dtype=bias_dtype)
+        forward(x, bias, form)
+        backward(torch.empty_like(x), x, bias, form)
+
+    label = f"gelu {form}, {x_dtype}, bias {bias_dtype}, width {width}"
+    return Call(label, run, quick=x_dtype == bias_dtype == "bf16")

@@ -7,16 +7,19 @@ sums are in float32 whatever the dtypes of the tensors.
 from __future__ import annotations
 
 import functools
-from itertools import product
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels.aot import AotJob
+from clipfast.kernels.aot import Call, Loop, Work, tensor
+from clipfast.kernels.card import multiprocessors
 from clipfast.kernels.launch import cdiv, jit
-from clipfast.kernels.partial_sums import multiprocessors, sum_partials
+from clipfast.kernels.partial_sums import sum_partials
 
 MAX_WIDTH = 4096
 
@@ -214,37 +217,34 @@ def _backward(
     return dx, dx_other, dweight, dbias
 
 
-def aot_jobs() -> list[AotJob]:
-    """Return every tile in the dtypes of pure half and full precision and of autocast (a float32 stream)."""
-    return [
-        job
-        for width, add in product((256, 512, 1024, 2048, 4096), (False, True))
-        for x, stream, weight in (("fp32", "fp32", "fp32"), ("fp16", "fp16", "fp16"), ("bf16", "bf16", "bf16"),
-                                  ("bf16", "bf16", "fp32"), ("fp16", "fp32", "fp32"), ("bf16", "fp32", "fp32"))
-        if add or x == stream
-        for job in _jobs(width, add, x, stream, weight)
-    ]  # fmt: skip
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of a kernel's loop: the backward pass' over tiles of rows, a share for every program."""
+    if name == "_forward_kernel":
+        return Work()
+    return Work((Loop(-(-values["rows"] // values["ROWS"]) / values["grid"][0]),))
 
 
-def _jobs(width: int, add: bool, x: str, stream: str, weight: str) -> list[AotJob]:
-    rows, block, warps = _tile(width)
-    pointers = {"x": x, "residual": stream, "weight": weight, "bias": weight, "y": stream, "stream": stream}
-    pointers |= {"mean": "fp32", "rstd": "fp32"}
-    forward_signature = {name: f"*{dtype}" for name, dtype in pointers.items()}
-    forward_signature |= dict.fromkeys(("rows", "width", "x_stride", "residual_stride"), "i32") | {"eps": "fp32"}
-    pointers = {"dy": stream, "dstream": stream, "x": stream, "weight": weight, "mean": "fp32", "rstd": "fp32"}
-    pointers |= {"dx": x, "dx_other": stream, "partials": "fp32"}
-    backward_signature = {name: f"*{dtype}" for name, dtype in pointers.items()}
-    backward_signature |= dict.fromkeys(("rows", "width", "dy_stride", "dstream_stride", "x_stride"), "i32")
-    tile: dict[str, object] = {"ROWS": rows, "BLOCK": block, "ADD": add}
-    name = f"{'add ' if add else ''}layer norm, width ≤ {block}, {x} to {stream}, weights {weight}"
-    return [
-        AotJob(
-            _forward_kernel, forward_signature, tile, warps, 1, f"{name}, forward",
-            divisible_by_16=("width", "x_stride", "residual_stride"),
-        ),
-        AotJob(
-            _backward_kernel, backward_signature, tile | {"TWO_DTYPES": x != stream}, warps, 1, f"{name}, backward",
-            divisible_by_16=("width", "dy_stride", "dstream_stride", "x_stride"),
-        ),
-    ]  # fmt: skip
+def aot_calls() -> Iterator[Call]:
+    """Yield every tile in the dtypes of pure half and full precision and of autocast (a float32 stream)."""
+    mixtures = (("fp32", "fp32", "fp32"), ("fp16", "fp16", "fp16"), ("bf16", "bf16", "bf16"), ("bf16", "bf16", "fp32"),
+                ("fp16", "fp32", "fp32"), ("bf16", "fp32", "fp32"))  # fmt: skip
+    for width, add, (x, stream, weight) in itertools.product((256, 512, 768, 1280, 4096), (False, True), mixtures):
+        if add or x == stream:
+            yield aot_call(50432, width, add, x, stream, weight)
+
+
+def aot_call(rows: int, width: int, add: bool, x_dtype: str, stream_dtype: str, weight_dtype: str) -> Call:
+    """Return a call of the forward and the backward pass, with the residual or alone."""
+
+    def run() -> None:
+        x, stream = tensor(rows, width, dtype=x_dtype), tensor(rows, width, dtype=stream_dtype)
+        weight, bias = (tensor(width, dtype=weight_dtype) for _ in range(2))
+        if add:
+            y, total, mean, rstd = add_forward(x, stream, weight, bias, 1e-5)
+            add_backward(y, total, total.clone(), weight, mean, rstd, x.dtype, stream.dtype)
+        else:
+            y, mean, rstd = forward(x, weight, bias, 1e-5)
+            backward(y, x, weight, mean, rstd)
+
+    label = f"{'add ' if add else ''}layer norm, {x_dtype} to {stream_dtype}, weights {weight_dtype}, width {width}"
+    return Call(label, run, quick=(width, x_dtype, weight_dtype) == (768, "bf16", "bf16"))

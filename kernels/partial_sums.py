@@ -7,22 +7,19 @@ time. Here the order depends on the shape and the card alone.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels.aot import AotJob
+from clipfast.kernels.aot import Call, Loop, Work, tensor
 from clipfast.kernels.launch import cdiv, jit
 
 # tile of partial sums: a warp reads 32 neighbours of a row
 PARTIALS, COLUMNS, WARPS = 32, 64, 4
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Return the streaming multiprocessors of a card; in the interpreter a few, so that there are partial sums."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @jit(do_not_specialize=["programs"])
@@ -61,18 +58,15 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return sums
 
 
-def aot_jobs() -> list[AotJob]:
-    """Return every configuration of :func:`sum_partials`."""
-    return [
-        AotJob(
-            _sum_kernel,
-            {"partials": "*fp32", "first": f"*{dtype}", "second": f"*{dtype}", "programs": "i32", "width": "i32"},
-            {"PARTIALS": PARTIALS, "COLUMNS": COLUMNS, "OUTPUTS": outputs},
-            num_warps=WARPS,
-            num_stages=3,
-            label=f"partial sums, {outputs} to {dtype}",
-            divisible_by_16=("width",),
-        )
-        for dtype in ("fp32", "fp16", "bf16")
-        for outputs in (1, 2)
-    ]
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of the kernel's loop: over tiles of programs."""
+    return Work((Loop(-(-values["programs"] // values["PARTIALS"])),))
+
+
+def aot_calls() -> Iterator[Call]:
+    """Yield every configuration of :func:`sum_partials`."""
+    for dtype, outputs in itertools.product(("fp32", "fp16", "bf16"), (1, 2)):
+        partials = tensor(1056, outputs, 768, dtype="fp32")
+        target = tensor(0, dtype=dtype).dtype
+        run = functools.partial(sum_partials, partials, target)
+        yield Call(f"partial sums, {outputs} to {dtype}", run, quick=dtype == "bf16")

@@ -1,0 +1,29 @@
+"""The machine code of kernels in CUDA C++, compiled by nvcc without a GPU, for :func:`~.cost.reckon`."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipfast.benchmark.reckoning.sass import Kernel, disassemble
+
+
+def compile_source(source: Path, architecture: str, flags: Sequence[str] = ()) -> dict[str, Kernel]:
+    """Return the kernels of a ``.cu`` file by their mangled names, registers and static shared memory included.
+
+    Args:
+        source: The file.
+        architecture: As nvcc has it, such as ``"80"``, ``"90a"``.
+        flags: More of nvcc's flags: include folders, definitions.
+
+    Raises:
+        subprocess.CalledProcessError: nvcc refuses the file.
+        FileNotFoundError: There is no nvcc.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kernels.cubin"
+        command = ["nvcc", "-cubin", f"-arch=sm_{architecture}", "-std=c++20", "-O3", *flags, "-o", target, source]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return disassemble(target.read_bytes())
