@@ -303,5 +303,5 @@ def aot_work(name: str, values: Mapping[str, Any]) -> Work:
     loops = [Loop(tiles / values["splits"], (Loop(inner),))]
     if values["CLASS_TOKEN"]:
         loops.insert(0, Loop(steps / values["splits"]))
-    written = {"streaming_backward_queries": 1 / 3, "streaming_backward_keys": 2 / 3}.get(name, 1.0)
-    return Work(tuple(loops), {"d_qkv": written})
+    written = {"streaming_backward_queries": 1 / 3, "streaming_backward_keys": 2 / 3}
+    return Work(tuple(loops), {"d_qkv": written[name]} if name in written else {})
