@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -128,10 +129,23 @@ def test_plans_are_of_the_kinds_they_should_be() -> None:
     assert isinstance(policy.forward_plan(90, None, 64, 2, True), policy.Streaming)
 
 
-@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0, 2.0])
-def test_scale(scale: float, tensor_core_plans: None) -> None:
-    check(drawn(1, 33), scale=scale)
-    check(drawn(1, 257, heads=1), scale=scale)
+@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0, -0.0, 2.0])
+@pytest.mark.parametrize("tiles", ["of float32", "of half precision"])
+def test_scale(scale: float, tiles: str, request: pytest.FixtureRequest) -> None:
+    if tiles == "of half precision":
+        request.getfixturevalue("tensor_core_plans")
+        check(drawn(1, 257, heads=1), scale=scale)
+    qkv = drawn(1, 77, heads=1, head_dim=32)
+    check(qkv, scale=scale)
+    check(qkv, causal=True, scale=scale)
+    check(qkv[0], causal=True, cu_seqlens=torch.tensor([0, 9, 77], dtype=torch.int32, device=DEVICE), scale=scale)
+    # scores of both signs up to 3,000: the largest of a row must be found before any exponent is taken
+    grad = torch.ones(1, 77, 32, device=DEVICE)
+    assert all(value.isfinite().all() for value in results(10 * qkv, grad, causal=True, scale=scale).values())
+
+
+def test_a_scale_that_is_no_number() -> None:
+    assert ops.attention(drawn(1, 9), 2, scale=math.nan).isnan().all()
 
 
 def test_scores_far_from_zero(tensor_core_plans: None) -> None:
