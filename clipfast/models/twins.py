@@ -15,17 +15,10 @@ from torch import Tensor, nn
 
 from clipfast import ops
 from clipfast.modules import plainness
+from clipfast.modules.block import MLP, LayerNorm, Read, ResidualAttentionBlock, SelfAttention, take_tokens
 from clipfast.modules.block_states import is_lora
 from clipfast.modules.text import TextTransformer
-from clipfast.modules.transformer import (
-    MLP,
-    LayerNorm,
-    Read,
-    ResidualAttentionBlock,
-    SelfAttention,
-    Transformer,
-    take_tokens,
-)
+from clipfast.modules.transformer import Transformer
 from clipfast.modules.vit import ViT
 
 
@@ -254,9 +247,13 @@ class TwinBlock(ResidualAttentionBlock):
             is_lora(linear) for linear in (attention.out_proj, c_fc, c_proj)
         )
 
-    def _adds_in_norm(self) -> bool:
-        """Return that it may: whoever watches or changes the other's LayerNorm is served by the other's code."""
+    def carries(self) -> bool:
+        """Return that it does: whoever watches or changes the other's block is served by the other's code."""
         return True
+
+    def _may_skip(self, part: nn.Module) -> bool:
+        """Return that it may, for the same reason, what needs no call of its own."""
+        return not isinstance(part, TwinAdaptedAttention)
 
 
 class TwinTransformer(Transformer):

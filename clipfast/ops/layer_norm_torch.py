@@ -15,10 +15,17 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y.to(x.dtype)
 
 
-def reference_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def reference_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ``(layer_norm(x + residual), x + residual)`` in the dtype of the sum."""
-    residual = residual + x
+    residual = residual + (x if bias_of_x is None else with_bias_gradient(x, bias_of_x))
     return reference(residual, weight, bias, eps), residual
+
+
+def with_bias_gradient(x: Tensor, bias: Tensor) -> Tensor:
+    """Return ``x``, ``[..., C]``, which has a bias ``[C]`` already, with the way back for the bias' gradient."""
+    return x + (bias - bias.detach()).to(x.dtype)
 
 
 def _rows_of_statistics(x: Tensor, statistic: Tensor) -> Tensor:
