@@ -71,9 +71,14 @@ def add_backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of ``x`` and ``residual`` (empty where it is that of ``x``), ``weight`` and ``bias``."""
+    """Return the gradients of ``x`` and ``residual`` (empty where it is that of ``x``), ``weight`` and ``bias``.
+
+    And the sum of the first over rows in ``sum_dtype``, empty where that is None.
+    """
     dx, dweight, dbias = _gradients(dy, stream, weight, mean, rstd)
     dx = (dx + dstream.float()).contiguous()
     other = dx.new_empty(0, dtype=residual_dtype) if x_dtype == residual_dtype else dx.to(residual_dtype)
-    return dx.to(x_dtype), other, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    total = dx.new_empty(0) if sum_dtype is None else dx.flatten(0, -2).sum(0).to(sum_dtype)
+    return dx.to(x_dtype), other, dweight.to(weight.dtype), dbias.to(weight.dtype), total
