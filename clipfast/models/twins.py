@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clipfast import ops
 from clipfast.modules import plainness
-from clipfast.modules.block import MLP, LayerNorm, Read, ResidualAttentionBlock, SelfAttention, take_tokens
+from clipfast.modules.block import MLP, Branch, LayerNorm, Read, ResidualAttentionBlock, SelfAttention, take_tokens
 from clipfast.modules.block_states import is_lora
 from clipfast.modules.text import TextTransformer
 from clipfast.modules.transformer import Transformer
@@ -133,6 +133,10 @@ class TwinAttention(SelfAttention):
             return super()._qkv(x)
         parts = [part(x) for part in self.source]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def branch(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Branch:
+        """Return what :meth:`SelfAttention.branch` does; adapted projections have the way back of their own."""
+        return Branch(self(x, cu_seqlens)) if self.is_adapted else super().branch(x, cu_seqlens)
 
     def _project_one(self, x: Tensor, query: Tensor, read: Read) -> tuple[Tensor, Tensor, Tensor]:
         if not self.is_adapted:

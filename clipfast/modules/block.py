@@ -19,8 +19,9 @@ from clipfast.modules.block_states import ADAPTED, CHANGED, PLAIN, is_as_defined
 from clipfast.modules.plainness import is_untouched
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
+from clipfast.ops.bias_gradients import through_attention, with_bias_gradient
 from clipfast.ops.encoder import BlockWeights
-from clipfast.ops.layer_norm import kernel_sums_bias_gradient, with_bias_gradient
+from clipfast.ops.layer_norm import kernel_sums_bias_gradient
 
 # the token of every sequence that is read: one position for all, or one each [S]
 Read = int | Tensor
@@ -74,11 +75,18 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return ``[B, N, W]`` from ``[B, N, W]``; ``[total, W]`` with offsets ``[S + 1]`` of packed sequences."""
-        return self.out_proj(self.attend(x, cu_seqlens))
+        return self.out_proj(self._attend(self._qkv(x), cu_seqlens))
 
-    def attend(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        """Return what the output projection is given; as :meth:`forward`."""
-        return ops.attention(self._qkv(x), self.heads, causal=self.causal, cu_seqlens=cu_seqlens)
+    def branch(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Branch:
+        """Return what :meth:`forward` does, with the gradients of biases left to whoever adds it to the stream."""
+        out, (weight, bias) = self.out_proj, self.qkv_parameters()
+        if bias is None or not bias.requires_grad:
+            return _product(out, self._attend(self._qkv(x), cu_seqlens), out.bias)
+        qkv, out_bias = through_attention(F.linear(x, weight, bias.detach()), bias, out.weight, out.bias)
+        return _product(out, self._attend(qkv, cu_seqlens), out_bias)
+
+    def _attend(self, qkv: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        return ops.attention(qkv, self.heads, causal=self.causal, cu_seqlens=cu_seqlens)
 
     def forward_one(self, x: Tensor, query: Tensor, read: Read, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return ``[S, W]``, the rows of :meth:`forward` for one token a sequence.
@@ -137,10 +145,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``[..., W]`` from ``[..., W]``."""
-        return self.c_proj(self.expand(x))
+        return self.c_proj(self._expand(x))
 
-    def expand(self, x: Tensor) -> Tensor:
-        """Return what the second layer is given, ``[..., hidden]``."""
+    def branch(self, x: Tensor) -> Branch:
+        """Return what :meth:`forward` does, with its last bias' gradient left to whoever adds it to the stream."""
+        return _product(self.c_proj, self._expand(x), self.c_proj.bias)
+
+    def _expand(self, x: Tensor) -> Tensor:
         if _is_plain(self.c_fc) and kernel_adds_bias(x, self.c_fc.bias, self.approximate):
             return ops.bias_gelu(F.linear(x, self.c_fc.weight), self.c_fc.bias, self.approximate)
         return ops.bias_gelu(self.c_fc(x), None, self.approximate)
@@ -212,12 +223,12 @@ class ResidualAttentionBlock(nn.Module):
             x, query = take_tokens(x, read), take_tokens(y, read)
             branch = Branch(self.attn.forward_one(y, query, read, cu_seqlens))
         elif self._leaves_bias(self.attn, self.attn.out_proj, self.ln_2, y, x):
-            branch = _product(self.attn.out_proj, self.attn.attend(y, cu_seqlens))
+            branch = self.attn.branch(y, cu_seqlens)
         else:
             branch = Branch(self.attn(y, cu_seqlens))
         y, x = self._add_norm(self.ln_2, x, branch)
         if following is not None and self._leaves_bias(self.mlp, self.mlp.c_proj, following, y, x):
-            return x, _product(self.mlp.c_proj, self.mlp.expand(y))
+            return x, self.mlp.branch(y)
         return x, Branch(self.mlp(y))
 
     def carries(self) -> bool:
@@ -263,9 +274,9 @@ class ResidualAttentionBlock(nn.Module):
         )
 
 
-def _product(linear: nn.Module, x: Tensor) -> Branch:
-    """Return a linear layer's result as a branch whose bias' gradient is left to whoever adds it."""
-    return Branch(F.linear(x, linear.weight, linear.bias.detach()), linear.bias)
+def _product(linear: nn.Module, x: Tensor, bias: Tensor) -> Branch:
+    """Return a linear layer's result as a branch, and its bias with the way back to be taken by whoever adds that."""
+    return Branch(F.linear(x, linear.weight, bias.detach()), bias)
 
 
 def take_tokens(x: Tensor, read: Read) -> Tensor:

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 
 from clipfast.ops import dispatch, keys, layer_norm_torch, layer_norm_triton
-from clipfast.ops.layer_norm_torch import with_bias_gradient
 from clipfast.ops.rules import LARGE, Key
-
-__all__ = ["add_layer_norm", "kernel_sums_bias_gradient", "layer_norm", "with_bias_gradient"]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.ops.bias_gradients import with_bias_gradient
+
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return ``layer_norm(x)``, ``[..., C]`` in the dtype of ``x``."""
@@ -21,11 +23,6 @@ def reference_add(
     """Return ``(layer_norm(x + residual), x + residual)`` in the dtype of the sum."""
     residual = residual + (x if bias_of_x is None else with_bias_gradient(x, bias_of_x))
     return reference(residual, weight, bias, eps), residual
-
-
-def with_bias_gradient(x: Tensor, bias: Tensor) -> Tensor:
-    """Return ``x``, ``[..., C]``, which has a bias ``[C]`` already, with the way back for the bias' gradient."""
-    return x + (bias - bias.detach()).to(x.dtype)
 
 
 def _rows_of_statistics(x: Tensor, statistic: Tensor) -> Tensor:
