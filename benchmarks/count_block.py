@@ -31,6 +31,7 @@ from test_block import open_clips_block
 # as many rows as no weight has
 BATCH, TOKENS, WIDTH, HEADS = 4, 60, 256, 4
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mv", "addmv")
+FREE = ("detach", "empty", "empty_like", "new_empty", "_unsafe_view", "expand", "squeeze_")
 # the backward kernels with sums over rows launch the second stage too
 TWO_KERNELS = ("layer_norm_backward", "add_layer_norm_backward", "bias_gelu_backward")
 # what is given to the first block, and whether autocast is on. An image tower's stream is what its convolution gives;
@@ -59,7 +60,7 @@ class Count(TorchDispatchMode):
         read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         written = [t for t in tree_leaves(results) if isinstance(t, torch.Tensor)]
         storages = {t.untyped_storage().data_ptr() for t in read}
-        free = function.is_view or name in ("detach", "empty", "empty_like", "new_empty", "_unsafe_view", "expand", "squeeze_")
+        free = function.is_view or name in FREE
         if (
             free
             or not written
