@@ -290,7 +290,7 @@ def _launches(architecture: int) -> Iterator[list[dict[str, Any]]]:
         told, names = found["compile"], seen[-1]["kernel"].arg_names
         seen[-1] |= {name: told[name] for name in ("signature", "num_warps", "num_stages")}
         seen[-1]["constants"] = {names[place[0]]: value for place, value in told["constants"].items()}
-        seen[-1]["attributes"] = {names[place[0]]: value for place, value in told["configs"][0].items() if value}
+        seen[-1]["attributes"] = {names[place[0]]: value for place, value in told["configs"][0].items()}
         # compile nothing
         return True
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from clipfast.kernels import attention_policy as policy
@@ -26,6 +25,7 @@ from clipfast.kernels.attention_streaming import (
     streaming_forward,
 )
 from clipfast.kernels.attention_whole import whole_backward, whole_forward
+from clipfast.kernels.launch import cdiv
 
 LOG2_E = math.log2(math.e)
 
@@ -63,9 +63,9 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
     log2_scale = abs(scale) * LOG2_E if sign else 1.0
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
     if isinstance(plan, Whole):
-        tiles = triton.cdiv(lead[-1] - plan.class_token, plan.queries)
+        tiles = cdiv(lead[-1] - plan.class_token, plan.queries)
         # few heads: more programs, each with a share of the query tiles
-        splits = min(tiles, triton.cdiv(2 * _multiprocessors(qkv.device), sequences * heads))
+        splits = min(tiles, cdiv(2 * _multiprocessors(qkv.device), sequences * heads))
         whole_forward[(sequences * heads * splits,)](
             qkv, out, lse, *_strides(qkv, unit), *shape, splits, log2_scale, **constexprs, **options
         )
@@ -162,7 +162,7 @@ def _splits(tokens: int, sequences: int, tile: int, class_token: bool) -> int:
 
     The class token of equally long sequences has a program of its own, the last.
     """
-    return max(1, triton.cdiv(tokens // max(sequences, 1) - class_token, tile) + class_token)
+    return max(1, cdiv(tokens // max(sequences, 1) - class_token, tile) + class_token)
 
 
 def _architecture(device: torch.device) -> int:

@@ -41,6 +41,7 @@ from clipfast.kernels.attention_tiles import (
     store_tile,
     widen,
 )
+from clipfast.kernels.launch import jit
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def sequence_bounds(cu_seqlens, batch, tokens, PACKED: tl.constexpr):
     return start, length
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@jit(do_not_specialize=NUMBERS)
 def streaming_forward(
     qkv, out, lse, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
     log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -126,7 +127,7 @@ def streaming_forward(
         store_statistics(lse, second, rows, length, top, total, EXACT)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@jit(do_not_specialize=NUMBERS)
 def streaming_backward_queries(
     qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
@@ -201,7 +202,7 @@ def streaming_backward_queries(
         store_tile(place, 3 * width, left, d_query * scale, D, QUERIES, BLOCK_D, CLASS_TOKEN)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@jit(do_not_specialize=NUMBERS)
 def streaming_backward_keys(
     qkv, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
     all_tokens, splits, scale, log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
@@ -305,5 +306,5 @@ def aot_work(name: str, values: Mapping[str, Any]) -> Work:
     loops = [Loop(tiles / values["splits"], (Loop(inner),))]
     if values["CLASS_TOKEN"]:
         loops.insert(0, Loop(steps / values["splits"]))
-    written = {"streaming_backward_queries": 1 / 3, "streaming_backward_keys": 2 / 3}.get(name, 1.0)
-    return Work(tuple(loops), {"d_qkv": written})
+    written = {"streaming_backward_queries": 1 / 3, "streaming_backward_keys": 2 / 3}
+    return Work(tuple(loops), {"d_qkv": written[name]} if name in written else {})

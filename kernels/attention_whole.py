@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import triton
 import triton.language as tl
 
 from clipfast.kernels.aot import Loop, Work
@@ -32,9 +31,10 @@ from clipfast.kernels.attention_tiles import (
     store_row,
     store_tile,
 )
+from clipfast.kernels.launch import jit
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@jit(do_not_specialize=NUMBERS)
 def whole_forward(
     qkv, out, lse, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
     log2_scale,
@@ -101,7 +101,7 @@ def whole_forward(
         tl.store(lse + rows, top + tl.log2(total), mask=rows < tokens)
 
 
-@triton.jit(do_not_specialize=NUMBERS)
+@jit(do_not_specialize=NUMBERS)
 def whole_backward(
     qkv, out, lse, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, scale,
     log2_scale,

@@ -153,17 +153,21 @@ kernel_ops.define(
 )
 
 
+_forward = torch.ops.clipfast.attention.default
+_backward = torch.ops.clipfast.attention_backward.default
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> Tensor:
-        out, lse = torch.ops.clipfast.attention(qkv, cu_seqlens, causal, scale)
+        out, lse = _forward(qkv, cu_seqlens, causal, scale)
         ctx.save_for_backward(qkv, out, lse, cu_seqlens)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = torch.ops.clipfast.attention_backward(d_out, *ctx.saved_tensors, ctx.causal, ctx.scale)
+        gradient = _backward(d_out, *ctx.saved_tensors, ctx.causal, ctx.scale)
         return gradient, None, None, None
 
 
@@ -175,7 +179,9 @@ def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float
     """
     if cu_seqlens is not None:
         cu_seqlens = attention_packed.on_device(cu_seqlens, qkv.device)
-    return _Attention.apply(qkv, cu_seqlens, causal, scale)
+    if kernel_ops.is_recorded():
+        return _Attention.apply(qkv, cu_seqlens, causal, scale)
+    return _forward(qkv, cu_seqlens, causal, scale)[0]
 
 
 def refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str | None:

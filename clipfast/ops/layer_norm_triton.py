@@ -161,16 +161,23 @@ kernel_ops.define(
 )
 
 
+# the overloads themselves: a name that may mean several is resolved at every call
+_forward = torch.ops.clipfast.layer_norm_forward.default
+_backward = torch.ops.clipfast.layer_norm_backward.default
+_add_forward = torch.ops.clipfast.add_layer_norm_forward.default
+_add_backward = torch.ops.clipfast.add_layer_norm_backward.default
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = torch.ops.clipfast.layer_norm_forward(x, weight, bias, eps)
+        y, mean, rstd = _forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.clipfast.layer_norm_backward(dy, *ctx.saved_tensors), None
+        return *_backward(dy, *ctx.saved_tensors), None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -178,16 +185,14 @@ class _AddLayerNorm(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        y, stream, mean, rstd = torch.ops.clipfast.add_layer_norm_forward(x, residual, weight, bias, eps)
+        y, stream, mean, rstd = _add_forward(x, residual, weight, bias, eps)
         ctx.save_for_backward(stream, weight, mean, rstd)
         ctx.dtypes = x.dtype, residual.dtype
         return y, stream
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor, dstream: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dresidual, dweight, dbias = torch.ops.clipfast.add_layer_norm_backward(
-            dy, dstream, *ctx.saved_tensors, *ctx.dtypes
-        )
+        dx, dresidual, dweight, dbias = _add_backward(dy, dstream, *ctx.saved_tensors, *ctx.dtypes)
         # the gradient of a sum is that of both terms
         same = ctx.dtypes[0] == ctx.dtypes[1]
         return dx, dx if same else dresidual, dweight, dbias, None
@@ -195,12 +200,15 @@ class _AddLayerNorm(torch.autograd.Function):
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return ``layer_norm(x)`` by the Triton kernels."""
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps) if kernel_ops.is_recorded() else _forward(x, weight, bias, eps)[0]
 
 
 def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return ``(layer_norm(x + residual), x + residual)`` by the Triton kernels."""
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    if kernel_ops.is_recorded():
+        return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+    y, stream, _, _ = _add_forward(x, residual, weight, bias, eps)
+    return y, stream
 
 
 def refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:

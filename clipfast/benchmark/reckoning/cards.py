@@ -2,8 +2,8 @@
 
 Lanes a clock and multiprocessor are from the table of arithmetic throughput in NVIDIA's CUDA C++ Programming Guide,
 limits of a multiprocessor from its table of compute capabilities. Tensor cores follow from the peak in bfloat16 with
-sums in float32, without sparsity, that NVIDIA states for the card, over its multiprocessors and clock. Clock and memory are
-what a long run is assumed to keep: about 0.9 of the peak bandwidth.
+sums in float32, without sparsity, that NVIDIA states for the card, over its multiprocessors and clock. The clock and
+the bandwidth are what a long run is assumed to keep: of the bandwidth about 0.9.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from clipfast.benchmark.reckoning.sass import Kernel, disassemble
+from clipfast.benchmark.reckoning import ptx, sass
+from clipfast.benchmark.reckoning.sass import Kernel
 
 
 def compile_source(source: Path, architecture: str, flags: Sequence[str] = ()) -> dict[str, Kernel]:
@@ -23,7 +24,12 @@ def compile_source(source: Path, architecture: str, flags: Sequence[str] = ()) -
         FileNotFoundError: There is no nvcc.
     """
     with tempfile.TemporaryDirectory() as folder:
+        command = ["nvcc", "-cubin", "-keep", f"-keep-dir={folder}", f"-arch=sm_{architecture}", "-std=c++17", "-O3"]
         target = Path(folder) / "kernels.cubin"
-        command = ["nvcc", "-cubin", f"-arch=sm_{architecture}", "-std=c++20", "-O3", *flags, "-o", target, source]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        return disassemble(target.read_bytes())
+        subprocess.run([*command, *flags, "-o", target, source], check=True, capture_output=True, text=True)
+        kernels = sass.disassemble(target.read_bytes())
+        (kept,) = Path(folder).glob("*.ptx")
+        for name, origin in ptx.parse(kept.read_text()).items():
+            if name in kernels:
+                ptx.mark_unrolled(kernels[name], origin)
+        return kernels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clipfast.benchmark.reckoning import sass
+from clipfast.benchmark.reckoning import ptx, sass
 from clipfast.benchmark.reckoning.cards import CARDS, LATENCY, Card
 from clipfast.benchmark.reckoning.cost import Cost, reckon
 from clipfast.kernels.aot import AotJob
@@ -57,6 +57,8 @@ def reckon_job(job: AotJob) -> Reckoned:
     """
     compiled = job.compile()
     (kernel,) = sass.disassemble(compiled.asm["cubin"]).values()
+    (source,) = ptx.parse(compiled.asm["ptx"]).values()
+    ptx.mark_unrolled(kernel, source)
     shared, columns = int(compiled.metadata.shared), int(getattr(compiled.metadata, "tmem_size", 0) or 0)
     moved = job.bytes_moved() / job.programs
     cost = reckon(kernel, CARDS[job.architecture], job.num_warps, job.work().loops, moved, shared, columns)

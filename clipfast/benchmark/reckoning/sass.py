@@ -47,11 +47,19 @@ class Instruction:
 
 @dataclass
 class Nest:
-    """A loop in the machine code: the address where it starts, the blocks in it, and the loops inside."""
+    """A loop in the machine code.
+
+    Attributes:
+        start: The address where it starts.
+        blocks: The blocks in it.
+        inside: The loops inside.
+        unrolled: How many trips of the source's loop one of its own is.
+    """
 
     start: int
     blocks: frozenset[int]
     inside: list[Nest] = field(default_factory=list)
+    unrolled: int = 1
 
     def __str__(self) -> str:
         return f"{self.start:#x}" + (f"({', '.join(map(str, self.inside))})" if self.inside else "")
@@ -170,8 +178,10 @@ class Kernel:
             found = ", ".join(map(str, self.loops)) or "none"
             raise ValueError(f"{self.name}: found {len(loops)} loops where {len(trips)} were expected; all: {found}")
         for nest, loop in zip(loops, trips, strict=True):
+            # what is left of an unrolled loop stands behind it, and counts once
+            trips_here = max(loop.trips - (nest.unrolled - 1), 0) / nest.unrolled
             for block in nest.blocks:
-                often[block] *= loop.trips
+                often[block] *= trips_here
             self._multiply(often, nest.inside, loop.inside)
 
 
