@@ -185,107 +185,131 @@ WHOLE_BACKWARD = {
     ),
 }
 
-# sequences of one length, packed sequences
-STREAMING_FORWARD = {
+# sequences of one length: forward, backward for queries, for keys
+STREAMING = {
     (80, 32): (
-        Streaming(64, 128, 8, 1),
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 2),
+        Streaming(64, 64, 4, 2),
     ),
     (80, 64): (
         Streaming(64, 128, 4, 2),
         Streaming(64, 64, 4, 1),
-    ),
-    (80, 128): (
-        Streaming(32, 64, 4, 2),
-        Streaming(32, 64, 4, 2),
-    ),
-    (86, 32): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (86, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (86, 128): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (90, 32): (
-        Streaming(64, 128, 8, 2),
-        Streaming(64, 64, 4, 1),
-    ),
-    (90, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (90, 128): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (100, 32): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (100, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (100, 128): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-}
-
-# for queries, for keys
-STREAMING_BACKWARD = {
-    (80, 32): (
-        Streaming(64, 64, 4, 2),
-        Streaming(64, 64, 4, 2),
-    ),
-    (80, 64): (
-        Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
     ),
     (80, 128): (
+        Streaming(32, 64, 4, 2),
         Streaming(64, 64, 8, 2),
         Streaming(64, 32, 8, 2),
     ),
     (86, 32): (
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
         Streaming(64, 32, 4, 1),
     ),
     (86, 64): (
+        Streaming(64, 64, 4, 1),
         Streaming(32, 64, 4, 2),
         Streaming(64, 32, 4, 1),
     ),
     (86, 128): (
+        Streaming(64, 64, 4, 1),
         Streaming(32, 64, 4, 1),
         Streaming(32, 32, 4, 1),
     ),
     (90, 32): (
         Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
     ),
     (90, 64): (
         Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
     ),
     (90, 128): (
+        Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
         Streaming(64, 32, 4, 1),
     ),
     (100, 32): (
         Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
     ),
     (100, 64): (
+        Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
     ),
     (100, 128): (
         Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
+    ),
+}
+
+# packed sequences, of which most are captions of 10 to 30 tokens: short tiles
+PACKED = {
+    (80, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (80, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (80, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 32, 4, 1),
+    ),
+    (86, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (86, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (86, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 32, 4, 1),
+    ),
+    (90, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (90, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (90, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 16, 4, 1),
+    ),
+    (100, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (100, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (100, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
     ),
 }
 
