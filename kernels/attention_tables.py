@@ -1,9 +1,9 @@
 """The attention kernels' configurations, by architecture, head_dim and length, and what they are predicted to cost.
 
-They are the best of those tried by the time that they are predicted to take, none of it measured; docs/kernels.md says
-how it is reckoned, what was tried, and ``scripts/compile_kernels.py`` reckons them again. Beside a configuration are, in
-bfloat16, the clocks that a head takes of device memory, and of the resource of a multiprocessor that takes longest
-otherwise; and how many programs a multiprocessor holds. 86 stands for an RTX 5090 there. Where there are no figures
+They are the best of those tried by the time that they are predicted to take, none of it measured: docs/kernels.md says
+how that is reckoned and what was tried, ``scripts/compile_kernels.py`` reckons it again. Beside a configuration are, in
+bfloat16, the clocks that a head takes of device memory and of the multiprocessor's resource that takes longest
+otherwise, and how many programs a multiprocessor holds. 86 stands for an RTX 5090 there. Where there are no figures
 (head_dim 32), the configuration is the first that compiled without a spill.
 
 Architectures are those of :func:`clipfast.kernels.attention_policy.architecture`.
