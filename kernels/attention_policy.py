@@ -16,8 +16,8 @@ from dataclasses import replace
 
 from clipfast.kernels.attention_tables import (
     FP32,
-    STREAMING_BACKWARD,
-    STREAMING_FORWARD,
+    PACKED,
+    STREAMING,
     WHOLE_BACKWARD,
     WHOLE_FORWARD,
     Streaming,
@@ -77,12 +77,7 @@ def forward_plan(architecture: int, tokens: int | None, head_dim: int, size: int
     whole = _whole(WHOLE_FORWARD[key], tokens, causal)
     if whole is not None:
         return whole
-    dense, packed = STREAMING_FORWARD[key]
-    if tokens is None:
-        return packed
-    # 577 = 1 + 9 · 64: nine tiles of 64 queries, and not of 128
-    beside = _beside_class_token(packed, tokens, causal)
-    return beside if beside.class_token else dense
+    return PACKED[key][0] if tokens is None else _beside_class_token(STREAMING[key][0], tokens, causal)
 
 
 def backward_plan(
@@ -95,7 +90,9 @@ def backward_plan(
     whole = _whole(WHOLE_BACKWARD[key], tokens, causal)
     if whole is not None:
         return whole
-    for_queries, for_keys = STREAMING_BACKWARD[key]
+    if tokens is None:
+        return PACKED[key][1:]
+    _, for_queries, for_keys = STREAMING[key]
     return _beside_class_token(for_queries, tokens, causal), _beside_class_token(for_keys, tokens, causal)
 
 

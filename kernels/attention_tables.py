@@ -1,9 +1,10 @@
 """The attention kernels' configurations, by architecture, head_dim and length, and what they are predicted to cost.
 
-Every entry is the best of those tried by the time that it is predicted to take (docs/kernels.md says which were tried):
-of the clocks of a multiprocessor's resources the largest, or that of the programs that it holds one behind the other.
-Beside it: the clocks of a program that device memory takes and those of the resource that takes longest otherwise, in
-bfloat16, and programs a multiprocessor. ``scripts/compile_kernels.py`` reckons them again.
+They are the best of those tried by the time that they are predicted to take, none of it measured: docs/kernels.md says
+how that is reckoned and what was tried, ``scripts/compile_kernels.py`` reckons it again. Beside a configuration are, in
+bfloat16, the clocks that a head takes of device memory and of the multiprocessor's resource that takes longest
+otherwise, and how many programs a multiprocessor holds. 86 stands for an RTX 5090 there. Where there are no figures
+(head_dim 32), the configuration is the first that compiled without a spill.
 
 Architectures are those of :func:`clipfast.kernels.attention_policy.architecture`.
 """
@@ -58,15 +59,15 @@ WHOLE_FORWARD = {
         Whole((256, 0), 64, 4, 2, class_token=True),
     ),
     (80, 64): (
-        Whole((64, 0), 64, 4, 1),
-        Whole((64, 16), 64, 4, 1),
-        Whole((128, 0), 64, 4, 1),
-        Whole((256, 0), 64, 4, 2, class_token=True),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 2,182, shared 940; 3 programs
+        Whole((64, 16), 64, 4, 1),  # 77 tokens: memory 3,362, shared 2,104; 3 programs
+        Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 5,587, shared 2,904; 2 programs
+        Whole((256, 0), 64, 4, 2, class_token=True),  # 257 tokens: memory 11,219, shared 10,800; 2 programs
     ),
     (80, 128): (
-        Whole((64, 0), 64, 4, 1),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 4,349, shared 2,148; 2 programs
         Whole((64, 16), 64, 8, 2),
-        Whole((128, 0), 64, 4, 1),
+        Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 11,132, shared 5,448; 2 programs
     ),
     (86, 32): (
         Whole((64, 0), 64, 4, 1),
@@ -75,14 +76,14 @@ WHOLE_FORWARD = {
         Whole((256, 0), 64, 4, 2),
     ),
     (86, 64): (
-        Whole((64, 0), 64, 4, 1),
-        Whole((64, 16), 64, 4, 1),
-        Whole((128, 0), 64, 4, 1),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 6,579, tensor 2,048; 3 programs
+        Whole((64, 16), 64, 4, 1),  # 77 tokens: memory 10,131, tensor 5,120; 3 programs
+        Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 16,843, tensor 8,192; 2 programs
     ),
     (86, 128): (
-        Whole((64, 0), 64, 4, 1),
-        Whole((64, 16), 32, 4, 1),
-        Whole((128, 0), 64, 4, 1),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 13,107, tensor 4,096; 2 programs
+        Whole((64, 16), 32, 4, 1),  # 77 tokens: memory 20,184, tensor 8,448; 2 programs
+        Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 33,554, tensor 16,384; 1 program
     ),
     (90, 32): (
         Whole((64, 0), 64, 4, 1),
@@ -92,16 +93,16 @@ WHOLE_FORWARD = {
         Whole((256, 0), 64, 4, 2, class_token=True),
     ),
     (90, 64): (
-        Whole((64, 0), 64, 4, 1),
-        Whole((64, 16), 64, 4, 1),
-        Whole((128, 0), 64, 4, 1),
-        Whole((256, 0), 64, 4, 1),
-        Whole((256, 0), 64, 4, 2, class_token=True),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 1,930, issue 854; 4 programs
+        Whole((64, 16), 64, 4, 1),  # 77 tokens: memory 2,972, issue 1,764; 4 programs
+        Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 4,940, issue 2,166; 3 programs
+        Whole((256, 0), 64, 4, 1),  # 197 tokens: memory 7,604, issue 5,263; 2 programs
+        Whole((256, 0), 64, 4, 2, class_token=True),  # 257 tokens: memory 9,919, issue 6,414; 2 programs
     ),
     (90, 128): (
-        Whole((64, 0), 64, 4, 1),
-        Whole((64, 16), 64, 4, 1),
-        Whole((128, 0), 64, 4, 1),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 3,845, issue 1,181; 2 programs
+        Whole((64, 16), 64, 4, 1),  # 77 tokens: memory 5,921, issue 2,476; 2 programs
+        Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 9,842, issue 2,800; 2 programs
     ),
     (100, 32): (
         Whole((64, 0), 64, 4, 1),
@@ -111,16 +112,14 @@ WHOLE_FORWARD = {
         Whole((256, 0), 64, 4, 2, class_token=True),
     ),
     (100, 64): (
-        Whole((64, 0), 64, 4, 1),
-        Whole((64, 16), 64, 4, 1),
-        Whole((128, 0), 64, 4, 1),
-        Whole((256, 0), 64, 4, 1),
-        Whole((256, 0), 128, 8, 1, class_token=True),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 982, issue 1,018; 3 programs
+        Whole((64, 16), 64, 4, 1),  # 77 tokens: memory 1,512, issue 1,945; 3 programs
+        Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 2,513, issue 2,230; 2 programs
     ),
     (100, 128): (
-        Whole((64, 0), 64, 4, 1),
-        Whole((64, 16), 64, 4, 1),
-        Whole((128, 0), 64, 4, 2),
+        Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 1,956, issue 1,366; 2 programs
+        Whole((64, 16), 64, 4, 1),  # 77 tokens: memory 3,012, issue 2,553; 2 programs
+        Whole((128, 0), 64, 4, 2),  # 128 tokens: memory 5,008, issue 5,874; 2 programs
     ),
 }
 
@@ -134,9 +133,9 @@ WHOLE_BACKWARD = {
         Whole((256, 0), 32, 8, 1, class_token=True),
     ),
     (80, 64): (
-        Whole((64, 0), 32, 4, 1),
-        Whole((128, 0), 64, 8, 1),
-        Whole((256, 0), 16, 8, 1, class_token=True),
+        Whole((64, 0), 32, 4, 1),  # 50 tokens: memory 4,349, shared 2,688; 2 programs
+        Whole((128, 0), 64, 8, 1),  # 128 tokens: memory 11,132, shared 9,600; 1 program
+        Whole((256, 0), 16, 8, 1, class_token=True),  # 257 tokens: memory 22,351, shared 44,024; 1 program
     ),
     (80, 128): (Whole((64, 0), 16, 8, 1),),
     (86, 32): (
@@ -146,8 +145,8 @@ WHOLE_BACKWARD = {
         Whole((256, 0), 32, 8, 1),
     ),
     (86, 64): (
-        Whole((64, 0), 32, 4, 1),
-        Whole((128, 0), 32, 8, 1),
+        Whole((64, 0), 32, 4, 1),  # 50 tokens: memory 13,107, tensor 5,120; 2 programs
+        Whole((128, 0), 32, 8, 1),  # 128 tokens: memory 33,554, tensor 24,576; 1 program
     ),
     (86, 128): (Whole((64, 0), 16, 8, 1),),
     (90, 32): (
@@ -158,15 +157,15 @@ WHOLE_BACKWARD = {
         Whole((256, 0), 32, 8, 1, class_token=True),
     ),
     (90, 64): (
-        Whole((64, 0), 32, 4, 1),
-        Whole((64, 16), 32, 4, 1),
-        Whole((128, 0), 16, 4, 1),
-        Whole((256, 0), 32, 8, 1),
-        Whole((256, 0), 32, 8, 1, class_token=True),
+        Whole((64, 0), 32, 4, 1),  # 50 tokens: memory 3,845, shared 1,536; 3 programs
+        Whole((64, 16), 32, 4, 1),  # 77 tokens: memory 5,921, shared 3,760; 2 programs
+        Whole((128, 0), 16, 4, 1),  # 128 tokens: memory 9,842, shared 6,144; 2 programs
+        Whole((256, 0), 32, 8, 1),  # 197 tokens: memory 15,148, shared 15,648; 1 program
+        Whole((256, 0), 32, 8, 1, class_token=True),  # 257 tokens: memory 19,762, shared 21,944; 1 program
     ),
     (90, 128): (
-        Whole((64, 0), 16, 4, 1),
-        Whole((128, 0), 32, 8, 1),
+        Whole((64, 0), 16, 4, 1),  # 50 tokens: memory 7,674, shared 3,744; 2 programs
+        Whole((128, 0), 32, 8, 1),  # 128 tokens: memory 19,647, shared 9,024; 1 program
     ),
     (100, 32): (
         Whole((64, 0), 32, 4, 1),
@@ -176,118 +175,142 @@ WHOLE_BACKWARD = {
         Whole((256, 0), 32, 8, 1, class_token=True),
     ),
     (100, 64): (
-        Whole((64, 0), 32, 4, 1),
-        Whole((64, 16), 32, 4, 1),
-        Whole((128, 0), 32, 8, 1),
+        Whole((64, 0), 32, 4, 1),  # 50 tokens: memory 1,956, issue 1,598; 3 programs
+        Whole((64, 16), 32, 4, 1),  # 77 tokens: memory 3,012, shared 2,876; 2 programs
+        Whole((128, 0), 32, 8, 1),  # 128 tokens: memory 5,008, issue 5,052; 2 programs
     ),
     (100, 128): (
-        Whole((64, 0), 32, 4, 1),
-        Whole((64, 16), 16, 4, 1),
-        Whole((128, 0), 32, 8, 1),
+        Whole((64, 0), 32, 4, 1),  # 50 tokens: memory 3,905, issue 2,484; 2 programs
+        Whole((64, 16), 16, 4, 1),  # 77 tokens: memory 6,013, shared 5,460; 2 programs
+        Whole((128, 0), 32, 8, 1),  # 128 tokens: memory 9,996, issue 7,574; 1 program
     ),
 }
 
-# sequences of one length, packed sequences
-STREAMING_FORWARD = {
+# sequences of one length: forward, backward for queries, for keys
+STREAMING = {
     (80, 32): (
-        Streaming(64, 128, 8, 1),
         Streaming(64, 64, 4, 1),
-    ),
-    (80, 64): (
-        Streaming(64, 128, 4, 2),
-        Streaming(64, 64, 4, 1),
-    ),
-    (80, 128): (
-        Streaming(32, 64, 4, 2),
-        Streaming(32, 64, 4, 2),
-    ),
-    (86, 32): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (86, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (86, 128): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (90, 32): (
-        Streaming(64, 128, 8, 2),
-        Streaming(64, 64, 4, 1),
-    ),
-    (90, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (90, 128): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (100, 32): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (100, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-    (100, 128): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
-    ),
-}
-
-# for queries, for keys
-STREAMING_BACKWARD = {
-    (80, 32): (
         Streaming(64, 64, 4, 2),
         Streaming(64, 64, 4, 2),
     ),
     (80, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
+        Streaming(64, 128, 4, 2),  # 576 tokens: memory 25,145, tensor 46,080; 2 programs
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 37,814, shared 91,260; 2 programs
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 37,814, shared 117,504; 2 programs
     ),
     (80, 128): (
+        Streaming(32, 64, 4, 2),  # 576 tokens: memory 50,094, shared 221,472; 2 programs
         Streaming(64, 64, 8, 2),
         Streaming(64, 32, 8, 2),
     ),
     (86, 32): (
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
         Streaming(64, 32, 4, 1),
     ),
     (86, 64): (
-        Streaming(32, 64, 4, 2),
-        Streaming(64, 32, 4, 1),
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 75,790, tensor 165,888; 2 programs
+        Streaming(32, 64, 4, 2),  # 576 tokens: memory 113,979, tensor 248,832; 2 programs
+        Streaming(64, 32, 4, 1),  # 576 tokens: memory 113,979, tensor 331,776; 2 programs
     ),
     (86, 128): (
-        Streaming(32, 64, 4, 1),
-        Streaming(32, 32, 4, 1),
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 150,992, tensor 331,776; 2 programs
+        Streaming(32, 64, 4, 1),  # 576 tokens: memory 226,783, tensor 497,664; 2 programs
+        Streaming(32, 32, 4, 1),  # 576 tokens: memory 226,783, tensor 663,552; 2 programs
     ),
     (90, 32): (
         Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
     ),
     (90, 64): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 22,232, issue 35,334; 3 programs
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 33,434, shared 39,420; 3 programs
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 33,434, shared 44,928; 2 programs
     ),
     (90, 128): (
-        Streaming(64, 64, 4, 1),
-        Streaming(64, 32, 4, 1),
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 44,291, shared 57,996; 2 programs
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 66,523, shared 79,020; 2 programs
+        Streaming(64, 32, 4, 1),  # 576 tokens: memory 66,523, shared 110,592; 2 programs
     ),
     (100, 32): (
         Streaming(64, 64, 4, 1),
         Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),
     ),
     (100, 64): (
-        Streaming(64, 64, 4, 1),
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 11,311, issue 33,156; 4 programs
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 17,010, issue 34,506; 4 programs
         Streaming(64, 64, 4, 1),
     ),
     (100, 128): (
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 22,535, issue 41,346; 2 programs
+        Streaming(64, 64, 4, 1),  # 576 tokens: memory 33,846, issue 45,234; 2 programs
         Streaming(64, 64, 4, 1),
-        Streaming(64, 64, 4, 1),
+    ),
+}
+
+# packed sequences, of which most are captions of 10 to 30 tokens: short tiles
+PACKED = {
+    (80, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (80, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (80, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 32, 4, 1),
+    ),
+    (86, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (86, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (86, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 32, 4, 1),
+    ),
+    (90, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (90, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (90, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 16, 4, 1),
+    ),
+    (100, 32): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (100, 64): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
+    ),
+    (100, 128): (
+        Streaming(32, 64, 4, 1),
+        Streaming(32, 64, 4, 1),
+        Streaming(64, 32, 4, 1),
     ),
 }
 
