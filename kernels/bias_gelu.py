@@ -17,7 +17,8 @@ from torch import Tensor
 
 from clipfast.kernels.aot import Call, Loop, Work, tensor
 from clipfast.kernels.card import multiprocessors
-from clipfast.kernels.layer_norm import as_rows
+from clipfast.kernels.launch import cdiv, jit
+from clipfast.kernels.layer_norm import as_rows, empty
 from clipfast.kernels.partial_sums import sum_partials
 
 # A program's tile: 32 elements a thread, 8 neighbours at a time, the 16 bytes of one load in half precision. With fewer
@@ -50,7 +51,7 @@ def _gate(x, FORM: tl.constexpr):
     return tl.where(z >= 0, upper, lower), x * (upper * lower) * slope
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x, bias, y, rows, width, x_stride,
     FORM: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -67,7 +68,7 @@ def _forward_kernel(
     tl.store(y + row[:, None] * width + column[None, :], (value * gate).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "strips"])
+@jit(do_not_specialize=["rows", "strips"])
 def _backward_kernel(
     dy, x, bias, dx, partials, rows, strips, width, dy_stride, x_stride,
     FORM: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -105,9 +106,9 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """
     rows_of_x = as_rows(x)
     rows, width = rows_of_x.shape
-    y = x.new_empty(x.shape)
+    y = empty(x, x.dtype)
     if rows:
-        _forward_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS),)](
+        _forward_kernel[(cdiv(rows, ROWS) * cdiv(width, COLUMNS),)](
             rows_of_x, rows_of_x if bias is None else bias.contiguous(), y, rows, width, rows_of_x.stride(0),
             approximate, bias is not None, ROWS, COLUMNS, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
@@ -118,10 +119,10 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tu
     """Return the gradients of ``x`` and ``bias`` (empty without one) from that of ``gelu(x + bias)``."""
     rows_of_dy, rows_of_x = as_rows(dy), as_rows(x)
     rows, width = rows_of_x.shape
-    dx = x.new_empty(x.shape)
-    blocks = triton.cdiv(width, COLUMNS)
-    strips = min(triton.cdiv(rows, ROWS), max(1, BACKWARD_PROGRAMS * multiprocessors(x.device) // blocks))
-    partials = x.new_empty((strips, 1, width) if bias is not None else 0, dtype=torch.float32)
+    dx = empty(x, x.dtype)
+    blocks = cdiv(width, COLUMNS)
+    strips = min(cdiv(rows, ROWS), max(1, BACKWARD_PROGRAMS * multiprocessors(x.device) // blocks))
+    partials = torch.empty((strips, 1, width) if bias is not None else 0, dtype=torch.float32, device=x.device)
     if rows:
         _backward_kernel[(strips * blocks,)](
             rows_of_dy, rows_of_x, rows_of_x if bias is None else bias.contiguous(), dx, partials,

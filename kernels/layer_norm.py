@@ -6,6 +6,7 @@ sums are in float32 whatever the dtypes of the tensors.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from clipfast.kernels.aot import Call, Loop, Work, tensor
 from clipfast.kernels.card import multiprocessors
+from clipfast.kernels.launch import cdiv, jit
 from clipfast.kernels.partial_sums import sum_partials
 
 MAX_WIDTH = 4096
@@ -30,6 +32,7 @@ WARPS, ELEMENTS = 4, 32
 BACKWARD_PROGRAMS = 2
 
 
+@functools.cache
 def _tile(width: int, neighbours: int) -> tuple[int, int, int]:
     """Return the tile of a program: chunks × rows × columns of a chunk.
 
@@ -58,7 +61,7 @@ def _row_sums(value):
     return tl.sum(tl.sum(value, 0), 1)[None, :, None]
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x, residual, weight, bias, y, stream, mean, rstd,
     rows, width, x_stride, residual_stride, eps,
@@ -90,7 +93,7 @@ def _forward_kernel(
     tl.store(rstd + row, scale, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _backward_kernel(
     dy, dstream, x, weight, mean, rstd, dx, dx_other, partials,
     rows, width, dy_stride, dstream_stride, x_stride,
@@ -121,7 +124,8 @@ def _backward_kernel(
         if ADD:
             result += tl.load(dstream + row * dstream_stride + column, mask=inside, other=0.0).to(tl.float32)
         if SUMS:
-            sums += tl.where(inside, result, 0.0)
+            # rows that are none have statistics of zero, and no gradient
+            sums += result
         offsets = row * width + column
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=inside)
         if TWO_DTYPES:
@@ -134,8 +138,15 @@ def _backward_kernel(
         tl.store(own + 2 * width, tl.sum(sums, 1)[:, None, :], mask=column < width)
 
 
+def empty(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous tensor of the shape of ``x``; ``x.new_empty(x.shape)`` takes the host twice as long."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def as_rows(x: Tensor) -> Tensor:
     """Return ``[rows, C]`` with neighbouring columns: a view wherever the rows have one stride, else a copy."""
+    if x.dim() == 2 and x.stride(1) == 1:
+        return x
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 else rows.contiguous()
 
@@ -166,13 +177,13 @@ def _forward(
     rows_of_x = as_rows(x)
     rows_of_residual = rows_of_x if residual is None else as_rows(residual)
     rows, width = rows_of_x.shape
-    dtype = torch.promote_types(x.dtype, rows_of_residual.dtype)
-    y = x.new_empty(x.shape, dtype=dtype)
-    stream = y if residual is None else x.new_empty(x.shape, dtype=dtype)
-    mean, rstd = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = empty(x, dtype)
+    stream = y if residual is None else empty(x, dtype)
+    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
     chunks, tile_rows, chunk = _tile(width, _neighbours(x, rows_of_residual))
     if rows:
-        _forward_kernel[(triton.cdiv(rows, tile_rows),)](
+        _forward_kernel[(cdiv(rows, tile_rows),)](
             rows_of_x, rows_of_residual, weight.contiguous(), bias.contiguous(), y, stream, mean, rstd,
             rows, width, rows_of_x.stride(0), rows_of_residual.stride(0), eps,
             chunks, tile_rows, chunk, residual is not None, num_warps=WARPS, num_stages=1,
@@ -185,16 +196,10 @@ def _neighbours(*tensors: Tensor) -> int:
     return 16 // min(t.element_size() for t in tensors)
 
 
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, column_sums: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
-    """Return the gradients of ``x``, ``weight`` and ``bias`` from that of ``layer_norm(x)``.
-
-    With ``column_sums``, also the sum of the first over all rows, ``[C]`` in that dtype: the gradient of a bias that
-    was added to every row of ``x``.
-    """
-    dx, _, *more = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype, column_sums)
-    return dx, *more
+def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``x``, ``weight`` and ``bias`` from that of ``layer_norm(x)``."""
+    dx, _, dweight, dbias, _ = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype)
+    return dx, dweight, dbias
 
 
 def add_backward(
@@ -206,14 +211,15 @@ def add_backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
-    column_sums: torch.dtype | None = None,
-) -> tuple[Tensor, ...]:
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, ``residual``, ``weight`` and ``bias`` from those of both outputs.
 
-    The first two are one tensor, and the second is empty, where their dtypes are the same. With ``column_sums``, also
-    the sum of the first over all rows, ``[C]`` in that dtype, from float32 before it is rounded.
+    The first two are one tensor, and the second is empty, where their dtypes are the same. The fifth result is the sum
+    over rows of the first, before it is rounded, in ``sum_dtype``, ``[C]``: the gradient of a bias that was added to
+    every row of ``x``. It is empty where that is None.
     """
-    return _backward(dy, dstream, stream, weight, mean, rstd, x_dtype, residual_dtype, column_sums)
+    return _backward(dy, dstream, stream, weight, mean, rstd, x_dtype, residual_dtype, sum_dtype)
 
 
 def _backward(
@@ -225,25 +231,26 @@ def _backward(
     rstd: Tensor,
     dtype: torch.dtype,
     other_dtype: torch.dtype,
-    column_sums: torch.dtype | None,
-) -> tuple[Tensor, ...]:
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows_of_dy, rows_of_x = as_rows(dy), as_rows(x)
     rows_of_dstream = rows_of_dy if dstream is None else as_rows(dstream)
     rows, width = rows_of_x.shape
-    dx = x.new_empty(x.shape, dtype=dtype)
-    dx_other = x.new_empty(0 if dtype == other_dtype else x.shape, dtype=other_dtype)
+    dx = empty(x, dtype)
+    dx_other = torch.empty(0 if dtype == other_dtype else x.shape, dtype=other_dtype, device=x.device)
     chunks, tile_rows, chunk = _tile(width, _neighbours(dx, rows_of_dy, rows_of_x))
-    programs = min(triton.cdiv(rows, tile_rows), BACKWARD_PROGRAMS * multiprocessors(x.device))
-    dtypes = [weight.dtype, weight.dtype, *([] if column_sums is None else [column_sums])]
-    partials = x.new_empty((programs, len(dtypes), width), dtype=torch.float32)
+    programs = min(cdiv(rows, tile_rows), BACKWARD_PROGRAMS * multiprocessors(x.device))
+    dtypes = [weight.dtype, weight.dtype, *([] if sum_dtype is None else [sum_dtype])]
+    partials = torch.empty((programs, len(dtypes), width), dtype=torch.float32, device=x.device)
     if rows:
         _backward_kernel[(programs,)](
             rows_of_dy, rows_of_dstream, rows_of_x, weight.contiguous(), mean, rstd, dx, dx_other, partials,
             rows, width, rows_of_dy.stride(0), rows_of_dstream.stride(0), rows_of_x.stride(0),
-            chunks, tile_rows, chunk, dstream is not None, dtype != other_dtype, column_sums is not None,
+            chunks, tile_rows, chunk, dstream is not None, dtype != other_dtype, sum_dtype is not None,
             num_warps=WARPS, num_stages=1,
         )  # fmt: skip
-    return dx, dx_other, *sum_partials(partials, dtypes)
+    dweight, dbias, *sums = sum_partials(partials, dtypes)
+    return dx, dx_other, dweight, dbias, sums[0] if sums else torch.empty(0, device=x.device)
 
 
 def aot_work(name: str, values: Mapping[str, Any]) -> Work:
@@ -277,7 +284,7 @@ def aot_call(
             )
         else:
             y, mean, rstd = forward(x, weight, bias, 1e-5)
-            backward(y, x, weight, mean, rstd, weight.dtype if sums else None)
+            backward(y, x, weight, mean, rstd)
 
     label = f"{'add ' if add else ''}layer norm, {x_dtype} to {stream_dtype}, weights {weight_dtype}, width {width}"
     return Call(label, run, quick=(width, x_dtype, weight_dtype) == (768, "bf16", "bf16"))

@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from clipfast.kernels.aot import Call, Loop, Work, tensor
+from clipfast.kernels.launch import cdiv, jit
 
 # Tile of partial sums: few columns and many programs' rows, so that there are a hundred programs for 768 columns and
 # each of them waits for memory twice. 16 neighbours are 64 bytes, two sectors of memory.
 PARTIALS, COLUMNS, WARPS = 256, 16, 8
 
 
-@triton.jit(do_not_specialize=["programs"])
+@jit(do_not_specialize=["programs"])
 def _sum_kernel(
     partials, first, second, third, programs, width,
     PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -56,9 +56,9 @@ def sum_partials(partials: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor
         n sums ``[C]``.
     """
     programs, outputs, width = partials.shape
-    sums = [partials.new_empty(width, dtype=dtype) for dtype in dtypes]
+    sums = [torch.empty(width, dtype=dtype, device=partials.device) for dtype in dtypes]
     three = [*sums, sums[-1], sums[-1]][:3]
-    grid = (triton.cdiv(width, COLUMNS), outputs)
+    grid = (cdiv(width, COLUMNS), outputs)
     _sum_kernel[grid](partials, *three, programs, width, PARTIALS, COLUMNS, outputs, num_warps=WARPS)
     return sums
 

@@ -179,22 +179,26 @@ kernel_ops.define(
 )
 
 
+_forward = torch.ops.clipfast.bias_gelu_forward.default
+_backward = torch.ops.clipfast.bias_gelu_backward.default
+
+
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.approximate = approximate
-        return torch.ops.clipfast.bias_gelu_forward(x, bias, approximate)
+        return _forward(x, bias, approximate)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx, dbias = torch.ops.clipfast.bias_gelu_backward(dy, x, bias, ctx.approximate)
+        dx, dbias = _backward(dy, x, bias, ctx.approximate)
         return dx, None if bias is None else dbias, None
 
 
 def _triton(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    return _BiasGelu.apply(x, bias, approximate)
+    return (_BiasGelu.apply if kernel_ops.is_recorded() else _forward)(x, bias, approximate)
 
 
 def _triton_refusal(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:

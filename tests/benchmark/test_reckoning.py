@@ -189,3 +189,42 @@ def test_unrolled_loops_are_told_from_the_source() -> None:
         runs = sum(o for i, o in machine.runs([Loop(1, (Loop(11),))]) if i.base == "LDGSTS")
         # of 11 trips the last copies - 1 stand behind the loop
         assert runs == 11 - (copies - 1)
+
+
+# what docs/kernels.md says of LayerNorm, written anew, and what configurations were chosen for
+PAGE = """
+import importlib.util, sys
+import triton
+from clipfast.kernels import bias_gelu, layer_norm
+from clipfast.kernels.aot import capture
+from clipfast.benchmark.reckoning.launches import reckon_job
+
+spec = importlib.util.spec_from_file_location("reckoning_table", sys.argv[1])
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+page = script.PAGE.read_text(encoding="utf-8")
+assert script.cards() in page, "scripts/reckoning_table.py --write writes it anew"
+line = next(line for line in script.lines() if line.name.startswith("layer_norm"))
+forward, backward, sums = script.reckoned(line, 90)
+if f"with Triton {triton.__version__};" in page:
+    assert script.rows(line, [forward, backward, sums]) in page, "scripts/reckoning_table.py --write writes it anew"
+
+# memory binds, by a wide margin
+assert forward.cost.binding == backward.cost.binding == "memory"
+assert forward.cost.clocks["issue"] < 0.7 * forward.cost.clocks["memory"]
+# the second stage of the smallest model's batch of 256
+_, few, few_sums = (reckon_job(job) for job in capture(layer_norm.aot_call(12800, 768, False, *["bf16"] * 3), 90))
+assert few_sums.seconds < 0.1 * few.seconds, (few_sums.seconds, few.seconds)
+erf = reckon_job(capture(bias_gelu.aot_call(50432, 3072, "none", "bf16", "bf16"), 90)[0])
+assert erf.cost.ceiling() >= 0.9
+"""
+
+
+@needs_triton
+def test_the_page_and_what_it_is_for(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "scripts" / "reckoning_table.py"
+    (tmp_path / "page.py").write_text(PAGE)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, tmp_path / "page.py", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
