@@ -108,12 +108,13 @@ before = len(compiled)
 bias_gelu.forward(rows(bf16, 5, 1000), None, "tanh")
 assert len(compiled) == before + 1
 
-# an integer that is 1 is a constant, one that divides by 16 says so, one that must not be looked at does not
+# an integer that divides by 16 says so, one that must not be looked at does not, and is no constant where it is 1
 forward = expected[0]
 assert forward.attributes["x"] == forward.attributes["width"] == [["tt.divisibility", 16]]
 assert not forward.attributes.get("rows") and forward.signature["rows"] == "i32"
 (whole, *_) = aot.capture(attention.aot_call(64, 64, 1, 64, "bf16", False), 90)
-assert whole.constexprs["splits"] == 1 and "splits" not in whole.signature
+assert whole.values["splits"] == 1 and whole.signature["splits"] == "i32"
+assert not {"splits", "heads", "token_stride"} & (whole.constexprs.keys() | whole.attributes.keys())
 print("the same")
 """
 
