@@ -291,7 +291,7 @@ def streaming_backward_keys(
 def aot_work(name: str, values: Mapping[str, Any]) -> Work:
     """Return the trips of a kernel's loops, averages of the ``splits`` programs of a sequence, and what it moves.
 
-    Packed captions are as many as their launcher's tests of cost have: 20 tokens each.
+    The lengths of packed sequences are on the device alone: 20 tokens each are assumed, as captions have.
     """
     by_keys = name == "streaming_backward_keys"
     tile, step = (values[side] for side in (("KEYS", "QUERIES") if by_keys else ("QUERIES", "KEYS")))

@@ -124,7 +124,8 @@ def _backward_kernel(
         if ADD:
             result += tl.load(dstream + row * dstream_stride + column, mask=inside, other=0.0).to(tl.float32)
         if SUMS:
-            sums += tl.where(inside, result, 0.0)
+            # rows that are none have statistics of zero, and no gradient
+            sums += result
         offsets = row * width + column
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=inside)
         if TWO_DTYPES:
@@ -195,16 +196,10 @@ def _neighbours(*tensors: Tensor) -> int:
     return 16 // min(t.element_size() for t in tensors)
 
 
-def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, column_sums: torch.dtype | None = None
-) -> tuple[Tensor, ...]:
-    """Return the gradients of ``x``, ``weight`` and ``bias`` from that of ``layer_norm(x)``.
-
-    With ``column_sums``, also the sum of the first over all rows, ``[C]`` in that dtype: the gradient of a bias that
-    was added to every row of ``x``.
-    """
-    dx, _, *more = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype, column_sums)
-    return dx, *more
+def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of ``x``, ``weight`` and ``bias`` from that of ``layer_norm(x)``."""
+    dx, _, dweight, dbias, _ = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype)
+    return dx, dweight, dbias
 
 
 def add_backward(
@@ -216,14 +211,15 @@ def add_backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
-    column_sums: torch.dtype | None = None,
-) -> tuple[Tensor, ...]:
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, ``residual``, ``weight`` and ``bias`` from those of both outputs.
 
-    The first two are one tensor, and the second is empty, where their dtypes are the same. With ``column_sums``, also
-    the sum of the first over all rows, ``[C]`` in that dtype, from float32 before it is rounded.
+    The first two are one tensor, and the second is empty, where their dtypes are the same. The fifth result is the sum
+    over rows of the first, before it is rounded, in ``sum_dtype``, ``[C]``: the gradient of a bias that was added to
+    every row of ``x``. It is empty where that is None.
     """
-    return _backward(dy, dstream, stream, weight, mean, rstd, x_dtype, residual_dtype, column_sums)
+    return _backward(dy, dstream, stream, weight, mean, rstd, x_dtype, residual_dtype, sum_dtype)
 
 
 def _backward(
@@ -235,8 +231,8 @@ def _backward(
     rstd: Tensor,
     dtype: torch.dtype,
     other_dtype: torch.dtype,
-    column_sums: torch.dtype | None,
-) -> tuple[Tensor, ...]:
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows_of_dy, rows_of_x = as_rows(dy), as_rows(x)
     rows_of_dstream = rows_of_dy if dstream is None else as_rows(dstream)
     rows, width = rows_of_x.shape
@@ -244,16 +240,17 @@ def _backward(
     dx_other = torch.empty(0 if dtype == other_dtype else x.shape, dtype=other_dtype, device=x.device)
     chunks, tile_rows, chunk = _tile(width, _neighbours(dx, rows_of_dy, rows_of_x))
     programs = min(cdiv(rows, tile_rows), BACKWARD_PROGRAMS * multiprocessors(x.device))
-    dtypes = [weight.dtype, weight.dtype, *([] if column_sums is None else [column_sums])]
+    dtypes = [weight.dtype, weight.dtype, *([] if sum_dtype is None else [sum_dtype])]
     partials = torch.empty((programs, len(dtypes), width), dtype=torch.float32, device=x.device)
     if rows:
         _backward_kernel[(programs,)](
             rows_of_dy, rows_of_dstream, rows_of_x, weight.contiguous(), mean, rstd, dx, dx_other, partials,
             rows, width, rows_of_dy.stride(0), rows_of_dstream.stride(0), rows_of_x.stride(0),
-            chunks, tile_rows, chunk, dstream is not None, dtype != other_dtype, column_sums is not None,
+            chunks, tile_rows, chunk, dstream is not None, dtype != other_dtype, sum_dtype is not None,
             num_warps=WARPS, num_stages=1,
         )  # fmt: skip
-    return dx, dx_other, *sum_partials(partials, dtypes)
+    dweight, dbias, *sums = sum_partials(partials, dtypes)
+    return dx, dx_other, dweight, dbias, sums[0] if sums else torch.empty(0, device=x.device)
 
 
 def aot_work(name: str, values: Mapping[str, Any]) -> Work:
@@ -287,7 +284,7 @@ def aot_call(
             )
         else:
             y, mean, rstd = forward(x, weight, bias, 1e-5)
-            backward(y, x, weight, mean, rstd, weight.dtype if sums else None)
+            backward(y, x, weight, mean, rstd)
 
     label = f"{'add ' if add else ''}layer norm, {x_dtype} to {stream_dtype}, weights {weight_dtype}, width {width}"
     return Call(label, run, quick=(width, x_dtype, weight_dtype) == (768, "bf16", "bf16"))

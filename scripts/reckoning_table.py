@@ -10,9 +10,11 @@ No GPU is needed; with nothing compiled before it takes some minutes. A test com
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +67,13 @@ def lines() -> Iterator[Line]:
 def reckoned(line: Line, architecture: int) -> list[Reckoned]:
     """Compile and reckon what a line launches."""
     return [reckon_job(job) for job in capture(line.call, architecture)]
+
+
+def compile_line(which: tuple[int, int]) -> None:
+    """Compile what the n-th line launches on an architecture: Triton keeps it on disk."""
+    index, architecture = which
+    for job in capture(list(lines())[index].call, architecture):
+        job.compile()
 
 
 def heads() -> str:
@@ -126,6 +135,9 @@ def cards() -> str:
 
 def text() -> str:
     """Return what stands between the page's marks."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        places = itertools.product(range(len(list(lines()))), ARCHITECTURES)
+        list(pool.map(compile_line, places))
     first = heads()
     second = "| kernel | " + " | ".join(f"{number / 10}" for number in ARCHITECTURES) + " |\n|---|---|---|---|---|\n"
     for line in lines():

@@ -145,15 +145,8 @@ def test_column_sums_are_the_gradient_of_a_bias_before(rows: int, width: int) ->
     *without, sums = kernels.add_backward(*arguments, torch.float32)
     assert_as_exact_as_reference(sums, reference, expected, "column sums")
     # nothing else changes, and every dtype is a rounding of one sum
-    assert all(torch.equal(a, b) for a, b in zip(without, kernels.add_backward(*arguments), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(without, kernels.add_backward(*arguments)[:4], strict=True))
     assert torch.equal(kernels.add_backward(*arguments, torch.float16)[-1], sums.half())
-    # without the residual: the sum of what layer_norm's backward pass writes
-    *_, alone = kernels.backward(dy, stream, weight, mean, rstd, torch.float32)
-    (dx,) = torch.autograd.grad(
-        torch.nn.functional.layer_norm(leaf := stream.double().requires_grad_(), [width], weight.double(), None, EPS),
-        leaf, dy.double(),
-    )  # fmt: skip
-    assert torch.allclose(alone.double(), dx.sum(0), rtol=0, atol=1e-4 * max(1, rows) ** 0.5)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="takes the memory between the rows on a GPU")

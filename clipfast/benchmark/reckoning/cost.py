@@ -129,7 +129,7 @@ def resident(card: Card, registers: int, warps: int, shared_memory: int, columns
     """Return how many programs a multiprocessor holds; 0 if not one."""
     return min(
         REGISTERS // (-(-max(registers, 1) // 8) * 8 * 32 * warps),
-        card.shared_memory // (shared_memory + (RESERVED if card.shared_memory < 1 << 20 else 0)),
+        card.shared_memory // (shared_memory + RESERVED),
         card.warps // warps,
         card.programs,
         COLUMNS // columns if columns else card.programs,
