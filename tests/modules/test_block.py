@@ -366,6 +366,18 @@ def test_the_bias_gradients_of_a_block_take_one_sum(monkeypatch: pytest.MonkeyPa
     assert handed == sorted([WIDTH, WIDTH, WIDTH, 4 * WIDTH] * LAYERS)
 
 
+def test_a_bias_that_no_norm_sums_after_all_has_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_file, "kernel_sums_bias_gradient", lambda *args: True)
+    first, second = stack().resblocks[:2]
+    leaf = tokens(2, 3).requires_grad_()
+    x, branch = first.carry(leaf, None, following=second.ln_1)
+    assert branch.bias is first.mlp.c_proj.bias
+    found = torch.autograd.grad(branch.added_to(x).square().sum(), (leaf, *first.parameters()))
+    expected = torch.autograd.grad(written_out(first, leaf, False).square().sum(), (leaf, *first.parameters()))
+    for actual, exact in zip(found, expected, strict=True):
+        assert relative_error(actual, exact) <= BOUND
+
+
 def test_blocks_follow_each_other() -> None:
     """The oracle itself: one block's output is the next one's input."""
     model, x = stack(), tokens(2, 3)
