@@ -86,11 +86,11 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
     m.def(
         "native_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) "
         "-> (Tensor y, Tensor stream, Tensor statistics)");
-    // d_residual is empty where it is dx, as it is for equal dtypes
+    // d_residual is empty where it is dx, as it is for equal dtypes; sum, of dx over rows, where no dtype is given
     m.def(
         "native_add_layer_norm_backward(Tensor dy, Tensor d_stream, Tensor stream, Tensor weight, Tensor statistics, "
-        "ScalarType x_dtype, ScalarType residual_dtype) "
-        "-> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias)");
+        "ScalarType x_dtype, ScalarType residual_dtype, ScalarType? sum_dtype) "
+        "-> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias, Tensor sum)");
     // form: 0 erf, 1 tanh, 2 quick
     m.def("native_bias_gelu(Tensor x, Tensor? bias, int form) -> Tensor");
     // d_bias is empty without a bias

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from clipfast.ops import switches
 from clipfast.ops.rules import LARGE, LENGTHS, WIDTHS, Key, bound
@@ -21,6 +22,17 @@ _environment: Any = getattr(os.environ, "_data", os.environ)
 _INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET") if _environment is not os.environ else "TRITON_INTERPRET"
 
 
+# what the op library takes: a subclass brings its own meaning of every operator
+PLAIN = (Tensor, torch.nn.Parameter)
+
+_functorch_level = torch._C._functorch.maybe_current_level
+
+
+def is_transformed() -> bool:
+    """Return whether ``torch.func`` or forward-mode differentiation is at work."""
+    return _functorch_level() is not None or forward_ad._current_level >= 0
+
+
 def moment(x: Tensor) -> tuple[Any, ...]:
     """Return what a choice depends on besides its arguments and the switches of :mod:`clipfast.ops.switches`.
 
@@ -31,13 +43,18 @@ def moment(x: Tensor) -> tuple[Any, ...]:
 
 
 def place(x: Tensor, elements: int, *others: Tensor) -> tuple[Any, ...]:
-    """Return where a call off the CPU runs, and whether it is a large one.
+    """Return where a call on rows runs, and whether it is a large one off the CPU.
 
     Args:
         x: A tensor of the call.
         elements: How many of them make it large.
-        *others: The others, which may lie elsewhere. (On the CPU only PyTorch serves, which minds that itself.)
+        *others: The others, which may lie elsewhere.
     """
+    if x.is_cpu:
+        return (
+            type(x), *map(type, others), x.layout, _functorch_level(), forward_ad._current_level,
+            *[t.is_cpu for t in others],
+        )  # fmt: skip
     return x.device, x.numel() >= elements, tuple(t.get_device() for t in others)
 
 

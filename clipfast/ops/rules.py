@@ -211,11 +211,10 @@ def _infers_shortest(key: Key, machine: Machine) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         _ROW_OPS,
-        lambda key, machine: machine.kind != "cuda",
+        lambda key, machine: machine.kind not in ("cuda", "cpu"),
         "reference",
-        "the kernels are for NVIDIA GPUs",
-        "0 bytes saved: PyTorch's operators are the only ones here. (Triton's interpreter on the CPU is for tests: "
-        "a call takes 0.2 s and more.)",
+        "the kernels are for NVIDIA GPUs and CPUs",
+        "0 bytes saved: PyTorch's operators are the only ones here.",
     ),
     Rule(
         _ROW_OPS,
@@ -225,6 +224,13 @@ RULES: tuple[Rule, ...] = (
         "Elementwise work fused into its neighbours moves 0 bytes of its own; an operator that the compiler cannot "
         "look into moves at least 2 values an element, and torch.compile's LayerNorm alone matches the best "
         "kernels.",
+    ),
+    Rule(
+        _ROW_OPS,
+        lambda key, machine: machine.kind == "cpu",
+        "native",
+        "each is one pass over memory",
+        "TODO",
     ),
     Rule(
         _ROW_OPS,

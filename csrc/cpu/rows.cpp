@@ -116,10 +116,9 @@ std::vector<float> sums_over_rows(int64_t rows, int64_t width, const F& f) {
     return total;
 }
 
-Tensor from_floats(const Tensor& like, const float* from) {
-    Tensor t = torch::stable::new_empty(like, like.sizes());
-    kernels().from_float(from, like.numel(), t.mutable_data_ptr(), dtype_of("gradient", like));
-    return t;
+Tensor from_floats(const float* from, Tensor to) {
+    kernels().from_float(from, to.numel(), to.mutable_data_ptr(), dtype_of("gradient", to));
+    return to;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -169,11 +168,11 @@ NormResult add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor&
     return run_norm("native_add_layer_norm", x, &residual, weight, bias, eps);
 }
 
-using NormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using NormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 NormGradients run_norm_gradient(const char* op, const Tensor& dy_, const Tensor* d_stream_, const Tensor& x_,
                                 const Tensor& weight, const Tensor& statistics, ScalarType dx_dtype,
-                                ScalarType d_residual_dtype) {
+                                ScalarType d_residual_dtype, std::optional<ScalarType> sum_dtype) {
     const int64_t width = width_of(op, x_), rows = x_.numel() / width;
     const Tensor x = packed(x_), dy = packed(dy_), d_stream = d_stream_ ? packed(*d_stream_) : dy;
     const ScalarType dtype = x.scalar_type();
@@ -201,25 +200,32 @@ NormGradients run_norm_gradient(const char* op, const Tensor& dy_, const Tensor*
                          dtype_of(op, dx_dtype),
                          dtype_of(op, d_residual_dtype)};
     const bool neither = dx_dtype != dtype && !(two && d_residual_dtype == dtype);
-    const std::vector<float> sums = sums_over_rows(rows, 2 * width, [&](int64_t begin, int64_t end, float* s) {
+    const int64_t wanted = sum_dtype ? 3 : 2;
+    const std::vector<float> sums = sums_over_rows(rows, wanted * width, [&](int64_t begin, int64_t end, float* s) {
         std::vector<float> scratch(neither ? 4 * width : 0);
-        kernels().norm_gradient(p, begin, end, s, s + width, scratch.data());
+        const NormSums of{s, s + width, sum_dtype ? s + 2 * width : nullptr};
+        kernels().norm_gradient(p, begin, end, of, scratch.data());
     });
-    return {dx, d_residual, from_floats(weight, sums.data()), from_floats(weight, sums.data() + width)};
+    const float* found = sums.data();
+    Tensor sum = torch::stable::new_empty(weight, {0});
+    if (sum_dtype) sum = from_floats(found + 2 * width, like(weight, *sum_dtype));
+    return {dx, d_residual, from_floats(found, like(weight, weight.scalar_type())),
+            from_floats(found + width, like(weight, weight.scalar_type())), sum};
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                        const Tensor& statistics) {
-    auto [dx, other, d_weight, d_bias] = run_norm_gradient("native_layer_norm_backward", dy, nullptr, x, weight,
-                                                           statistics, x.scalar_type(), x.scalar_type());
+    const ScalarType dtype = x.scalar_type();
+    auto [dx, other, d_weight, d_bias, sum] = run_norm_gradient("native_layer_norm_backward", dy, nullptr, x, weight,
+                                                                statistics, dtype, dtype, std::nullopt);
     return {dx, d_weight, d_bias};
 }
 
 NormGradients add_layer_norm_backward(const Tensor& dy, const Tensor& d_stream, const Tensor& stream,
                                       const Tensor& weight, const Tensor& statistics, ScalarType x_dtype,
-                                      ScalarType residual_dtype) {
+                                      ScalarType residual_dtype, std::optional<ScalarType> sum_dtype) {
     return run_norm_gradient("native_add_layer_norm_backward", dy, &d_stream, stream, weight, statistics, x_dtype,
-                             residual_dtype);
+                             residual_dtype, sum_dtype);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -263,7 +269,7 @@ std::tuple<Tensor, Tensor> bias_gelu_backward(const Tensor& dy_, const Tensor& x
     const std::vector<float> sums = sums_over_rows(rows, width, [&](int64_t begin, int64_t end, float* s) {
         kernels().gelu_gradient(p, begin, end, s);
     });
-    return {dx, from_floats(*bias, sums.data())};
+    return {dx, from_floats(sums.data(), like(*bias, bias->scalar_type()))};
 }
 
 }  // namespace

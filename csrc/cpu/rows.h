@@ -33,6 +33,10 @@ struct NormGradient {
     Dtype dx_dtype, d_residual_dtype;
 };
 
+struct NormSums {
+    float *d_weight, *d_bias, *dx;
+};
+
 // y = GELU(x + bias)
 struct Activation {
     const void *x, *dy;  // dy: the gradient of y, for a backward pass
@@ -46,9 +50,8 @@ struct Activation {
 struct RowKernels {
     // scratch: [4, width] of the thread's own, where dtypes differ
     void (*norm)(const Norm&, int64_t begin, int64_t end, float* scratch);
-    // adds the rows' terms to d_weight and d_bias [width]
-    void (*norm_gradient)(const NormGradient&, int64_t begin, int64_t end, float* d_weight, float* d_bias,
-                          float* scratch);
+    // adds the rows' terms to sums [width] of the gradients of weight and bias, and of dx unless that is nullptr
+    void (*norm_gradient)(const NormGradient&, int64_t begin, int64_t end, NormSums, float* scratch);
     // elements, and not rows
     void (*gelu)(const Activation&, int64_t begin, int64_t end);
     // rows; adds their terms to d_bias [width] unless that is nullptr

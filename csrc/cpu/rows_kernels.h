@@ -29,6 +29,11 @@ inline void put(T* p, Vector a, std::integral_constant<bool, whole>, int64_t cou
     store(p, a, count);
 }
 
+template <class Whole>
+inline void accumulate(float* p, Vector a, Whole whole, int64_t count) {
+    put(p, add(get(p, whole, count), a), whole, count);
+}
+
 template <class T>
 void to_float_(const T* from, int64_t count, float* to) {
     columns(count, [&](int64_t c, auto whole, int64_t n) { put(to + c, get(from + c, whole, n), whole, n); });
@@ -129,7 +134,7 @@ void norm(const Norm& p, int64_t begin, int64_t end, float* scratch) {
 
 // dx = rstd · (g - mean(g) - x̂ · mean(g · x̂)), plus the stream's own gradient, with g = dy · weight, x̂ = (x - mean) · rstd
 template <class T, int rows>
-void norm_gradient_rows(const NormGradient& p, int64_t r, T* const dx[], float* d_weight, float* d_bias) {
+void norm_gradient_rows(const NormGradient& p, int64_t r, T* const dx[], NormSums sums) {
     const T *x[rows], *dy[rows], *d_stream[rows];
     Vector mean[rows], rstd[rows], g_sum[rows], gx_sum[rows];
     for (int i = 0; i < rows; ++i) {
@@ -158,22 +163,24 @@ void norm_gradient_rows(const NormGradient& p, int64_t r, T* const dx[], float* 
     }
     columns(p.width, [&](int64_t c, auto whole, int64_t n) {
         const Vector weight = get(p.weight + c, whole, n);
-        Vector of_weight = zero(), of_bias = zero();
+        Vector of_weight = zero(), of_bias = zero(), of_all = zero();
 #pragma GCC unroll 4
         for (int i = 0; i < rows; ++i) {
             const Vector d = get(dy[i] + c, whole, n), centred = sub(get(x[i] + c, whole, n), mean[i]);
             Vector out = fma(mul(d, weight), rstd[i], fma(centred, of_normed[i], sub(zero(), shift[i])));
             if (d_stream[i]) out = add(out, get(d_stream[i] + c, whole, n));
             put(dx[i] + c, out, whole, n);
+            of_all = add(of_all, out);
             of_weight = fma(d, mul(centred, rstd[i]), of_weight);
             of_bias = add(d, of_bias);
         }
-        put(d_weight + c, add(get(d_weight + c, whole, n), of_weight), whole, n);
-        put(d_bias + c, add(get(d_bias + c, whole, n), of_bias), whole, n);
+        accumulate(sums.d_weight + c, of_weight, whole, n);
+        accumulate(sums.d_bias + c, of_bias, whole, n);
+        if (sums.dx) accumulate(sums.dx + c, of_all, whole, n);
     });
 }
 
-void norm_gradient(const NormGradient& p, int64_t begin, int64_t end, float* d_weight, float* d_bias, float* scratch) {
+void norm_gradient(const NormGradient& p, int64_t begin, int64_t end, NormSums sums, float* scratch) {
     constexpr int most = 2;
     // a float32 gradient may be wanted in other dtypes: its rows go to one that is float32, or stay here
     const bool to_dx = p.dx_dtype == p.dtype;
@@ -188,9 +195,9 @@ void norm_gradient(const NormGradient& p, int64_t begin, int64_t end, float* d_w
                 out[i] = base ? static_cast<T*>(base) + (r + i) * p.width
                               : reinterpret_cast<T*>(scratch) + i * p.width;
             }
-            if (count == most) norm_gradient_rows<T, most>(p, r, out, d_weight, d_bias);
+            if (count == most) norm_gradient_rows<T, most>(p, r, out, sums);
             else
-                for (int i = 0; i < count; ++i) norm_gradient_rows<T, 1>(p, r + i, out + i, d_weight, d_bias);
+                for (int i = 0; i < count; ++i) norm_gradient_rows<T, 1>(p, r + i, out + i, sums);
             for (int i = 0; i < count; ++i) {
                 const int64_t at = (r + i) * p.width;
                 const float* row = reinterpret_cast<const float*>(out[i]);
@@ -251,7 +258,7 @@ void gelu_gradient_rows(const Activation& p, int64_t r, float* d_bias) {
             put(dx + at, out, whole, n);
             sum = add(sum, out);
         }
-        if (d_bias) put(d_bias + c, add(get(d_bias + c, whole, n), sum), whole, n);
+        if (d_bias) accumulate(d_bias + c, sum, whole, n);
     });
 }
 
