@@ -152,7 +152,8 @@ NormResult run_norm(const char* op, const Tensor& x_, const Tensor* residual_, c
                  means + rows};
     const bool mixed = residual_ && p.x_dtype != p.residual_dtype;
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, grain / width), [&](int64_t begin, int64_t end) {
-        std::vector<float> scratch(mixed ? 2 * width : 0);
+        if (begin == end) return;
+        std::vector<float> scratch(mixed ? 4 * width : 0);
         kernels().norm(p, begin, end, scratch.data());
     });
     return {y, stream, statistics};
@@ -202,7 +203,7 @@ NormGradients run_norm_gradient(const char* op, const Tensor& dy_, const Tensor*
     const bool neither = dx_dtype != dtype && !(two && d_residual_dtype == dtype);
     const int64_t wanted = sum_dtype ? 3 : 2;
     const std::vector<float> sums = sums_over_rows(rows, wanted * width, [&](int64_t begin, int64_t end, float* s) {
-        std::vector<float> scratch(neither ? 4 * width : 0);
+        std::vector<float> scratch(neither ? width : 0);
         const NormSums of{s, s + width, sum_dtype ? s + 2 * width : nullptr};
         kernels().norm_gradient(p, begin, end, of, scratch.data());
     });
