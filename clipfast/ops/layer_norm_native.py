@@ -90,7 +90,11 @@ class _AddLayerNorm(torch.autograd.Function):
         if torch.is_grad_enabled():
             # the stream was made here: what comes from it is derived through x and residual, as autograd records it
             d, d_weight, d_bias = native_rows.differentiable(
-                layer_norm_torch.reference, (stream, weight, bias), (ctx.eps,), (dy,), (True, *ctx.needs_input_grad[2:4])
+                layer_norm_torch.reference,
+                (stream, weight, bias),
+                (ctx.eps,),
+                (dy,),
+                (True, *ctx.needs_input_grad[2:4]),
             )
             d = d + d_stream
             total = None if sum_dtype is None else d.flatten(0, -2).sum(0).to(sum_dtype)

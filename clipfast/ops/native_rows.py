@@ -1,4 +1,4 @@
-"""What the op library's elementwise operators on the CPU (``csrc/cpu/rows.cpp``) share: what they serve, and their fakes."""
+"""What the op library's elementwise operators on the CPU (``csrc/cpu/rows.cpp``) share: what they serve, fakes."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ inline Vector kept(Vector a, std::integral_constant<bool, whole>, int64_t count)
     return load(part, count);
 }
 
-template <class T>
+template <class T, bool adds>
 struct NormRow {
     const T *x, *residual;
     T *stream, *y;
@@ -91,20 +91,20 @@ struct NormRow {
     template <class Whole>
     Vector take(int64_t c, Vector sum, Whole whole, int64_t n) const {
         Vector v = get(x + c, whole, n);
-        if (residual) {
+        if constexpr (adds) {
             v = rounded(add(v, get(residual + c, whole, n)), T{});
             put(stream + c, v, whole, n);
         }
         return add(sum, v);
     }
-    const T* normalised() const { return residual ? stream : x; }
+    const T* normalised() const { return adds ? stream : x; }
 };
 
 // From a row's sum to its result. `next` is read and summed up by the way, and its sum returned: where memory has three
 // things to do for a row (residual + LayerNorm) it need not wait while a row goes from pass to pass in the cache, which
 // gives 10 to 17%. Where it has one, reading beside writing costs as much.
-template <class T>
-float norm_row(const Norm& p, int64_t r, float sum, const NormRow<T>& row, const NormRow<T>* next) {
+template <class T, bool adds>
+float norm_row(const Norm& p, int64_t r, float sum, const NormRow<T, adds>& row, const NormRow<T, adds>* next) {
     const T* from = row.normalised();
     const float mean = sum / float(p.width);
     const Vector m = all(mean);
@@ -130,40 +130,44 @@ float norm_row(const Norm& p, int64_t r, float sum, const NormRow<T>& row, const
     });
 }
 
-void norm(const Norm& p, int64_t begin, int64_t end, float* scratch) {
+template <class T, bool adds>
+void norm_rows(const Norm& p, int64_t begin, int64_t end, float* scratch) {
+    using Row = NormRow<T, adds>;
     // two dtypes meet in a float32 stream: what is shorter is widened a row at a time, in turn in two places
-    const bool mixed = p.residual && p.x_dtype != p.residual_dtype;
-    const auto widened = [&](const void* rows, Dtype dtype, int64_t r, int64_t place) -> const void* {
+    const auto widened = [&](const void* rows, Dtype dtype, int64_t r, int64_t place) {
         const void* from = row_of(rows, dtype, r * p.width);
-        if (!mixed || dtype == Dtype::float32) return from;
+        if (dtype == p.dtype) return static_cast<const T*>(from);
         float* to = scratch + (2 * place + r % 2) * p.width;
         to_float(from, dtype, p.width, to);
-        return to;
+        return reinterpret_cast<const T*>(to);
     };
-    with_type(p.dtype, [&](auto t) {
-        using T = decltype(t);
-        const auto row_at = [&](int64_t r) {
-            const int64_t at = r * p.width;
-            NormRow<T> row{static_cast<const T*>(widened(p.x, p.x_dtype, r, 0)), nullptr, nullptr,
-                           static_cast<T*>(p.y) + at};
-            if (p.residual) {
-                row.residual = static_cast<const T*>(widened(p.residual, p.residual_dtype, r, 1));
-                row.stream = static_cast<T*>(p.stream) + at;
-            }
-            return row;
-        };
-        const auto sum_of_row = [&](const NormRow<T>& row) {
-            return sum_over(p.width, [&](int64_t c, Vector s, auto whole, int64_t n) { return row.take(c, s, whole, n); });
-        };
-        NormRow<T> row = row_at(begin);
-        float sum = sum_of_row(row);
-        for (int64_t r = begin; r + 1 < end; ++r) {
-            const NormRow<T> next = row_at(r + 1);
-            const float following = norm_row(p, r, sum, row, p.residual ? &next : nullptr);
-            sum = p.residual ? following : sum_of_row(next);
-            row = next;
+    const auto row_at = [&](int64_t r) {
+        const int64_t at = r * p.width;
+        Row row{widened(p.x, p.x_dtype, r, 0), nullptr, nullptr, static_cast<T*>(p.y) + at};
+        if constexpr (adds) {
+            row.residual = widened(p.residual, p.residual_dtype, r, 1);
+            row.stream = static_cast<T*>(p.stream) + at;
         }
-        norm_row<T>(p, end - 1, sum, row, nullptr);
+        return row;
+    };
+    const auto sum_of_row = [&](const Row& row) {
+        return sum_over(p.width, [&](int64_t c, Vector s, auto whole, int64_t n) { return row.take(c, s, whole, n); });
+    };
+    Row row = row_at(begin);
+    float sum = sum_of_row(row);
+    for (int64_t r = begin; r + 1 < end; ++r) {
+        const Row next = row_at(r + 1);
+        const float following = norm_row<T, adds>(p, r, sum, row, adds ? &next : nullptr);
+        sum = adds ? following : sum_of_row(next);
+        row = next;
+    }
+    norm_row<T, adds>(p, end - 1, sum, row, nullptr);
+}
+
+void norm(const Norm& p, int64_t begin, int64_t end, float* scratch) {
+    with_type(p.dtype, [&](auto t) {
+        if (p.residual) return norm_rows<decltype(t), true>(p, begin, end, scratch);
+        norm_rows<decltype(t), false>(p, begin, end, scratch);
     });
 }
 
