@@ -108,7 +108,11 @@ def is_large(x: Tensor, elements: int, *, sized: bool | None = None) -> bool | N
     if not (sizes_count(x.device) if sized is None else sized):
         return None
     # A choice that depended on the batch would make its results depend on it, and a compiler compile for every batch
-    return switches.are_calls_large() or torch.compiler.is_compiling() or x.numel() >= elements
+    if switches.are_calls_large() or torch.compiler.is_compiling():
+        return True
+    size = x.numel()
+    # a symbol, where a call is traced for any batch
+    return not isinstance(size, int) or size >= elements
 
 
 def sizes_count(device: torch.device) -> bool:
