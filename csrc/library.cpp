@@ -75,8 +75,9 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
         "-> (Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
 
     // Elementwise work on the CPU (csrc/cpu/rows.cpp): rows in float32, bfloat16 or float16, contiguous or not; weights
-    // and biases in any of these. Whether this CPU has what it takes:
-    m.def("can_serve_rows() -> bool");
+    // and biases in any of these. Which instructions serve on this CPU: avx512,
+    // avx2, or nothing where neither is there
+    m.def("row_vectors() -> str");
     // y as x; statistics: the rows' means and reciprocal deviations, float32 [2, rows]
     m.def("native_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor statistics)");
     m.def(

@@ -36,7 +36,7 @@ _OPS = (
     "missing_cuda_entry_points",
     "fingerprint",
     "changed_weight",
-    "can_serve_rows",
+    "row_vectors",
     "native_layer_norm",
     "native_layer_norm_backward",
     "native_add_layer_norm",

@@ -33,7 +33,7 @@ def _unavailable() -> str | None:
     reason = library.unavailable()
     if reason is not None:
         return reason
-    if not torch.ops.clipfast.can_serve_rows():
+    if not torch.ops.clipfast.row_vectors():
         return "this CPU lacks the instructions (AVX2 and FMA)"
     # not before the library has defined the operators
     while _fakes:

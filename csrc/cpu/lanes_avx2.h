@@ -15,6 +15,7 @@ struct Float16 {
     uint16_t bits;
 };
 
+constexpr const char* vectors = "avx2";
 constexpr int64_t lanes = 8;
 using Vector = __m256;
 
@@ -29,6 +30,11 @@ inline Vector sub(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
 inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }    // a·b + c
 inline Vector fnma(Vector a, Vector b, Vector c) { return _mm256_fnmadd_ps(a, b, c); }  // c - a·b
+// a product that is rounded, where the compiler would join it with the sum it goes to
+inline Vector apart(Vector a) {
+    asm("" : "+x"(a));
+    return a;
+}
 inline Vector absolute(Vector a) { return _mm256_andnot_ps(all(-0.f), a); }
 // NaN stays NaN in these
 inline Vector at_least(Vector a, float low) { return _mm256_max_ps(all(low), a); }

@@ -14,6 +14,7 @@ struct Float16 {
     uint16_t bits;
 };
 
+constexpr const char* vectors = "avx512";
 constexpr int64_t lanes = 16;
 using Vector = __m512;
 
@@ -26,6 +27,11 @@ inline Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
 inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }    // a·b + c
 inline Vector fnma(Vector a, Vector b, Vector c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a·b
+// a product that is rounded, where the compiler would join it with the sum it goes to
+inline Vector apart(Vector a) {
+    asm("" : "+v"(a));
+    return a;
+}
 inline Vector absolute(Vector a) { return _mm512_abs_ps(a); }
 // NaN stays NaN in these
 inline Vector at_least(Vector a, float low) { return _mm512_max_ps(all(low), a); }

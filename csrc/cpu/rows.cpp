@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -34,20 +35,26 @@ constexpr int64_t most_blocks = 256, least_block = 32;  // of rows, for sums ove
 // arguments
 
 const RowKernels* kernels_of_this_cpu() {
-    // so that a machine with AVX-512 can test what others run
+    // so that a machine with AVX-512 can test what others run, and one with AVX2 what is left without
     const char* wanted = std::getenv("CLIPFAST_CPU_VECTORS");
-    const bool narrow = wanted && std::strcmp(wanted, "avx2") == 0;
-    if (const RowKernels* k = narrow ? nullptr : row_kernels_avx512()) return k;
-    return row_kernels_avx2();
+    const bool any = !wanted || !*wanted;
+    if (any || std::strcmp(wanted, "avx512") == 0)
+        if (const RowKernels* k = row_kernels_avx512()) return k;
+    return any || std::strcmp(wanted, "avx2") == 0 ? row_kernels_avx2() : nullptr;
+}
+
+const RowKernels* kernels_or_none() {
+    static const RowKernels* const k = kernels_of_this_cpu();
+    return k;
 }
 
 const RowKernels& kernels() {
-    static const RowKernels* const k = kernels_of_this_cpu();
+    const RowKernels* k = kernels_or_none();
     STD_TORCH_CHECK(k, "this CPU has no kernels for rows: they need AVX2 and FMA");
     return *k;
 }
 
-bool can_serve_rows() { return kernels_of_this_cpu() != nullptr; }
+std::string row_vectors() { return kernels_or_none() ? kernels_or_none()->name : ""; }
 
 Dtype dtype_of(const char* op, ScalarType t) {
     STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half, op,
@@ -286,5 +293,5 @@ STABLE_TORCH_LIBRARY_IMPL(clipfast, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CompositeExplicitAutograd, m) {
-    m.impl("can_serve_rows", TORCH_BOX(&clipfast::cpu::can_serve_rows));
+    m.impl("row_vectors", TORCH_BOX(&clipfast::cpu::row_vectors));
 }

@@ -48,6 +48,7 @@ struct Activation {
 };
 
 struct RowKernels {
+    const char* name;
     // scratch: [4, width] of the thread's own, where dtypes differ
     void (*norm)(const Norm&, int64_t begin, int64_t end, float* scratch);
     // adds the rows' terms to sums [width] of the gradients of weight and bias, and of dx unless that is nullptr

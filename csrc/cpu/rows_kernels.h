@@ -192,13 +192,13 @@ void norm_gradient_row(const NormGradient& p, int64_t r, T* dx, NormSums sums) {
         add_up(c + lanes, 1, std::true_type{}, lanes);
     }
     columns(p.width - c, [&](int64_t rest, auto whole, int64_t n) { add_up(c + rest, 0, whole, n); });
-    // dx = rstd · g + of_centred · (x - mean) - shift
-    const float scale = p.rstd[r] / float(p.width);
-    const Vector shift = all(scale * sum_of(add(g_sum[0], g_sum[1])));
-    const Vector of_centred = all(-scale * p.rstd[r] * p.rstd[r] * sum_of(add(gx_sum[0], gx_sum[1])));
+    const Vector g_mean = all(sum_of(add(g_sum[0], g_sum[1])) / float(p.width));
+    const Vector of_centred = all(sum_of(add(gx_sum[0], gx_sum[1])) / float(p.width) * p.rstd[r] * p.rstd[r]);
     columns(p.width, [&](int64_t c, auto whole, int64_t n) {
         const Vector d = get(dy + c, whole, n), centred = sub(get(x + c, whole, n), mean);
-        Vector out = fma(mul(d, get(p.weight + c, whole, n)), rstd, sub(mul(centred, of_centred), shift));
+        // as it was for the mean: over one column the difference is zero
+        const Vector g = apart(mul(d, get(p.weight + c, whole, n)));
+        Vector out = mul(fnma(centred, of_centred, sub(g, g_mean)), rstd);
         if (d_stream) out = add(out, get(d_stream + c, whole, n));
         put(dx + c, out, whole, n);
         accumulate(sums.d_weight + c, mul(d, mul(centred, rstd)), whole, n);
@@ -299,7 +299,7 @@ void sum_parts(const float* parts, int64_t count, int64_t width, int64_t begin, 
     });
 }
 
-const RowKernels kernels{norm, norm_gradient, gelu, gelu_gradient, sum_parts, to_float, from_float};
+const RowKernels kernels{vectors, norm, norm_gradient, gelu, gelu_gradient, sum_parts, to_float, from_float};
 
 }  // namespace
 }  // namespace clipfast::cpu
