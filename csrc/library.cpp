@@ -86,6 +86,30 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
         "Tensor? text_factor, Tensor row_weight, int first_label, bool wide=False) "
         "-> (Tensor row_loss, Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
 
+    // Elementwise work on the CPU (csrc/cpu/rows.cpp): rows in float32, bfloat16 or float16, contiguous or not; weights
+    // and biases in any of these. Which instructions serve on this CPU: avx512,
+    // avx2, or nothing where neither is there
+    m.def("row_vectors() -> str");
+    // y as x; statistics: the rows' means and reciprocal deviations, float32 [2, rows]
+    m.def("native_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor statistics)");
+    m.def(
+        "native_layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor statistics) "
+        "-> (Tensor dx, Tensor d_weight, Tensor d_bias)");
+    // stream = x + residual, in their common dtype, and its LayerNorm
+    m.def(
+        "native_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) "
+        "-> (Tensor y, Tensor stream, Tensor statistics)");
+    // d_residual is empty where it is dx, as it is for equal dtypes; sum, of dx over rows, where no dtype is given
+    m.def(
+        "native_add_layer_norm_backward(Tensor dy, Tensor d_stream, Tensor stream, Tensor weight, Tensor statistics, "
+        "ScalarType x_dtype, ScalarType residual_dtype, ScalarType? sum_dtype) "
+        "-> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias, Tensor sum)");
+    // form: 0 erf, 1 tanh, 2 quick
+    m.def("native_bias_gelu(Tensor x, Tensor? bias, int form) -> Tensor");
+    // d_bias is empty without a bias
+    m.def(
+        "native_bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, int form) -> (Tensor dx, Tensor d_bias)");
+
     // Inference on the CPU (csrc/cpu/encoder.cpp), for bfloat16 and float32. Whether this CPU has what it takes:
     m.def("can_encode(bool bfloat16) -> bool");
     // weight [columns, terms] in the form that products read it in

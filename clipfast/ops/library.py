@@ -36,6 +36,13 @@ _OPS = (
     "missing_cuda_entry_points",
     "fingerprint",
     "changed_weight",
+    "row_vectors",
+    "native_layer_norm",
+    "native_layer_norm_backward",
+    "native_add_layer_norm",
+    "native_add_layer_norm_backward",
+    "native_bias_gelu",
+    "native_bias_gelu_backward",
 )
 
 

@@ -19,7 +19,7 @@ from clipfast.ops import dispatch, fallback, measured, plan, rules, trust, tuned
 
 CPU = torch.device("cpu")
 X, WEIGHT = torch.randn(3, 64), torch.ones(64)
-NORM = "float32, width ≤ 256, training"
+NORM = "float32, width ≤ 256, small, training"
 Known = Callable[..., None]
 
 
@@ -209,7 +209,15 @@ def test_what_one_rank_refuses_no_rank_uses(known: Known, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "text", ["", "null", "{}", "[1]", '{"schema": 1, "rules": 1}', '{"schema": 1, "rules": 1, "devices": {"cpu": {}}}']
+    "text",
+    [
+        "",
+        "null",
+        "{}",
+        "[1]",
+        f'{{"schema": 1, "rules": {rules.VERSION}}}',
+        f'{{"schema": 1, "rules": {rules.VERSION}, "devices": {{"cpu": {{}}}}}}',
+    ],
 )
 def test_what_is_no_plan_is_refused(text: str) -> None:
     generation = plan.generation
@@ -255,7 +263,7 @@ def test_a_change_of_the_plan_compiles_anew(known: Known) -> None:
         assert ("layer_norm_forward" in _operators(graphs[-1])) == kernel
 
     run(1, kernel=False)
-    with_kernel = {"layer_norm": {f"{NORM}, compiled": "triton"}}
+    with_kernel = {"layer_norm": {f"{NORM.replace('small', 'large')}, compiled": "triton"}}
     known(of_file=with_kernel)
     run(2, kernel=True)
     theirs = plan.export()
