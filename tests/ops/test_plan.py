@@ -209,7 +209,15 @@ def test_what_one_rank_refuses_no_rank_uses(known: Known, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "text", ["", "null", "{}", "[1]", '{"schema": 1, "rules": 1}', '{"schema": 1, "rules": 1, "devices": {"cpu": {}}}']
+    "text",
+    [
+        "",
+        "null",
+        "{}",
+        "[1]",
+        f'{{"schema": 1, "rules": {rules.VERSION}}}',
+        f'{{"schema": 1, "rules": {rules.VERSION}, "devices": {{"cpu": {{}}}}}}',
+    ],
 )
 def test_what_is_no_plan_is_refused(text: str) -> None:
     generation = plan.generation
