@@ -1,8 +1,8 @@
 """Packed sequences by PyTorch's own attention, and what is known of their offsets.
 
-On the CPU, sequences of one length make one batch: a call costs little there, and padding much. Those that come in order
-of their lengths, as the text tower packs them, are read in place; others are permuted first. Elsewhere, where a call is a
-launch, a few buckets make a batch each (:mod:`clipfast.ops.length_buckets`).
+On the CPU, sequences of one length make one batch: a call costs little there, and padding much. Those that come in
+order of their lengths, as the text tower packs them, are read in place; others are permuted first. Elsewhere, where a
+call is a launch, sequences are padded to a few lengths (:mod:`clipfast.ops.length_buckets`).
 
 How many there are of which length is data, which ``torch.compile`` cannot trace: while it does, the same code is an
 operator to it. Its backward pass computes the forward pass again, which eager mode does not need to.
@@ -138,7 +138,7 @@ def groups_of(cu_seqlens: Tensor, x: Tensor, op: str = "attention", may_be_empty
 
 
 def buckets_of(cu_seqlens: Tensor, x: Tensor, op: str = "attention", may_be_empty: bool = True) -> Buckets | None:
-    """Return the buckets of the sequences in ``x [total, ...]``, None where there are no tokens; as :func:`groups_of`."""
+    """Return the buckets of the sequences in ``x [total, ...]``, as :func:`groups_of`; None without tokens."""
     lengths = _lengths_of(cu_seqlens, x.shape[0], op, may_be_empty)
     if not x.shape[0]:
         return None

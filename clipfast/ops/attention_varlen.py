@@ -4,9 +4,10 @@ It serves 16 bits on cards of compute capability 8.0 and more. Forward it is one
 three, and the stack of three gradients. FlashAttention adds queries' gradients up by atomics, in no order of their own,
 so it does not serve under ``deterministic()``.
 
-``torch.nn.attention.varlen.varlen_attn`` is an operator of Python's around the one that is called here. It sets a random
-state to zero that nothing reads, and two gradients that nothing wants: six launches for three. With the kernels mocked it
-took the host 560 µs, forward and backward, and the operator itself 240. It is called where that one has changed.
+``torch.nn.attention.varlen.varlen_attn`` is an operator in Python around the one that is called here. It sets a
+random state to zero that nothing reads, and two gradients that nothing wants: three launches more. With the kernels
+mocked it took the host 560 µs, forward and backward, and the operator itself 240. It is called where that one has
+changed.
 
 Source: Dao, "FlashAttention-2: Faster Attention with Better Parallelism and Work Partitioning" (2023).
 """
@@ -102,7 +103,8 @@ def _unavailable(device_type: str, index: int | None) -> str | None:
 
 
 # what is relied on: arguments up to here, and the scale by its name
-_ARGUMENTS = "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask".split()
+_ARGUMENTS = ["query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k"]
+_ARGUMENTS += ["dropout_p", "is_causal", "return_debug_mask"]
 
 
 @functools.cache

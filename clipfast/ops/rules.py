@@ -263,12 +263,11 @@ RULES: tuple[Rule, ...] = (
         lambda key, machine: key.tokens is None and _is_known(key, machine) and _is_16_bit(key),
         "triton",
         "one kernel for captions of all lengths, which writes its gradients packed and without atomics",
-        "Values of 16 bits a token and channel, forward + backward: the kernels 4 + 12 (two of them) = 16, or 32 "
-        "bytes. PyTorch's "
-        "varlen_attn 4 + 4 (dO, O, and queries' sums set to zero) + 10 (these sums are in float32 and added to by "
-        "atomics) + 3 (their cast) + 6 (three gradients stacked) = 27, or 54 bytes. At 5,120 tokens of 512 and 3.0 TB/s: "
-        "28 µs against 47: the kernels are sooner from 60% of the bandwidth on. Launches: 1 + 2 against 1 + 4. Host: "
-        "122 µs against about 200.",
+        "Values of 16 bits a token and channel, forward + backward: the kernels 4 + 12 (two of them) = 16, 32 bytes; "
+        "PyTorch's varlen_attn 4 + 4 (dO, O, and queries' sums set to zero) + 10 (these sums are in float32 and added "
+        "to by atomics) + 3 (their cast) + 6 (three gradients stacked) = 27, or 54 bytes. At 5,120 tokens of 512 and "
+        "3.0 TB/s: 28 µs against 47, so that the kernels are sooner from 60% of the bandwidth on. Launches: 1 + 2 "
+        "against 1 + 4. Host: 122 µs against about 200.",
     ),
     Rule(
         ("attention",),
