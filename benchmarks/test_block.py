@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import clipfast
 from clipfast.benchmark.measure import Oracle
 from clipfast.benchmark.results import Row
-from clipfast.modules.transformer import ResidualAttentionBlock
+from clipfast.modules.block import ResidualAttentionBlock
 
 # batch, tokens, width, heads: ViT-B-32, B-16, L-14
 CASES = by_scale(

@@ -72,12 +72,14 @@ def _forward_kernel(
 def _backward_kernel(
     dy, dstream, x, weight, mean, rstd, dx, dx_other, partials,
     rows, width, dy_stride, dstream_stride, x_stride,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, TWO_DTYPES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ADD: tl.constexpr, TWO_DTYPES: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK)
     gain = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
     dweight = tl.zeros((ROWS, BLOCK), tl.float32)
     dbias = tl.zeros((ROWS, BLOCK), tl.float32)
+    if SUM:
+        dsum = tl.zeros((ROWS, BLOCK), tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0)):
         row = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
         inside = (row < rows)[:, None] & (column < width)[None, :]
@@ -97,14 +99,20 @@ def _backward_kernel(
             result += tl.load(dstream + row[:, None] * dstream_stride + column[None, :], mask=inside, other=0.0).to(
                 tl.float32
             )
+        if SUM:
+            # rows that are none have statistics of zero, and no gradient
+            dsum += result
         offsets = row[:, None] * width + column[None, :]
         tl.store(dx + offsets, result.to(dx.dtype.element_ty), mask=inside)
         if TWO_DTYPES:
             tl.store(dx_other + offsets, result.to(dx_other.dtype.element_ty), mask=inside)
 
-    own = partials + tl.program_id(0).to(tl.int64) * 2 * width + column
+    SUMS: tl.constexpr = 3 if SUM else 2
+    own = partials + tl.program_id(0).to(tl.int64) * SUMS * width + column
     tl.store(own, tl.sum(dweight, 0), mask=column < width)
     tl.store(own + width, tl.sum(dbias, 0), mask=column < width)
+    if SUM:
+        tl.store(own + 2 * width, tl.sum(dsum, 0), mask=column < width)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -155,7 +163,7 @@ def _forward(
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, ``weight`` and ``bias`` from that of ``layer_norm(x)``."""
-    dx, _, dweight, dbias = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype)
+    dx, _, dweight, dbias, _ = _backward(dy, None, x, weight, mean, rstd, x.dtype, x.dtype)
     return dx, dweight, dbias
 
 
@@ -168,12 +176,14 @@ def add_backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of ``x``, ``residual``, ``weight`` and ``bias`` from those of both outputs.
 
-    The first two are one tensor, and the second is empty, where their dtypes are the same.
+    The first two are one tensor, and the second is empty, where their dtypes are the same. The fifth result is the sum
+    over rows of the first in ``sum_dtype``, ``[C]``, empty where that is None.
     """
-    return _backward(dy, dstream, stream, weight, mean, rstd, x_dtype, residual_dtype)
+    return _backward(dy, dstream, stream, weight, mean, rstd, x_dtype, residual_dtype, sum_dtype)
 
 
 def _backward(
@@ -185,7 +195,8 @@ def _backward(
     rstd: Tensor,
     dtype: torch.dtype,
     other_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sum_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows_of_dy, rows_of_x = as_rows(dy), as_rows(x)
     rows_of_dstream = rows_of_dy if dstream is None else as_rows(dstream)
     rows, width = rows_of_x.shape
@@ -193,15 +204,16 @@ def _backward(
     dx_other = x.new_empty(0 if dtype == other_dtype else x.shape, dtype=other_dtype)
     tile_rows, block, warps = _tile(width)
     programs = min(triton.cdiv(rows, tile_rows), BACKWARD_PROGRAMS * multiprocessors(x.device))
-    partials = x.new_empty((programs, 2, width), dtype=torch.float32)
+    partials = x.new_empty((programs, 2 if sum_dtype is None else 3, width), dtype=torch.float32)
     if rows:
         _backward_kernel[(programs,)](
             rows_of_dy, rows_of_dstream, rows_of_x, weight.contiguous(), mean, rstd, dx, dx_other, partials,
             rows, width, rows_of_dy.stride(0), rows_of_dstream.stride(0), rows_of_x.stride(0),
-            tile_rows, block, dstream is not None, dtype != other_dtype, num_warps=warps, num_stages=1,
+            tile_rows, block, dstream is not None, dtype != other_dtype, sum_dtype is not None,
+            num_warps=warps, num_stages=1,
         )  # fmt: skip
-    dweight, dbias = sum_partials(partials, weight.dtype)
-    return dx, dx_other, dweight, dbias
+    dweight, dbias, *sums = sum_partials(partials, weight.dtype, sum_dtype)
+    return dx, dx_other, dweight, dbias, sums[0] if sums else x.new_empty(0)
 
 
 def aot_jobs() -> list[AotJob]:
@@ -233,8 +245,11 @@ def _jobs(width: int, add: bool, x: str, stream: str, weight: str) -> list[AotJo
             _forward_kernel, forward_signature, tile, warps, 1, f"{name}, forward",
             divisible_by_16=("width", "x_stride", "residual_stride"),
         ),
+    ] + [
         AotJob(
-            _backward_kernel, backward_signature, tile | {"TWO_DTYPES": x != stream}, warps, 1, f"{name}, backward",
+            _backward_kernel, backward_signature, tile | {"TWO_DTYPES": x != stream, "SUM": sums}, warps, 1,
+            f"{name}, backward{' with the sum of gradients' if sums else ''}",
             divisible_by_16=("width", "dy_stride", "dstream_stride", "x_stride"),
-        ),
+        )
+        for sums in ((False, True) if add else (False,))
     ]  # fmt: skip

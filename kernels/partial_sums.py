@@ -27,8 +27,9 @@ def multiprocessors(device: torch.device) -> int:
 
 @triton.jit(do_not_specialize=["programs"])
 def _sum_kernel(
-    partials, first, second, programs, width, PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr
-):
+    partials, first, second, third, programs, width,
+    PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     output = tl.program_id(1)
     total = tl.zeros((PARTIALS, COLUMNS), tl.float32)
@@ -40,24 +41,29 @@ def _sum_kernel(
     result = tl.sum(total, 0)
     if output == 0:
         tl.store(first + column, result.to(first.dtype.element_ty), mask=column < width)
-    else:
+    elif output == 1:
         tl.store(second + column, result.to(second.dtype.element_ty), mask=column < width)
+    else:
+        tl.store(third + column, result.to(third.dtype.element_ty), mask=column < width)
 
 
-def sum_partials(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def sum_partials(partials: Tensor, dtype: torch.dtype, third_dtype: torch.dtype | None = None) -> list[Tensor]:
     """Add up the programs' partial sums.
 
     Args:
-        partials: ``[programs, n, C]`` in float32, contiguous, n of 1 or 2; ``programs`` may be 0.
-        dtype: Of the result.
+        partials: ``[programs, n, C]`` in float32, contiguous, n of 1 to 3; ``programs`` may be 0.
+        dtype: Of the results.
+        third_dtype: Of the third one, if it is another.
 
     Returns:
         n sums ``[C]``.
     """
     programs, outputs, width = partials.shape
-    sums = [partials.new_empty(width, dtype=dtype) for _ in range(outputs)]
+    dtypes = (dtype, dtype, third_dtype or dtype)[:outputs]
+    sums = [partials.new_empty(width, dtype=dtype) for dtype in dtypes]
     grid = (triton.cdiv(width, COLUMNS), outputs)
-    _sum_kernel[grid](partials, sums[0], sums[-1], programs, width, PARTIALS, COLUMNS, outputs, num_warps=WARPS)
+    pointers = [sums[min(i, outputs - 1)] for i in range(3)]
+    _sum_kernel[grid](partials, *pointers, programs, width, PARTIALS, COLUMNS, outputs, num_warps=WARPS)
     return sums
 
 
@@ -66,13 +72,15 @@ def aot_jobs() -> list[AotJob]:
     return [
         AotJob(
             _sum_kernel,
-            {"partials": "*fp32", "first": f"*{dtype}", "second": f"*{dtype}", "programs": "i32", "width": "i32"},
+            {"partials": "*fp32", "first": f"*{dtype}", "second": f"*{dtype}", "third": f"*{third}"}
+            | {"programs": "i32", "width": "i32"},
             {"PARTIALS": PARTIALS, "COLUMNS": COLUMNS, "OUTPUTS": outputs},
             num_warps=WARPS,
             num_stages=3,
-            label=f"partial sums, {outputs} to {dtype}",
+            label=f"partial sums, {outputs} to {dtype}{'' if third == dtype else f', the third to {third}'}",
             divisible_by_16=("width",),
         )
-        for dtype in ("fp32", "fp16", "bf16")
-        for outputs in (1, 2)
+        for dtype, third in (("fp32",) * 2, ("fp16",) * 2, ("bf16",) * 2, ("fp32", "fp16"), ("fp32", "bf16"))
+        for outputs in (1, 2, 3)
+        if outputs == 3 or dtype == third
     ]

@@ -15,17 +15,10 @@ from torch import Tensor, nn
 
 from clipfast import ops
 from clipfast.modules import plainness
+from clipfast.modules.block import MLP, Branch, LayerNorm, Read, ResidualAttentionBlock, SelfAttention, take_tokens
 from clipfast.modules.block_states import is_lora
 from clipfast.modules.text import TextTransformer
-from clipfast.modules.transformer import (
-    MLP,
-    LayerNorm,
-    Read,
-    ResidualAttentionBlock,
-    SelfAttention,
-    Transformer,
-    take_tokens,
-)
+from clipfast.modules.transformer import Transformer
 from clipfast.modules.vit import ViT
 
 
@@ -141,6 +134,10 @@ class TwinAttention(SelfAttention):
         parts = [part(x) for part in self.source]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
+    def branch(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Branch:
+        """Return what :meth:`SelfAttention.branch` does; adapted projections have the way back of their own."""
+        return Branch(self(x, cu_seqlens)) if self.is_adapted else super().branch(x, cu_seqlens)
+
     def _project_one(self, x: Tensor, query: Tensor, read: Read) -> tuple[Tensor, Tensor, Tensor]:
         if not self.is_adapted:
             return super()._project_one(x, query, read)
@@ -254,9 +251,13 @@ class TwinBlock(ResidualAttentionBlock):
             is_lora(linear) for linear in (attention.out_proj, c_fc, c_proj)
         )
 
-    def _adds_in_norm(self) -> bool:
-        """Return that it may: whoever watches or changes the other's LayerNorm is served by the other's code."""
+    def carries(self) -> bool:
+        """Return that it does: whoever watches or changes the other's block is served by the other's code."""
         return True
+
+    def _may_skip(self, part: nn.Module) -> bool:
+        """Return that it may, for the same reason, what needs no call of its own."""
+        return not isinstance(part, TwinAdaptedAttention)
 
 
 class TwinTransformer(Transformer):

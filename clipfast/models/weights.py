@@ -33,9 +33,9 @@ from clipfast.models.resize import (
     fit_image_positions,
     fit_text_positions,
 )
+from clipfast.modules.block import MLP
 from clipfast.modules.resnet import ModifiedResNet
 from clipfast.modules.text import TextTransformer
-from clipfast.modules.transformer import MLP
 from clipfast.modules.vit import ViT
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -341,12 +341,25 @@ def is_untouched(module: nn.Module, forwards: dict[type, Any]) -> bool:
     return (
         cls in forwards
         and isinstance(module.forward, types.MethodType)  # a compiler looks at no more than this
-        and (torch.compiler.is_compiling() or not is_shadowed(module, "forward"))
+        and (torch.compiler.is_compiling() or not (is_shadowed(module, "forward") or _is_call_changed(module)))
         and cls.forward is forwards[cls]
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )
     )
+
+
+def _is_call_changed(module: nn.Module) -> bool:
+    """Return whether a call of a module does more than its forward and its own hooks, or another thing."""
+    return (
+        type(module).__call__ is not _MODULE_CALL  # torch.fx replaces it, and others that look on
+        or module._compiled_call_impl is not None
+        or _global._has_any_global_hook()
+    )
+
+
+# as it is before anybody replaces it
+_MODULE_CALL = nn.Module.__call__
 
 
 def _pristine(*classes: type) -> dict[type, Any]:

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast.modules import inference, plainness
+from clipfast.modules.block import LayerNorm
 from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.plainness import is_untouched
 from clipfast.modules.shortcuts import is_observed
-from clipfast.modules.transformer import LayerNorm, Transformer
+from clipfast.modules.transformer import Transformer
 from clipfast.ops import transfer
 
 

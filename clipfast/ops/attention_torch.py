@@ -43,4 +43,6 @@ def weights(qkv: Tensor, causal: bool, scale: float) -> Tensor:
 
 def _heads_first(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return views ``[B, H, N, D]`` of the queries, keys and values."""
-    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    # taken apart first: the gradients are then stacked as qkv lies, and nothing copies them once more
+    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return query, key, value

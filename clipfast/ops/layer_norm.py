@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from clipfast.ops import dispatch, keys, layer_norm_torch, layer_norm_triton
@@ -32,7 +33,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
 
 
 def add_layer_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, bias_of_x: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Add a block's output to the residual stream and normalise the sum.
 
@@ -42,15 +43,48 @@ def add_layer_norm(
         weight: ``[C]``.
         bias: ``[C]``.
         eps: Added to the variance.
+        bias_of_x: ``[C]``, a bias that ``x`` has already got, without a gradient of its own: this gives the gradient,
+            the sum over rows of that of ``x``, which the kernels hold as they compute it.
 
     Returns:
         ``(layer_norm(x + residual), x + residual)``, both ``[..., C]`` in the dtype of the sum.
 
     Raises:
         TypeError: ``x`` is not floating point.
-        ValueError: ``residual`` has not the shape of ``x``, or ``weight`` or ``bias`` is not ``[C]``.
+        ValueError: ``residual`` has not the shape of ``x``, or ``weight``, ``bias`` or ``bias_of_x`` is not ``[C]``.
     """
-    return dispatch.call("add_layer_norm", x, residual, weight, bias, eps)
+    if bias_of_x is None:
+        return dispatch.call("add_layer_norm", x, residual, weight, bias, eps)
+    return dispatch.call("add_layer_norm", x, residual, weight, bias, eps, bias_of_x)
+
+
+def kernel_sums_bias_gradient(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor
+) -> bool:
+    """Return whether a kernel sums the gradient of a linear layer's bias, where :func:`add_layer_norm` adds its result.
+
+    Elsewhere the layer's own backward pass does it.
+
+    Args:
+        x: The input of the layer or of what ends with it, in whose dtype it is computed outside autocast.
+        residual, weight, bias, eps: As for :func:`add_layer_norm`.
+        bias_of_x: ``[C]``, the layer's.
+    """
+    if not (torch.is_grad_enabled() and bias_of_x.requires_grad):
+        return False
+    return dispatch.remembered(
+        "add_layer_norm", _signature_of_layer, _kernel_sums, x, residual, weight, bias, eps, bias_of_x
+    )
+
+
+def _signature_of_layer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
+    return "sums", x.dtype, *_signature_add(residual, residual, *rest)
+
+
+def _kernel_sums(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor) -> bool:
+    # what the layer's result will look like, without its memory
+    result = residual.new_empty((), dtype=keys.autocast_dtype(x) or x.dtype).expand(residual.shape)
+    return dispatch.chosen("add_layer_norm", result, residual, weight, bias, eps, bias_of_x) == "triton"
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -66,14 +100,21 @@ def _prepare(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tupl
 
 
 def _prepare_add(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
-) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, bias_of_x: Tensor | None = None
+) -> tuple[Any, ...]:
     if residual.shape != x.shape:
         raise ValueError(
             f"add_layer_norm(residual): got shape {tuple(residual.shape)}, expected {tuple(x.shape)}, that of x"
         )
     x, weight, bias, eps = _prepare(x, weight, bias, eps)
-    return x, residual, weight, bias, eps
+    if bias_of_x is None:
+        return x, residual, weight, bias, eps
+    if bias_of_x.shape != x.shape[-1:]:
+        raise ValueError(
+            f"add_layer_norm(bias_of_x): got shape {tuple(bias_of_x.shape)}, expected {tuple(x.shape[-1:])}, "
+            f"the last dimension of x"
+        )
+    return x, residual, weight, bias, eps, bias_of_x
 
 
 def _key(x: Tensor, weight: Tensor, *_: object) -> Key:
@@ -92,12 +133,15 @@ def _signature(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any
     )  # fmt: skip
 
 
-def _signature_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any, ...]:
+def _signature_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor | None = None
+) -> tuple[Any, ...]:
     shape = x.shape
+    others = () if bias_of_x is None else (bias_of_x.shape, bias_of_x.dtype, bias_of_x.get_device())
     return (
         shape == residual.shape, shape[-1], x.dtype, residual.dtype, weight.dim(), weight.numel(), weight.dtype,
         bias.dim(), bias.numel(), bias.dtype, None if x.is_cpu else keys.place(x, LARGE, residual, weight, bias),
-        keys.moment(x),
+        keys.moment(x), *others,
     )  # fmt: skip
 
 

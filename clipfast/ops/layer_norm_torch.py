@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.ops.bias_gradients import with_bias_gradient
+
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return ``layer_norm(x)``, ``[..., C]`` in the dtype of ``x``."""
@@ -15,9 +17,11 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return y.to(x.dtype)
 
 
-def reference_add(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def reference_add(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return ``(layer_norm(x + residual), x + residual)`` in the dtype of the sum."""
-    residual = residual + x
+    residual = residual + (x if bias_of_x is None else with_bias_gradient(x, bias_of_x))
     return reference(residual, weight, bias, eps), residual
 
 
@@ -64,9 +68,14 @@ def add_backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """Return the gradients of ``x`` and ``residual`` (empty where it is that of ``x``), ``weight`` and ``bias``."""
+    """Return the gradients of ``x`` and ``residual`` (empty where it is that of ``x``), ``weight`` and ``bias``.
+
+    And the sum of the first over rows in ``sum_dtype``, empty where that is None.
+    """
     dx, dweight, dbias = _gradients(dy, stream, weight, mean, rstd)
     dx = (dx + dstream.float()).contiguous()
     other = dx.new_empty(0, dtype=residual_dtype) if x_dtype == residual_dtype else dx.to(residual_dtype)
-    return dx.to(x_dtype), other, dweight.to(weight.dtype), dbias.to(weight.dtype)
+    total = dx.new_empty(0) if sum_dtype is None else dx.flatten(0, -2).sum(0).to(sum_dtype)
+    return dx.to(x_dtype), other, dweight.to(weight.dtype), dbias.to(weight.dtype), total

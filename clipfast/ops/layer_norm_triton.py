@@ -42,10 +42,12 @@ def _fake_add_backward(
     rstd: Tensor,
     x_dtype: torch.dtype,
     residual_dtype: torch.dtype,
+    sum_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     other = stream.new_empty(0 if x_dtype == residual_dtype else stream.shape, dtype=residual_dtype)
     parameters = weight.new_empty(weight.shape), weight.new_empty(weight.shape)
-    return stream.new_empty(stream.shape, dtype=x_dtype), other, *parameters
+    total = stream.new_empty(0) if sum_dtype is None else weight.new_empty(weight.shape, dtype=sum_dtype)
+    return stream.new_empty(stream.shape, dtype=x_dtype), other, *parameters, total
 
 
 # every launch on a card asks for it: its name is put together once
@@ -58,13 +60,21 @@ def _trial(
     weight: torch.dtype,
     add: bool,
     backward: bool,
+    total: torch.dtype | None = None,
 ) -> trust.Trial:
-    """Return how the kernels that rows of a width and these dtypes get are checked."""
+    """Return how the kernels that rows of a width and these dtypes get are checked.
+
+    ``total`` is the dtype of the sum over rows that a backward pass gives too, if any.
+    """
     key = (width, x, residual, weight)
     op, direction = "add_layer_norm" if add else "layer_norm", "backward" if backward else "forward"
     dtypes = ", ".join(dict.fromkeys(str(t).removeprefix("torch.") for t in (x, residual, weight)))
-    name = f"{op} {direction}, width {width}, {dtypes}"
-    return trust.Trial(name, key, lambda programs: _probe(device, programs, *key, add, backward))
+    sums = "" if total is None else f", sums {str(total).removeprefix('torch.')}"
+    name = f"{op} {direction}, width {width}, {dtypes}{sums}"
+    key = key if total is None else (*key, total)
+    return trust.Trial(
+        name, key, lambda programs: _probe(device, programs, width, x, residual, weight, add, backward, total)
+    )
 
 
 def _probe(
@@ -76,28 +86,33 @@ def _probe(
     weight: torch.dtype,
     add: bool,
     backward: bool,
+    total: torch.dtype | None,
 ) -> trust.Probe:
     stream = torch.promote_types(x, residual)
     # 21 rows leave a tile of several rows unfilled; a program has 8 rows at the most
     copies = max(2, 8 * programs // 21)
     inputs = [random(1, device, x, 21, width) + 0.5, random(2, device, residual, 21, width)][: 1 + add]
     shared = (1 + random(3, device, weight, width) / 8, random(4, device, weight, width) / 8)
+    if total is not None:
+        shared += (torch.zeros(width, device=device, dtype=total),)
     d_outputs = tuple(random(5 + i, device, stream, 21, width) for i in range(1 + add)) if backward else ()
     family = functools.partial(kernel_ops.kernel, "layer_norm")
 
     def launch(rows: tuple[Tensor, ...], shared: tuple[Tensor, ...], d_outputs: tuple[Tensor, ...]) -> list[Tensor]:
-        forward = list(family("add_forward" if add else "forward")(*rows, *shared, 1e-5))
+        forward = list(family("add_forward" if add else "forward")(*rows, *shared[:2], 1e-5))
         outputs, statistics = forward[:-2], forward[-2:]
         if not d_outputs:
             return outputs
         if not add:
             return list(family("backward")(*d_outputs, rows[0], shared[0], *statistics))
-        arguments = (*d_outputs, outputs[1], shared[0], *statistics, x, residual)
+        arguments = (*d_outputs, outputs[1], shared[0], *statistics, x, residual, total)
         dx, dresidual, *sums = family("add_backward")(*arguments)
-        return [dx, dx if x == residual else dresidual, *sums]
+        return [dx, dx if x == residual else dresidual, *sums[: len(shared)]]
 
     def reference(*tensors: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return layer_norm_torch.reference_add(*tensors, 1e-5) if add else layer_norm_torch.reference(*tensors, 1e-5)
+        if not add:
+            return layer_norm_torch.reference(*tensors, 1e-5)
+        return layer_norm_torch.reference_add(*tensors[:4], 1e-5, *tensors[4:])
 
     return probe_rows(tuple(inputs), shared, d_outputs, copies, launch, reference)
 
@@ -116,9 +131,9 @@ def _add_forward_trials(x: Tensor, residual: Tensor, weight: Tensor, bias: Tenso
 
 def _add_backward_trials(
     dy: Tensor, dstream: Tensor, stream: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, x: torch.dtype,
-    residual: torch.dtype,
+    residual: torch.dtype, total: torch.dtype | None = None,
 ) -> list[trust.Trial]:  # fmt: skip
-    return [_trial(stream.device, stream.shape[-1], x, residual, weight.dtype, add=True, backward=True)]
+    return [_trial(stream.device, stream.shape[-1], x, residual, weight.dtype, add=True, backward=True, total=total)]
 
 
 kernel_ops.define(
@@ -151,7 +166,8 @@ kernel_ops.define(
 )
 kernel_ops.define(
     "add_layer_norm_backward(Tensor dy, Tensor dstream, Tensor stream, Tensor weight, Tensor mean, Tensor rstd,"
-    " ScalarType x_dtype, ScalarType residual_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    " ScalarType x_dtype, ScalarType residual_dtype, ScalarType? sum_dtype=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "add_layer_norm",
     "layer_norm",
     "add_backward",
@@ -176,21 +192,27 @@ class _LayerNorm(torch.autograd.Function):
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float
+        ctx: FunctionCtx,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        bias_of_x: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         y, stream, mean, rstd = torch.ops.clipfast.add_layer_norm_forward(x, residual, weight, bias, eps)
         ctx.save_for_backward(stream, weight, mean, rstd)
-        ctx.dtypes = x.dtype, residual.dtype
+        ctx.dtypes = x.dtype, residual.dtype, None if bias_of_x is None else bias_of_x.dtype
         return y, stream
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor, dstream: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dresidual, dweight, dbias = torch.ops.clipfast.add_layer_norm_backward(
+        dx, dresidual, dweight, dbias, dsum = torch.ops.clipfast.add_layer_norm_backward(
             dy, dstream, *ctx.saved_tensors, *ctx.dtypes
         )
         # the gradient of a sum is that of both terms
         same = ctx.dtypes[0] == ctx.dtypes[1]
-        return dx, dx if same else dresidual, dweight, dbias, None
+        return dx, dx if same else dresidual, dweight, dbias, None, None if ctx.dtypes[2] is None else dsum
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -198,9 +220,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _LayerNorm.apply(x, weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return ``(layer_norm(x + residual), x + residual)`` by the Triton kernels."""
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps)
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return ``(layer_norm(x + residual), x + residual)`` by the Triton kernels, and the way back to ``bias_of_x``."""
+    return _AddLayerNorm.apply(x, residual, weight, bias, eps, bias_of_x)
 
 
 def refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
@@ -210,10 +234,15 @@ def refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
     )
 
 
-def add_refusal(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:
+def add_refusal(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor | None = None
+) -> str | None:
     """Return why the kernels cannot serve a call of ``add_layer_norm``, or None."""
+    total = None if bias_of_x is None else bias_of_x.dtype
     return _unservable(x, weight, bias) or kernel_ops.refusal(
-        "add_layer_norm", lambda: _trials(x, residual, weight, add=True), x, residual, weight, bias
+        "add_layer_norm",
+        lambda: _trials(x, residual, weight, add=True, total=total),
+        *(x, residual, weight, bias, bias_of_x),
     )
 
 
@@ -223,7 +252,11 @@ def _unservable(x: Tensor, weight: Tensor, bias: Tensor) -> str | None:
     return "weight and bias differ in dtype" if weight.dtype != bias.dtype else None
 
 
-def _trials(x: Tensor, residual: Tensor, weight: Tensor, add: bool) -> list[trust.Trial]:
-    directions = (False, True) if torch.is_grad_enabled() else (False,)
+def _trials(
+    x: Tensor, residual: Tensor, weight: Tensor, add: bool, total: torch.dtype | None = None
+) -> list[trust.Trial]:
     shape = x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype
-    return [_trial(*shape, add=add, backward=backward) for backward in directions]
+    trials = [_trial(*shape, add=add, backward=False)]
+    if torch.is_grad_enabled():
+        trials.append(_trial(*shape, add=add, backward=True, total=total))
+    return trials

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import clipfast
 from clipfast import ops
-from clipfast.modules.transformer import ResidualAttentionBlock, SelfAttention
+from clipfast.modules.block import ResidualAttentionBlock, SelfAttention
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

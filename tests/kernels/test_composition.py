@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import clipfast
 from clipfast import ops
-from clipfast.modules.transformer import MLP
+from clipfast.modules.block import MLP
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import clipfast
-from clipfast.modules.transformer import MLP
+from clipfast.modules.block import MLP
 
 VOCABULARY, CONTEXT = 200, 77
 EOS = VOCABULARY - 1
