@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.ops import attention_packed, transfer
@@ -34,7 +35,7 @@ class Packing:
     order: Tensor
 
 
-def pack(tokens: Tensor, read: Tensor, device: torch.device | None = None) -> Packing:
+def pack(tokens: Tensor, read: Tensor, device: torch.device | None = None, fill: int = 0) -> Packing:
     """Pack captions up to the token that is read.
 
     Args:
@@ -42,6 +43,7 @@ def pack(tokens: Tensor, read: Tensor, device: torch.device | None = None) -> Pa
         read: ``[B]``: the position of each caption's last token, where ``tokens`` are. On a GPU, this waits for it.
         device: Where the packed tokens are wanted: that of ``tokens``, which is the default, or any for tokens in host
             memory, whose padding is not sent.
+        fill: So many captions of one token, which nobody reads, are packed too.
 
     Returns:
         A :class:`Packing` whose tensors (but ``cu_seqlens``) lie on the device. Captions of one length lie behind each
@@ -49,13 +51,18 @@ def pack(tokens: Tensor, read: Tensor, device: torch.device | None = None) -> Pa
         nothing waits for it: all that the layers need goes there in one copy, from pinned memory.
     """
     device = tokens.device if device is None else device
-    lengths, by_length = (read.cpu().long() + 1).sort(stable=True)
+    read = read.cpu().long()
+    captions = torch.arange(len(read), device="cpu")
+    if fill:
+        read, captions = (F.pad(t, (0, fill)) for t in (read, captions))
+    lengths, by_length = (read + 1).sort(stable=True)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     # in host memory, whatever PyTorch's default device is
     total = int(cu_seqlens[-1])
     positions = torch.arange(total, device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
-    rows = positions + (by_length * tokens.shape[1]).repeat_interleave(lengths)
+    rows = positions + (captions[by_length] * tokens.shape[1]).repeat_interleave(lengths)
     order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length), device="cpu"))
+    order = order[: len(order) - fill]
     on_host = tokens.device.type == "cpu"
     ids = tokens.flatten()[rows] if on_host else rows
     ends = cu_seqlens[1:] - 1

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.modules import inference, plainness
+from clipfast.modules import few_rows, inference, plainness
 from clipfast.modules.block import LayerNorm, take_tokens
 from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.packing import pack
@@ -133,7 +133,7 @@ class TextTower(nn.Module):
         else:
             # the mask hides what lies behind the token that is read: it is left out
             read = self._read_positions(tokens)
-            packing = pack(tokens, read, self._place_of(tokens))
+            packing = pack(tokens, read, self._place_of(tokens), self._captions_to_add(read))
             x = self.token_embedding(packing.tokens)
             x = x + F.embedding(packing.positions, self.positional_embedding)
             x = self.transformer(x, packing.cu_seqlens, packing.ends)
@@ -152,6 +152,13 @@ class TextTower(nn.Module):
         """Return ``[B, L, W]``, what goes into the first block."""
         self._check_tokens(tokens)
         return self._embed_tokens(self._sent(tokens))
+
+    def _captions_to_add(self, read: Tensor) -> int:
+        """Return how many captions of a token should be packed too, for products as exact as those of all tokens."""
+        weight = self.token_embedding.weight
+        if read.device.type != "cpu" or weight.device.type != "cpu":
+            return 0
+        return few_rows.missing(int(read.sum()) + len(read), weight)
 
     def _sent(self, tokens: Tensor) -> Tensor:
         """Return tokens where they are computed, on their way there if they lie in host memory."""
