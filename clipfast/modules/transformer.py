@@ -9,11 +9,24 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfast.modules import inference, plainness
-from clipfast.modules.block import Read, ResidualAttentionBlock, is_own, options_of, state_of, take_tokens
+from clipfast.modules.block import (
+    MLP,
+    LayerNorm,
+    Read,
+    ResidualAttentionBlock,
+    SelfAttention,
+    is_own,
+    options_of,
+    state_of,
+    take_tokens,
+)
 from clipfast.modules.block_states import CHANGED, BlockStates, states_of
 from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
 from clipfast.ops.dispatch import leaves_clipfast
 from clipfast.ops.encoder import PackedEncoder, encode, refusal
+
+# models that were pickled whole look for a block's parts here
+__all__ = ["MLP", "LayerNorm", "ResidualAttentionBlock", "SelfAttention", "Transformer", "chosen_indices"]
 
 
 class Transformer(nn.Module):

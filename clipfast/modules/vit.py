@@ -15,6 +15,7 @@ from clipfast.modules.plainness import is_untouched
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import Transformer
 from clipfast.ops import transfer
+from clipfast.ops.dispatch import leaves_clipfast
 
 
 def check_images(images: Tensor, height: int, width: int, weight: Tensor) -> None:
@@ -273,20 +274,29 @@ class ViT(nn.Module):
 
     def _patches(self, images: Tensor) -> Tensor:
         """Return ``[B, patches, W]``: the convolution's patches do not overlap, so it is a product."""
-        if (
-            is_untouched(self.conv1, plainness.CONVOLUTIONS)
-            and self.conv1.bias is None
-            and self.conv1.weight.shape[2:] == (self.patch_size, self.patch_size) == self.conv1.stride
-            and self.conv1.padding == (0, 0)
-            and self.conv1.dilation == (1, 1)
-            and self.conv1.groups == 1
-        ):
-            size, (rows, columns) = self.patch_size, self.grid_size
-            pixels = images.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
-            x = inference.linear(self.conv1, pixels.flatten(3).flatten(0, 2), self.conv1.weight, lambda w: w.flatten(1))
-            if x is not None:
-                return x.unflatten(0, (-1, rows * columns))
-        return self.conv1(images).flatten(2).transpose(1, 2)
+        if not self._is_product() or leaves_clipfast():
+            return self.conv1(images).flatten(2).transpose(1, 2)
+        size, (rows, columns) = self.patch_size, self.grid_size
+        pixels = images.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
+        pixels = pixels.flatten(3).flatten(0, 2)
+        x = inference.linear(self.conv1, pixels, self.conv1.weight, lambda w: w.flatten(1))
+        if x is None:
+            # tokens lie behind each other at once, which a convolution's have to be brought to
+            x = F.linear(pixels, self.conv1.weight.flatten(1))
+        return x.unflatten(0, (-1, rows * columns))
+
+    def _is_product(self) -> bool:
+        """Return whether the convolution is one of patches that nobody watches or has changed."""
+        conv, size = self.conv1, (self.patch_size, self.patch_size)
+        return (
+            is_untouched(conv, plainness.CONVOLUTIONS)
+            and conv.bias is None
+            and conv.weight.shape[2:] == size == conv.stride
+            and type(conv.weight) in (nn.Parameter, Tensor)
+            and conv.padding == (0, 0)
+            and conv.dilation == (1, 1)
+            and conv.groups == 1
+        )
 
     def _project(self, pooled: Tensor) -> Tensor:
         return inference.project(self, pooled, self.proj)
