@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import clipfast
-from clipfast.modules import resnet, transformer, vit
+from clipfast.modules import block, resnet, vit
 from clipfast.ops import (
     attention_packed,
     attention_triton,
@@ -118,7 +118,7 @@ def read_of_the_last_block(patch: Patch) -> None:
         mask[:, read] = True
         return x[mask]
 
-    patch.setattr(transformer, "take_tokens", by_mask)
+    patch.setattr(block, "take_tokens", by_mask)
 
 
 def patches_copied(patch: Patch) -> None:
@@ -169,10 +169,10 @@ def synchronised(patch: Patch) -> None:
         torch.pretend.synchronize()
         return MLP_FORWARD(self, x)
 
-    patch.setattr(transformer.MLP, "forward", forward)
+    patch.setattr(block.MLP, "forward", forward)
 
 
-MLP_FORWARD = transformer.MLP.forward
+MLP_FORWARD = block.MLP.forward
 
 PLANTED = [
     ("ViT", attention),
