@@ -118,7 +118,8 @@ def read_of_the_last_block(patch: Patch) -> None:
         mask[:, read] = True
         return x[mask]
 
-    patch.setattr(block, "take_tokens", by_mask)
+    # another function would be noticed, and a block that is changed computes all its tokens
+    patch.setattr(block.take_tokens, "__code__", by_mask.__code__)
 
 
 def patches_copied(patch: Patch) -> None:
@@ -251,7 +252,8 @@ def test_an_item_behind_any_module(subject: str, reads_behind_every_module: list
     with watching() as record:
         model(inputs)
     assert len(reads_behind_every_module) > 8
-    assert len(record.waits) == len(reads_behind_every_module) + SUBJECTS[subject].packs
+    # who looks at every module gets whole captions, and no length is read
+    assert len(record.waits) == len(reads_behind_every_module)
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
