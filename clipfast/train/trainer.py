@@ -17,6 +17,7 @@ from clipfast.train.config import TrainConfig
 from clipfast.train.gradients import StepSeeds, compute_gradients
 from clipfast.train.optimizer import clip_gradients, learning_rate_share, make_optimizer
 from clipfast.train.plan import share_plan
+from clipfast.train.token_gradient import TokenGradient
 from clipfast.train.towers import Towers, autocast_of, halve, share_towers
 from clipfast.train.workplace import Workplace
 
@@ -119,6 +120,9 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, self.weights)
         self.ema = {n: w.detach().clone() for n, w in self.weights.items()} if config.ema_decay else {}
         self.buffers = dict(model.named_buffers())
+        # DDP and FSDP2 have memory of their own for gradients
+        alone = self.workplace.group is None
+        self._token_gradient = TokenGradient(model.token_embedding if alone else nn.Identity())
         self.scaler = torch.amp.GradScaler(self.workplace.device.type, enabled=config.precision == "fp16")
 
     def take_step(self, images: Tensor, tokens: Tensor) -> StepResult:
@@ -131,17 +135,20 @@ class Trainer:
         rate = config.learning_rate * learning_rate_share(config.schedule, self.step, config.steps, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        found = compute_gradients(
-            self.shared,
-            images.to(device, non_blocking=True),
-            tokens.to(device, non_blocking=True),
-            StepSeeds(config.seed, self.step, self.workplace.rank),
-            micro_batch_size=config.micro_batch_size,
-            loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
-            equal_batches=self.equal_batches,
-            label_smoothing=config.label_smoothing,
-            teacher=self.teacher,
-        )
+        # DDP and FSDP2 bring inputs to the card; otherwise captions in host memory have lengths that nothing waits for
+        tokens = tokens if self.workplace.group is None else tokens.to(device, non_blocking=True)
+        with self._token_gradient.kept():
+            found = compute_gradients(
+                self.shared,
+                images.to(device, non_blocking=True),
+                tokens,
+                StepSeeds(config.seed, self.step, self.workplace.rank),
+                micro_batch_size=config.micro_batch_size,
+                loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
+                equal_batches=self.equal_batches,
+                label_smoothing=config.label_smoothing,
+                teacher=self.teacher,
+            )
         self._average_scalars()
         self._hand_gradients_over()
         self.scaler.unscale_(self.optimizer)
