@@ -1,7 +1,7 @@
 """The gradient of the token table on the CPU: parts of a batch add to the rows of their tokens, not to all rows.
 
 PyTorch gives an embedding's gradient as new memory of the table's size, 101 MB for CLIP's 49,408 tokens of 512, for
-every part of a batch, and adds the parts up. New memory costs page faults, five times what it takes to set old memory
+every part of a batch, and adds the parts up. New memory costs page faults, eight times what it takes to set old memory
 to zero. Here it stays from step to step, and each part is added to its rows alone. What arrives in ``grad`` is
 PyTorch's dense gradient: of one part bit for bit, of several but for the order of a row's sum.
 """
