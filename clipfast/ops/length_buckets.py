@@ -114,7 +114,7 @@ def make(lengths: Tensor, device: torch.device) -> Buckets:
         first, base = first + count, base + count * length
     parts = [torch.cat(pads), places, ordered]
     if not in_order:
-        parts += [order, torch.empty(len(lengths), dtype=torch.int64).scatter_(0, order, torch.arange(len(order)))]
+        parts += [order, torch.zeros_like(lengths).scatter_(0, order, torch.arange(len(order), device="cpu"))]
     pad, unpad, there, *orders = transfer.together(parts, device)
     return Buckets(buckets, pad, unpad, there, tuple(orders) if orders else None)
 
@@ -179,7 +179,7 @@ class _Unpad(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (unpad,) = ctx.saved_tensors
         padded = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
-        return padded.index_copy(0, unpad, gradient), None, None
+        return padded.index_copy_(0, unpad, gradient), None, None
 
 
 def pad(x: Tensor, buckets: Buckets) -> Tensor:

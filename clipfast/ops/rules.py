@@ -275,7 +275,7 @@ RULES: tuple[Rule, ...] = (
         "torch",
         "PyTorch's FlashAttention takes captions of all lengths in one launch",
         "256 captions of 11 to 31 tokens, a layer, forward + backward: 1 + 4 launches, against 3 + 5 for one bucket of "
-        "SDPA, 6 + 12 for three. Where the kernels' registers and spills are unknown, PyTorch's kernels are what its "
+        "SDPA, 6 + 10 for three. Where the kernels' registers and spills are unknown, PyTorch's kernels are what its "
         "own tests run on the card. Where varlen_attn cannot serve, SDPA does in at most 4 buckets, which pad by 10 to "
         "25% (a bucket more is worth 1,024 tokens).",
     ),
@@ -284,7 +284,7 @@ RULES: tuple[Rule, ...] = (
         lambda key, machine: key.tokens is None and _is_known(key, machine) and _is_narrow_float32(key),
         "triton",
         "one kernel for captions of all lengths, where SDPA wants them padded and in buckets",
-        "In float32 PyTorch has no attention for packed sequences: 3 + 5 launches for one bucket, 6 + 12 for three, "
+        "In float32 PyTorch has no attention for packed sequences: 3 + 5 launches for one bucket, 6 + 10 for three, "
         "against 1 + 2. Bytes, 5,120 tokens of 512: 16 values of 4 bytes, 168 MB or 56 µs, against 36 and 1.2 times as "
         "many tokens: 151 µs. Both multiply without tensor cores, in tiles of 64: 5 µs a layer and 1,000 tokens [E].",
     ),

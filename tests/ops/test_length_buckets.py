@@ -132,12 +132,59 @@ def test_buckets_are_the_best_of_their_number() -> None:
 
 
 def test_lengths_without_end_are_bounded_by_some_of_them() -> None:
-    lengths = torch.randint(1, 9000, (5000,), generator=torch.Generator().manual_seed(0))
+    lengths = torch.randint(1, 900, (3000,), generator=torch.Generator().manual_seed(0))
     made = make(lengths, CPU)
     assert len(made.sizes) == length_buckets.MOST
-    assert sum(b.count for b in made.sizes) == 5000
+    assert sum(b.count for b in made.sizes) == 3000
     assert made.sizes[-1].length == int(lengths.max())
     assert torch.equal(made.pad[made.unpad], torch.arange(int(lengths.sum())))
+
+
+def test_buckets_are_made_in_host_memory_whatever_the_default_device_is() -> None:
+    lengths = torch.tensor([5, 3, 0, 9])
+    with torch.device("meta"):
+        made = make(lengths, CPU)
+    assert torch.equal(made.pad[made.unpad], torch.arange(17))
+    assert made.lengths.tolist() == [3, 5, 9]
+    assert made.sequences[0].tolist() == [1, 0, 3]
+
+
+@pytest.mark.slow
+def test_varlen_attn_is_an_operator_to_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told the longest sequence, which is data."""
+    calls = []
+
+    def called(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+        offsets, _, longest, _, causal, scale = rest
+        calls.append(longest)
+        qkv = torch.stack([query, key, value], dim=1)
+        return attention_torch.reference(qkv, causal, offsets, scale).unflatten(-1, (2, -1))
+
+    monkeypatch.setattr(attention_varlen, "_call", called)
+    torch._dynamo.reset()
+    compiled = torch.compile(attention_varlen.attention, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([3, 4], [2, 9, 1]):
+        qkv = torch.randn(sum(lengths), 3, 2, 8, dtype=torch.float64)
+        results = []
+        for attend in (compiled, attention_torch.reference):
+            leaf = qkv.clone().requires_grad_()
+            out = attend(leaf, True, ragged(lengths), 0.5)
+            results.append((out.detach(), *torch.autograd.grad(out.square().sum(), leaf)))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert calls[-1] == max(lengths)
+
+
+def test_gradients_of_gradients() -> None:
+    qkv = torch.randn(6, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def packed(x: Tensor) -> Tensor:
+        # SDPA's explicit form has second derivatives
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            return attention_packed._in_buckets(x, True, ragged([2, 1, 3]), 0.5)
+
+    assert torch.autograd.gradcheck(packed, qkv)
+    assert torch.autograd.gradgradcheck(packed, qkv)
 
 
 def test_company_does_not_count_where_results_may_not_depend_on_it() -> None:
