@@ -7,6 +7,7 @@ engine wants a real device there, so the backward pass is walked node by node.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,10 +151,13 @@ def captions_are_packed(card: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily():
-        packed = packing.pack(torch.tensor(LENGTHS) - 1, 16)
+        packed = packing.pack(torch.zeros(5, 16, dtype=torch.int64), torch.tensor(LENGTHS) - 1)
         known = attention_packed._known(packed.cu_seqlens)
-        assert known.groups.counts  # computed where there are values
-    there = {name: getattr(packed, name).to("cuda") for name in ("rows", "positions", "ends", "order")}
+        assert known.longest == max(LENGTHS)  # computed where there are values
+        buckets = known.buckets(torch.device("cpu"))
+    tensors = {name: getattr(buckets, name).to("cuda") for name in ("pad", "unpad", "lengths")}
+    known._buckets[torch.device("cuda", 0), False] = replace(buckets, **tensors)
+    there = {name: getattr(packed, name).to("cuda") for name in ("tokens", "positions", "ends", "order")}
     known.on_device = packed.cu_seqlens.to("cuda", torch.int32)
     monkeypatch.setattr(text_module, "pack", lambda *args: packing.Packing(cu_seqlens=packed.cu_seqlens, **there))
 

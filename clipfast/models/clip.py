@@ -81,7 +81,8 @@ class CLIP(TextTower):
         """Encode captions.
 
         Args:
-            text: Token ids ``[B, L]``, as :func:`clipfast.tokenize` gives them.
+            text: Token ids ``[B, L]``, as :func:`clipfast.tokenize` gives them: best left in host memory where the
+                model is on a GPU, since then nothing has to wait for their lengths.
             normalize: Whether features get unit length.
 
         Returns:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast import ops
-from clipfast.modules import plainness
+from clipfast.modules import few_rows, plainness
 from clipfast.modules.block_states import ADAPTED, CHANGED, PLAIN, is_as_defined, is_rowwise
 from clipfast.modules.plainness import is_untouched
 from clipfast.ops.attention import attention_weights
@@ -93,20 +93,22 @@ class SelfAttention(nn.Module):
 
         Args:
             x: As for :meth:`forward`: every token gives a key and a value.
-            query: ``[S, W]``, the tokens that ask.
+            query: ``[S, W]``, the tokens that ask. More rows are given back as what they come to, unasked.
             read: Their positions, one for all or one each ``[S]``; packed sequences are asked by their last token.
             cu_seqlens: As for :meth:`forward`.
         """
+        rows = query.shape[0]
         query, key, value = self._project_one(x, query, read)
+        # what was added to the rows for their products' sake asks for nothing
+        query = query[: x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1]
         lengths = None
         if self.causal and cu_seqlens is None:
             if isinstance(read, int):
                 key, value = key[:, : read + 1], value[:, : read + 1]
             else:
                 lengths = read + 1
-        return self.out_proj(
-            ops.single_query_attention(query, key, value, self.heads, lengths=lengths, cu_seqlens=cu_seqlens)
-        )
+        out = ops.single_query_attention(query, key, value, self.heads, lengths=lengths, cu_seqlens=cu_seqlens)
+        return self.out_proj(few_rows.filled_up(out, rows))
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the attention weights ``[B, H, N, N]`` (query, key) for ``[B, N, W]``."""
@@ -221,8 +223,14 @@ class ResidualAttentionBlock(nn.Module):
         y, x = self._add_norm(self.ln_1, x, branch)
         if read is not None:
             x, query = take_tokens(x, read), take_tokens(y, read)
-            branch = Branch(self.attn.forward_one(y, query, read, cu_seqlens))
-        elif self._leaves_bias(self.attn, "out_proj", self.ln_2, y, x):
+            sequences = x.shape[0]
+            rows = sequences + few_rows.missing(sequences, x)
+            x, query = few_rows.filled_up(x, rows), few_rows.filled_up(query, rows)
+            branch = Branch(few_rows.filled_up(self.attn.forward_one(y, query, read, cu_seqlens), rows))
+            y, x = self._add_norm(self.ln_2, x, branch)
+            x, y = (t if rows == sequences else t[:sequences] for t in (x, self.mlp(y)))
+            return x, Branch(y)
+        if self._leaves_bias(self.attn, "out_proj", self.ln_2, y, x):
             branch = self.attn.branch(y, cu_seqlens)
         else:
             branch = Branch(self.attn(y, cu_seqlens))

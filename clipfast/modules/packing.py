@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.ops import attention_packed, transfer
@@ -16,50 +17,61 @@ CAPTION_BUCKETS = (8, 16, 24, 32, 48, 64, 77)
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the tokens of packed captions come from and go to; captions are ordered by their length.
+    """Packed captions, ordered by their length, and where they go to.
 
     Attributes:
-        rows: ``[total]``: each packed token's index in the flattened ``[B · L]``.
-        positions: ``[total]``: its position in its caption.
+        tokens: ``[total]``: the ids of the packed tokens.
+        positions: ``[total]``: each one's position in its caption.
         cu_seqlens: ``[B + 1]`` int64 in host memory: the packed captions' offsets, not to be written to. What ops want
             to know of them, on a device too, they find without computing or sending it again.
         ends: ``[B]``: each caption's last packed token.
         order: ``[B]``: where each caption of the batch lies among the packed ones.
     """
 
-    rows: Tensor
+    tokens: Tensor
     positions: Tensor
     cu_seqlens: Tensor
     ends: Tensor
     order: Tensor
 
 
-def pack(read: Tensor, context_length: int) -> Packing:
-    """Return how to pack captions up to the token that is read.
+def pack(tokens: Tensor, read: Tensor, device: torch.device | None = None, fill: int = 0) -> Packing:
+    """Pack captions up to the token that is read.
 
     Args:
-        read: ``[B]``: the position of each caption's last token. Where it lies on a GPU, this waits for it.
-        context_length: The length L of the rows that the captions come in.
+        tokens: Token ids ``[B, L]``.
+        read: ``[B]``: the position of each caption's last token, where ``tokens`` are. On a GPU, this waits for it.
+        device: Where the packed tokens are wanted: that of ``tokens``, which is the default, or any for tokens in host
+            memory, whose padding is not sent.
+        fill: So many captions of one token, which nobody reads, are packed too.
 
     Returns:
-        A :class:`Packing` whose tensors (but ``cu_seqlens``) lie on the device of ``read``. Captions of one length lie
-        behind each other, so that attention takes them as one batch without moving them. Beyond reading the lengths,
-        nothing waits for a device: all that the layers need goes there in one copy, from pinned memory.
+        A :class:`Packing` whose tensors (but ``cu_seqlens``) lie on the device. Captions of one length lie behind each
+        other, so that attention takes them as one batch without moving them. Beyond reading lengths off a device,
+        nothing waits for it: all that the layers need goes there in one copy, from pinned memory.
     """
-    lengths, by_length = (read.cpu().long() + 1).sort(stable=True)
+    device = tokens.device if device is None else device
+    read = read.cpu().long()
+    captions = torch.arange(len(read), device="cpu")
+    if fill:
+        read, captions = (F.pad(t, (0, fill)) for t in (read, captions))
+    lengths, by_length = (read + 1).sort(stable=True)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     # in host memory, whatever PyTorch's default device is
     total = int(cu_seqlens[-1])
     positions = torch.arange(total, device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
-    rows = positions + (by_length * context_length).repeat_interleave(lengths)
+    rows = positions + (captions[by_length] * tokens.shape[1]).repeat_interleave(lengths)
     order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length), device="cpu"))
-    if read.device.type == "cpu":
+    order = order[: len(order) - fill]
+    on_host = tokens.device.type == "cpu"
+    ids = tokens.flatten()[rows] if on_host else rows
+    ends = cu_seqlens[1:] - 1
+    if device.type == "cpu":
         attention_packed.remember(cu_seqlens, lengths, total)
-        return Packing(rows, positions, cu_seqlens, cu_seqlens[1:] - 1, order)
-    parts = [cu_seqlens.int(), rows, positions, cu_seqlens[1:] - 1, order]
-    offsets, rows, positions, ends, order = transfer.together(parts, read.device)
+        return Packing(ids, positions, cu_seqlens, ends, order)
+    offsets, ids, positions, ends, order = transfer.together([cu_seqlens.int(), ids, positions, ends, order], device)
     attention_packed.remember(cu_seqlens, lengths, total, offsets)
-    return Packing(rows, positions, cu_seqlens, ends, order)
+    return Packing(ids if on_host else tokens.flatten()[ids], positions, cu_seqlens, ends, order)
 
 
 def trim_captions(tokens: Tensor, *, eos_id: int = 49407, buckets: Sequence[int] = CAPTION_BUCKETS) -> Tensor:

@@ -8,15 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.modules import inference, plainness
+from clipfast.modules import few_rows, inference, plainness
 from clipfast.modules.block import LayerNorm, take_tokens
 from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.packing import pack
 from clipfast.modules.plainness import is_untouched
 from clipfast.modules.transformer import Transformer
-from clipfast.ops import capturing
+from clipfast.ops import capturing, transfer
 
 POOLINGS = ("eos", "argmax")
+
+_HOST = torch.device("cpu")
 
 
 class TextTower(nn.Module):
@@ -111,7 +113,7 @@ class TextTower(nn.Module):
             "text_intermediates": [self.ln_final(t) for t in chosen] if norm else chosen
         }
         if features:
-            pooled = self.ln_final(take_tokens(x, self._read_positions(tokens)))
+            pooled = self.ln_final(take_tokens(x, self._read_positions(self._sent(tokens))))
             output["text_features"] = inference.project(self, pooled, self.text_projection)
         return output
 
@@ -124,13 +126,15 @@ class TextTower(nn.Module):
         )
 
     def _features_of(self, tokens: Tensor) -> Tensor:
-        read = self._read_positions(tokens)
         if _cannot_read_values(tokens) or not self._takes_packed_rows():
+            tokens = self._sent(tokens)
+            read = self._read_positions(tokens)
             pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
         else:
             # the mask hides what lies behind the token that is read: it is left out
-            packing = pack(read, tokens.shape[1])
-            x = self.token_embedding(tokens.flatten()[packing.rows])
+            read = self._read_positions(tokens)
+            packing = pack(tokens, read, self._place_of(tokens), self._captions_to_add(read))
+            x = self.token_embedding(packing.tokens)
             x = x + F.embedding(packing.positions, self.positional_embedding)
             x = self.transformer(x, packing.cu_seqlens, packing.ends)
             # LayerNorm works row by row: the rows that are read suffice
@@ -147,7 +151,24 @@ class TextTower(nn.Module):
     def _all_tokens(self, tokens: Tensor) -> Tensor:
         """Return ``[B, L, W]``, what goes into the first block."""
         self._check_tokens(tokens)
-        return self._embed_tokens(tokens)
+        return self._embed_tokens(self._sent(tokens))
+
+    def _captions_to_add(self, read: Tensor) -> int:
+        """Return how many captions of a token should be packed too, for products as exact as those of all tokens."""
+        weight = self.token_embedding.weight
+        if read.device.type != "cpu" or weight.device.type != "cpu":
+            return 0
+        return few_rows.missing(int(read.sum()) + len(read), weight)
+
+    def _sent(self, tokens: Tensor) -> Tensor:
+        """Return tokens where they are computed, on their way there if they lie in host memory."""
+        return transfer.to_device(tokens, self._place_of(tokens))
+
+    def _place_of(self, tokens: Tensor) -> torch.device:
+        """Return where tokens are computed: on the model's card if they lie in host memory, else where they are."""
+        device = self.token_embedding.weight.device
+        # weights that are offloaded have no device until they are needed
+        return tokens.device if tokens.device != _HOST or device.type == "meta" else device
 
     def _read_positions(self, tokens: Tensor) -> Tensor:
         """Return ``[B]``, the position of the token that each row is read at."""
@@ -164,8 +185,10 @@ class TextTower(nn.Module):
         if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.context_length:
             raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, {expected}")
         device = self.token_embedding.weight.device
-        if tokens.device != device:
-            raise ValueError(f"tokens: got device {tokens.device}, expected {device}, where the model is")
+        if device != self._place_of(tokens):
+            raise ValueError(
+                f"tokens: got device {tokens.device}, expected {device}, where the model is, or host memory"
+            )
         # values are checked in host memory only: elsewhere that would wait for the device
         if tokens.device.type == "cpu" and not _cannot_read_values(tokens):
             low, high = tokens.aminmax()
@@ -240,7 +263,8 @@ class TextTransformer(TextTower):
         """Encode captions.
 
         Args:
-            tokens: Token ids ``[B, L]``, int64 or int32, L up to the context length, each row with an EOS.
+            tokens: Token ids ``[B, L]``, int64 or int32, L up to the context length, each row with an EOS:
+                best left in host memory where the model is on a GPU, since then nothing has to wait for their lengths.
 
         Returns:
             Features ``[B, E]``, not normalised.

@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         encoder = self.packed_encoder(x)
         if encoder is not None:
             return self._encode(encoder, x, cu_seqlens, read)
-        shorten = read is not None and self.can_read_one() and not _rounds_worse_alone(x, cu_seqlens)
+        shorten = read is not None and self.can_read_one()
         x, _ = self._through(list(self.resblocks), x, cu_seqlens, read if shorten else None)
         return x if shorten or read is None else take_tokens(x, read)
 
@@ -241,15 +241,3 @@ def chosen_indices(indices: int | Sequence[int] | None, count: int) -> set[int]:
     if wrong:
         raise ValueError(f"indices: got {wrong}, expected block indices within {-count}..{count - 1}")
     return {i % count for i in indices}
-
-
-def _rounds_worse_alone(x: Tensor, cu_seqlens: Tensor | None) -> bool:
-    """Return whether one row a sequence would cost digits of the gradients.
-
-    BLAS sums the products of fewer than 12 float32 rows term by term, unless there are 4 or 8, and that rounds four
-    times as much as the kernels that many rows get.
-    """
-    if x.device.type != "cpu" or x.dtype != torch.float32 or not torch.is_grad_enabled() or leaves_clipfast():
-        return False  # what is exported for every batch may not ask how many there are
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return sequences < 12 and sequences % 4 != 0

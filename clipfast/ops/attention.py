@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast.ops import attention_packed, attention_torch, attention_triton, dispatch, keys
+from clipfast.ops import attention_packed, attention_torch, attention_triton, attention_varlen, dispatch, keys
 from clipfast.ops.rules import LARGE
 
 
@@ -134,6 +134,9 @@ dispatch.register(
         "packed queries, keys and values in place",
         attention_triton.attention,
         attention_triton.refusal,
+    ),
+    dispatch.Implementation(
+        "torch", attention_varlen.DESCRIPTION, attention_varlen.attention, attention_varlen.refusal
     ),
     dispatch.Implementation("torch", "scaled_dot_product_attention", attention_torch.attention),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", attention_torch.reference),

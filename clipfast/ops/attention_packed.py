@@ -1,7 +1,8 @@
-"""Packed sequences by PyTorch's own attention: sequences of one length make one batch.
+"""Packed sequences by PyTorch's own attention, and what is known of their offsets.
 
-Sequences that come in order of their lengths, as the text tower packs them, are read in place; others are permuted
-first.
+On the CPU, sequences of one length make one batch: a call costs little there, and padding much. Those that come in
+order of their lengths, as the text tower packs them, are read in place; others are permuted first. Elsewhere, where a
+call is a launch, sequences are padded to a few lengths (:mod:`clipfast.ops.length_buckets`).
 
 How many there are of which length is data, which ``torch.compile`` cannot trace: while it does, the same code is an
 operator to it. Its backward pass computes the forward pass again, which eager mode does not need to.
@@ -10,7 +11,8 @@ operator to it. Its backward pass computes the forward pass again, which eager m
 from __future__ import annotations
 
 import functools
-import operator
+import operator as operators
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,7 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import transfer
+from clipfast.ops import length_buckets, switches, transfer
+from clipfast.ops.length_buckets import Buckets
 
 
 class _Permute(torch.autograd.Function):
@@ -47,7 +50,7 @@ def check_offsets(offsets: list[int], total: int, op: str = "attention", may_be_
     Two that are equal leave a sequence empty, which not every op allows.
     """
     least = 0 if may_be_empty else 1
-    shortest = min(map(operator.sub, offsets[1:], offsets), default=least)
+    shortest = min(map(operators.sub, offsets[1:], offsets), default=least)
     if offsets[0] != 0 or offsets[-1] != total or shortest < least:
         raise ValueError(
             f"{op}(cu_seqlens): got {offsets[0]} … {offsets[-1]}, expected offsets that start at 0, never "
@@ -76,6 +79,17 @@ class _Known:
 
     def __init__(self, lengths: Tensor, total: int, on_device: Tensor | None) -> None:
         self.lengths, self.total, self.on_device = lengths, total, on_device
+        self._buckets: dict[tuple[torch.device, bool], Buckets] = {}
+
+    @functools.cached_property
+    def longest(self) -> int:
+        return int(self.lengths[-1]) if self.lengths.numel() else 0
+
+    def buckets(self, device: torch.device) -> Buckets:
+        key = device, switches.is_deterministic()
+        if key not in self._buckets:
+            self._buckets[key] = length_buckets.make(self.lengths, device)
+        return self._buckets[key]
 
     @functools.cached_property
     def groups(self) -> Groups:
@@ -123,6 +137,30 @@ def groups_of(cu_seqlens: Tensor, x: Tensor, op: str = "attention", may_be_empty
     return group_by_length(offsets, x.device)
 
 
+def buckets_of(cu_seqlens: Tensor, x: Tensor, op: str = "attention", may_be_empty: bool = True) -> Buckets | None:
+    """Return the buckets of the sequences in ``x [total, ...]``, as :func:`groups_of`; None without tokens."""
+    lengths = _lengths_of(cu_seqlens, x.shape[0], op, may_be_empty)
+    if not x.shape[0]:
+        return None
+    return lengths.buckets(x.device) if isinstance(lengths, _Known) else length_buckets.make(lengths, x.device)
+
+
+def longest(cu_seqlens: Tensor, total: int, op: str = "attention", may_be_empty: bool = True) -> int:
+    """Return the most tokens of a sequence, 0 where there are none; offsets are read and checked as elsewhere."""
+    lengths = _lengths_of(cu_seqlens, total, op, may_be_empty)
+    if not total:
+        return 0
+    return lengths.longest if isinstance(lengths, _Known) else int(lengths.max())
+
+
+def _lengths_of(cu_seqlens: Tensor, total: int, op: str, may_be_empty: bool) -> Tensor | _Known:
+    """Return the sequences' lengths in host memory, or what is known of them."""
+    known = _known(cu_seqlens)
+    host = None if known is not None else cu_seqlens.cpu().long()
+    check_offsets([0, known.total] if known is not None else host.tolist(), total, op, may_be_empty)
+    return host.diff() if known is None else known
+
+
 def on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     """Return offsets in int32 on ``device``, without waiting for it wherever they come from."""
     if cu_seqlens.device.type != "cpu" or device.type == "cpu":
@@ -167,16 +205,17 @@ def _inverse(order: Tensor) -> Tensor:
 def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
     """Return ``[total, H·D]`` from ``qkv [total, 3, H, D]`` and offsets ``cu_seqlens [S + 1]``."""
     if torch.compiler.is_compiling():
-        return _Operator.apply(qkv, causal, cu_seqlens, scale)
-    return _by_length(qkv, causal, cu_seqlens, scale)
+        return _traced(qkv, causal, cu_seqlens, scale)
+    return _attention(qkv, causal, cu_seqlens, scale)
+
+
+def _attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
+    run = _by_length if qkv.device.type == "cpu" else _in_buckets
+    return run(qkv, causal, cu_seqlens, scale)
 
 
 def _by_length(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """Compute :func:`attention`.
-
-    One call of ``scaled_dot_product_attention`` for every distinct length: captions have a few dozen of them, however
-    many captions there are. Offsets on a GPU are read back, which waits for it.
-    """
+    """Compute :func:`attention` by one call of ``scaled_dot_product_attention`` for every distinct length."""
     groups = groups_of(cu_seqlens, qkv)
     if not groups.counts:
         return qkv[:, 0].flatten(1)
@@ -184,35 +223,35 @@ def _by_length(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> T
         qkv = permute(qkv, *groups.tokens)
     parts = []
     for tokens, (n, _) in zip(qkv.split([n * count for n, count in groups.counts]), groups.counts, strict=True):
-        query, key, value = tokens.unflatten(0, (-1, n)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)
-        parts.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
+        parts.append(_dense(tokens.unflatten(0, (-1, n)), None, causal, scale))
     out = torch.cat(parts)
     return out if groups.tokens is None else permute(out, *reversed(groups.tokens))
 
 
+def _in_buckets(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """Compute :func:`attention` by a few calls of ``scaled_dot_product_attention``, whatever the lengths are.
+
+    Offsets on a GPU are read back, which waits for it.
+    """
+    buckets = buckets_of(cu_seqlens, qkv)
+    if buckets is None:
+        return qkv[:, 0].flatten(1)
+    padded = buckets.split(length_buckets.pad(qkv, buckets))
+    # what comes behind a token is hidden from it as it is
+    masks = [None] * len(padded) if causal else buckets.masks()
+    parts = [_dense(tokens, mask, causal, scale) for tokens, mask in zip(padded, masks, strict=True)]
+    return length_buckets.unpad(torch.cat(parts) if len(parts) > 1 else parts[0], buckets)
+
+
+def _dense(qkv: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """Return ``[S · N, H·D]`` from ``qkv [S, N, 3, H, D]``."""
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
 _library = torch.library.Library("clipfast", "FRAGMENT")
-_library.define(
-    "attention_by_length(Tensor qkv, bool causal, Tensor cu_seqlens, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_library.define(
-    "attention_by_length_backward(Tensor d_out, Tensor qkv, bool causal, Tensor cu_seqlens, float scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
 _library.define("offsets_on_device(Tensor cu_seqlens, Device device) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
-
-
-def _forward(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
-    # an operator's result is memory of its own
-    return _by_length(qkv, causal, cu_seqlens, scale).clone(memory_format=torch.contiguous_format)
-
-
-def _backward(d_out: Tensor, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
-    with torch.enable_grad():
-        leaf = qkv.detach().requires_grad_()
-        out = _by_length(leaf, causal, cu_seqlens, scale)
-    return torch.autograd.grad(out, leaf, d_out)[0].contiguous()
 
 
 def _offsets_on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
@@ -220,36 +259,62 @@ def _offsets_on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     return on_device(cu_seqlens, device).clone()
 
 
-_library.impl("offsets_on_device", _offsets_on_device, "CPU")
-for _device in ("CPU", "CUDA"):
-    _library.impl("attention_by_length", _forward, _device)
-    _library.impl("attention_by_length_backward", _backward, _device)
-
-
-@torch.library.register_fake("clipfast::attention_by_length", lib=_library)
-def _fake_forward(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
-
-
-@torch.library.register_fake("clipfast::attention_by_length_backward", lib=_library)
-def _fake_backward(d_out: Tensor, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
 @torch.library.register_fake("clipfast::offsets_on_device", lib=_library)
 def _fake_on_device(cu_seqlens: Tensor, device: torch.device) -> Tensor:
     return cu_seqlens.new_empty(cu_seqlens.shape, dtype=torch.int32, device=device)
 
 
-class _Operator(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: FunctionCtx, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(qkv, cu_seqlens)
-        ctx.causal, ctx.scale = causal, scale
-        return torch.ops.clipfast.attention_by_length(qkv, causal, cu_seqlens, scale)
+_library.impl("offsets_on_device", _offsets_on_device, "CPU")
 
-    @staticmethod
-    def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, cu_seqlens = ctx.saved_tensors
-        gradient = torch.ops.clipfast.attention_by_length_backward(d_out, qkv, ctx.causal, cu_seqlens, ctx.scale)
-        return gradient, None, None, None
+
+def operator(name: str, compute: Callable[[Tensor, bool, Tensor, float], Tensor]) -> Callable[..., Tensor]:
+    """Define an operator that a compiler need not look into, with gradients, and return what calls it.
+
+    Args:
+        name: Of the operator; that of its backward pass is ``name_backward``.
+        compute: What it computes, with the arguments of :func:`attention`.
+    """
+    arguments = "Tensor qkv, bool causal, Tensor cu_seqlens, float scale) -> Tensor"
+
+    def forward(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
+        # an operator's result is memory of its own
+        return compute(qkv, causal, cu_seqlens, scale).clone(memory_format=torch.contiguous_format)
+
+    def backward(d_out: Tensor, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            out = compute(leaf, causal, cu_seqlens, scale)
+        return torch.autograd.grad(out, leaf, d_out)[0].contiguous()
+
+    def fake_forward(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
+        return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
+
+    def fake_backward(d_out: Tensor, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
+        return qkv.new_empty(qkv.shape)
+
+    for operator, signature, run, fake in (
+        (name, arguments, forward, fake_forward),
+        (f"{name}_backward", f"Tensor d_out, {arguments}", backward, fake_backward),
+    ):
+        _library.define(f"{operator}({signature}", tags=torch.Tag.pt2_compliant_tag)
+        for device in ("CPU", "CUDA"):
+            _library.impl(operator, run, device)
+        torch.library.register_fake(f"clipfast::{operator}", fake, lib=_library)
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: FunctionCtx, qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> Tensor:
+            ctx.save_for_backward(qkv, cu_seqlens)
+            ctx.causal, ctx.scale = causal, scale
+            return getattr(torch.ops.clipfast, name)(qkv, causal, cu_seqlens, scale)
+
+        @staticmethod
+        def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+            qkv, cu_seqlens = ctx.saved_tensors
+            again = getattr(torch.ops.clipfast, f"{name}_backward")
+            return again(d_out, qkv, ctx.causal, cu_seqlens, ctx.scale), None, None, None
+
+    return Differentiable.apply
+
+
+_traced = operator("attention_by_length", _attention)

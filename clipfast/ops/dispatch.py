@@ -110,7 +110,8 @@ class _Op:
     ) -> None:
         self.prepare, self.implementations, self.key = prepare, implementations, key
         self.signature, self.bind = signature, bind
-        self.planned = tuple(i.backend for i in implementations if i.planned)
+        # a backend may have several: the first that can serve a call does
+        self.planned = tuple(dict.fromkeys(i.backend for i in implementations if i.planned))
         self.forget()
         _all.add(self)
 
@@ -273,13 +274,13 @@ def operations() -> list[str]:
 
 def backends(op: str) -> list[str]:
     """Return the backends that an op has implementations of, fastest first as they are registered."""
-    return [c.backend for c in _ops[op].implementations]
+    return list(dict.fromkeys(c.backend for c in _ops[op].implementations))
 
 
 def able(op: str, *args: Any, **kwargs: Any) -> list[str]:
     """Return the backends that can serve a call of ``op``, whether or not ``auto`` would take them."""
     request = _ops[op].prepare(*args, **kwargs)
-    return [c.backend for c in _ops[op].implementations if c.refusal(*request) is None]
+    return list(dict.fromkeys(c.backend for c in _ops[op].implementations if c.refusal(*request) is None))
 
 
 def plannable(op: str) -> tuple[str, ...]:

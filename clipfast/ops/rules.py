@@ -189,6 +189,16 @@ def _is_16_bit(key: Key) -> bool:
     return key.dtypes[0] in ("float16", "bfloat16")
 
 
+def _has_flash(key: Key, machine: Machine) -> bool:
+    capable = machine.kind == "cuda" and machine.capability is not None and machine.capability >= (8, 0)
+    return key.tokens is None and capable and _is_16_bit(key)
+
+
+def _is_narrow_float32(key: Key) -> bool:
+    # wider heads spill: 59 to 324 registers with head_dim 128 on 8.9
+    return key.dtypes[0] == "float32" and 0 < (key.width or 0) <= 64
+
+
 def _saves_bytes(key: Key, machine: Machine) -> bool:
     pytorch, kernels = bytes_moved(key)
     if not _is_known(key, machine) or "float64" in key.dtypes:
@@ -278,10 +288,31 @@ RULES: tuple[Rule, ...] = (
         ("attention",),
         lambda key, machine: key.tokens is None and _is_known(key, machine) and _is_16_bit(key),
         "triton",
-        "one kernel for captions of all lengths, where PyTorch launches one for each length",
-        "256 captions of 11 to 31 tokens, a layer, forward + backward: 21 SDPA + cat, then 21 SDPA + 21 stack + 21 "
-        "clone + cat, 107 launches at 5 µs or more, against 4 launches in 122 µs. The kernels' bytes, 12 values a "
-        "token and channel, are 21 µs at 5,120 tokens of 512: even at a fifth of the bandwidth they are sooner.",
+        "one kernel for captions of all lengths, which writes its gradients packed and without atomics",
+        "Values of 16 bits a token and channel, forward + backward: the kernels 4 + 12 (two of them) = 16, 32 bytes; "
+        "PyTorch's varlen_attn 4 + 4 (dO, O, and queries' sums set to zero) + 10 (these sums are in float32 and added "
+        "to by atomics) + 3 (their cast) + 6 (three gradients stacked) = 27, or 54 bytes. At 5,120 tokens of 512 and "
+        "3.0 TB/s: 28 µs against 47, so that the kernels are sooner from 60% of the bandwidth on. Launches: 1 + 2 "
+        "against 1 + 4. Host: 122 µs against about 200.",
+    ),
+    Rule(
+        ("attention",),
+        _has_flash,
+        "torch",
+        "PyTorch's FlashAttention takes captions of all lengths in one launch",
+        "256 captions of 11 to 31 tokens, a layer, forward + backward: 1 + 4 launches, against 3 + 5 for one bucket of "
+        "SDPA, 6 + 10 for three. Where the kernels' registers and spills are unknown, PyTorch's kernels are what its "
+        "own tests run on the card. Where varlen_attn cannot serve, SDPA does in at most 4 buckets, which pad by 10 to "
+        "25% (a bucket more is worth 1,024 tokens).",
+    ),
+    Rule(
+        ("attention",),
+        lambda key, machine: key.tokens is None and _is_known(key, machine) and _is_narrow_float32(key),
+        "triton",
+        "one kernel for captions of all lengths, where SDPA wants them padded and in buckets",
+        "In float32 PyTorch has no attention for packed sequences: 3 + 5 launches for one bucket, 6 + 10 for three, "
+        "against 1 + 2. Bytes, 5,120 tokens of 512: 16 values of 4 bytes, 168 MB or 56 µs, against 36 and 1.2 times as "
+        "many tokens: 151 µs. Both multiply without tensor cores, in tiles of 64: 5 µs a layer and 1,000 tokens [E].",
     ),
     Rule(
         ("attention",),

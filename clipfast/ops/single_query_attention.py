@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.ops import attention_packed, dispatch, keys
+from clipfast.ops import attention_packed, attention_varlen, dispatch, keys, length_buckets
 
 _OP = "single_query_attention"
 
@@ -88,9 +88,9 @@ def _visible(key: Tensor, lengths: Tensor | None) -> Tensor | None:
     return (torch.arange(key.shape[1], device=key.device) < lengths[:, None])[:, None, None]
 
 
-def _dense(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scale: float) -> Tensor:
+def _dense(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     out = F.scaled_dot_product_attention(
-        query[:, :, None], key.transpose(1, 2), value.transpose(1, 2), attn_mask=_visible(key, lengths), scale=scale
+        query[:, :, None], key.transpose(1, 2), value.transpose(1, 2), attn_mask=visible, scale=scale
     )
     return out.flatten(1)
 
@@ -99,7 +99,12 @@ def _torch(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None, scale: float
 ) -> Tensor:
     if cu_seqlens is None:
-        return _dense(query, key, value, lengths, scale)
+        return _dense(query, key, value, _visible(key, lengths), scale)
+    run = _by_length if query.device.type == "cpu" else _in_buckets
+    return run(query, key, value, cu_seqlens, scale)
+
+
+def _by_length(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     groups = attention_packed.groups_of(cu_seqlens, key, _OP, may_be_empty=False)
     if groups.tokens is not None:
         key, value = (attention_packed.permute(t, *groups.tokens) for t in (key, value))
@@ -111,6 +116,19 @@ def _torch(
         parts.append(_dense(q, k.unflatten(0, (-1, n)), v.unflatten(0, (-1, n)), None, scale))
     out = torch.cat(parts) if parts else query.flatten(1)
     return out if groups.tokens is None else attention_packed.permute(out, *reversed(groups.sequences))
+
+
+def _in_buckets(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    buckets = attention_packed.buckets_of(cu_seqlens, key, _OP, may_be_empty=False)
+    if buckets is None:
+        return query.flatten(1)
+    if buckets.sequences is not None:
+        query = attention_packed.permute(query, *buckets.sequences)
+    padded = (buckets.split(length_buckets.pad(t, buckets)) for t in (key, value))
+    queries = query.split([b.count for b in buckets.sizes])
+    parts = [_dense(*tensors, scale) for tensors in zip(queries, *padded, buckets.masks(), strict=True)]
+    out = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return out if buckets.sequences is None else attention_packed.permute(out, *reversed(buckets.sequences))
 
 
 def _reference(
@@ -155,6 +173,9 @@ def _bind(
 dispatch.register(
     _OP,
     _prepare,
+    dispatch.Implementation(
+        "torch", attention_varlen.DESCRIPTION, attention_varlen.single_query, attention_varlen.single_query_refusal
+    ),
     dispatch.Implementation("torch", "scaled_dot_product_attention", _torch),
     dispatch.Implementation("reference", "explicit softmax in plain PyTorch", _reference),
     signature=_signature,

@@ -97,7 +97,8 @@ class Towers(nn.Module):
 
     def _normalized(self, encode: nn.Module, inputs: Tensor, learns: bool) -> Tensor:
         grad = nullcontext() if learns else torch.no_grad()
-        with autocast_of(self.precision, inputs.device), grad:
+        # where the weights are: captions may lie in host memory
+        with autocast_of(self.precision, self.workplace.device), grad:
             features = encode(inputs)
         # logits need more than sixteen bits
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

@@ -26,6 +26,7 @@ from clipfast.train.optimizer import (
     step_if,
 )
 from clipfast.train.plan import share_plan
+from clipfast.train.token_gradient import TokenGradient
 from clipfast.train.towers import Towers, autocast_of, halve, share_towers
 from clipfast.train.workplace import Workplace
 
@@ -125,6 +126,9 @@ class Trainer:
         self.optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, self.weights)
         self.ema = {n: w.detach().clone() for n, w in self.weights.items()} if config.ema_decay else {}
         self.buffers = dict(model.named_buffers())
+        # DDP and FSDP2 have memory of their own for gradients
+        alone = self.workplace.group is None
+        self._token_gradient = TokenGradient(model.token_embedding if alone else nn.Identity())
         self.scaler = torch.amp.GradScaler(self.workplace.device.type, enabled=config.precision == "fp16")
 
     def take_step(self, images: Tensor, tokens: Tensor) -> StepResult:
@@ -141,17 +145,20 @@ class Trainer:
         if config.compile in GRAPH_MODES:
             # what the last step's graphs gave is not looked at any more: this step may write over it
             torch.compiler.cudagraph_mark_step_begin()
-        found = compute_gradients(
-            self.shared,
-            images.to(device, non_blocking=True),
-            tokens.to(device, non_blocking=True),
-            StepSeeds(config.seed, self.step, self.workplace.rank),
-            micro_batch_size=config.micro_batch_size,
-            loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
-            equal_batches=self.equal_batches,
-            label_smoothing=config.label_smoothing,
-            teacher=self.teacher,
-        )
+        # DDP and FSDP2 bring inputs to the card; otherwise captions in host memory have lengths that nothing waits for
+        tokens = tokens if self.workplace.group is None else tokens.to(device, non_blocking=True)
+        with self._token_gradient.kept():
+            found = compute_gradients(
+                self.shared,
+                images.to(device, non_blocking=True),
+                tokens,
+                StepSeeds(config.seed, self.step, self.workplace.rank),
+                micro_batch_size=config.micro_batch_size,
+                loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
+                equal_batches=self.equal_batches,
+                label_smoothing=config.label_smoothing,
+                teacher=self.teacher,
+            )
         self._average_scalars()
         self._hand_gradients_over()
         gradients = [w.grad for w in self.weights.values() if w.grad is not None]

@@ -97,5 +97,5 @@ class Validation:
     ) -> tuple[Tensor, Tensor, Tensor]:
         images, tokens, counts = batch
         towers = getattr(shared, "module", shared)
-        features = towers(images.to(device), tokens.to(device))
+        features = towers(images.to(device), tokens)
         return features.image, features.text, counts

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import relative_error
+from oracle import assert_as_exact_as_reference, relative_error
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -51,7 +51,7 @@ def outputs_and_gradients(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]
     model.zero_grad()
     torch.manual_seed(3)  # patch dropout draws
     out = model(inputs)
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
     (weights * out).sum().backward()
     return {"output": out.detach()} | {k: p.grad.clone() for k, p in model.named_parameters()}
 
@@ -153,12 +153,50 @@ def test_what_is_not_computed() -> None:
         assert seen == [3 * 77] * 3 + [4 * 17] * 3
 
 
-@pytest.mark.parametrize(("images", "rows"), [(3, 3 * 17), (4, 4), (11, 11 * 17), (12, 12)])
-def test_gradients_of_few_rows_keep_their_digits(images: int, rows: int) -> None:
+@pytest.mark.parametrize(("images", "rows"), [(1, 4), (3, 4), (4, 4), (11, 12), (12, 12), (13, 13)])
+def test_few_rows_are_filled_up(images: int, rows: int) -> None:
+    """MKL sums what is left over of few rows term by term."""
     model = image_tower().float()
     with rows_seen(model) as seen:
         model(torch.randn(images, 3, 32, 32))
-    assert seen[-1] == rows
+        assert seen[-1] == rows
+        model.double()(torch.randn(images, 3, 32, 32).double())
+        assert seen[-1] == images
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [([5], (8, 4)), ([2, 1], (4, 4)), ([1], (4, 4)), ([5, 6], (12, 4)), ([9, 4], (13, 4)), ([3, 3, 5, 9], (20, 4))],
+    ids=str,
+)
+def test_few_tokens_are_filled_up(lengths: list[int], rows: tuple[int, int]) -> None:
+    model, tokens = text_tower(), captions_of(lengths)
+    expected = outputs_and_gradients(model, tokens)
+    with rows_seen(single := text_tower().float()) as seen:
+        found = outputs_and_gradients(single, tokens)
+    assert (seen[0], seen[-1]) == rows
+    for name, value in expected.items():
+        assert relative_error(found[name], value) <= 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (lambda: image_tower(width=384, layers=1, heads=6), torch.randn(3, 3, 32, 32).double()),
+        (lambda: image_tower(width=384, layers=1, heads=6), torch.randn(7, 3, 32, 32).double()),
+        (lambda: text_tower(width=384, layers=2, heads=6), captions_of([3])),
+    ],
+    ids=["3 images", "7 images", "3 tokens"],
+)
+def test_gradients_of_few_rows_keep_their_digits(model: Callable[[], nn.Module], inputs: Tensor) -> None:
+    """Against the dense tower in float32: fast error at most twice the reference's."""
+    single = inputs.float() if inputs.is_floating_point() else inputs
+    found = outputs_and_gradients(model().float(), single)
+    exact = outputs_and_gradients(model(), inputs)
+    with clipfast.exact_shortcuts(False):
+        dense = outputs_and_gradients(model().float(), single)
+    for name, value in exact.items():
+        assert_as_exact_as_reference(found[name], dense[name], value, name)
 
 
 ASKING_FOR_TOKENS: dict[str, Callable[[nn.Module, Tensor], object]] = {

@@ -49,8 +49,10 @@ def test_no_entry_is_without_its_reckoning() -> None:
 
 def test_every_entry_decides_something(script: Any) -> None:
     deciding = set()
-    machines = [Machine("cuda", c) for c in script.CAPABILITIES] + [Machine("cpu"), Machine("cpu", amx=True)]
-    machines.append(Machine("xpu"))
+    # a card that nothing is known of too
+    machines = [Machine("cuda", c) for c in (*script.CAPABILITIES, (10, 3))]
+    machines += [Machine("cpu"), Machine("cpu", amx=True)]
+    machines += [Machine("cpu", arm=True), Machine("xpu")]
     for machine in machines:
         for precision in script.PRECISIONS:
             for training in (False, True):
@@ -124,6 +126,10 @@ def test_small_calls_and_compiled_ones_get_pytorch_where_launches_outweigh_bytes
     # packed captions: launches are what the kernel saves
     packed = heads._replace(tokens=None, large=False, training=False)
     assert rules.decide(packed, hopper).backend == "triton"
+    assert rules.decide(packed._replace(dtypes=("float32",)), hopper).backend == "triton"
+    assert rules.decide(packed._replace(dtypes=("float32",), width=128), hopper).backend == "torch"
+    assert "FlashAttention" in rules.decide(packed, Machine("cuda", (10, 3))).says
+    assert "FlashAttention" not in rules.decide(packed, Machine("cuda", (7, 5))).says
 
 
 def test_encoders_where_there_is_amx() -> None:

@@ -27,13 +27,13 @@ from host_path import (
     results,
 )
 from oracle import assert_as_exact_as_reference, relative_error
-from pretend_card import watching
+from pretend_card import Record, watching
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import clipfast
 from clipfast.modules import packing
-from clipfast.ops import attention_packed, contrastive_kernels, fallback, kernel_ops
+from clipfast.ops import attention_packed, attention_varlen, contrastive_kernels, fallback, kernel_ops
 
 pytestmark = pytest.mark.filterwarnings("ignore::clipfast.ops.FallbackWarning")
 
@@ -57,7 +57,7 @@ def test_other_losses(subject: str, backend: str, monkeypatch: pytest.MonkeyPatc
     with clipfast.backend(backend):
         model = made(subject, torch.float32)
         record, actual = on_card(subject, model)
-        check_record(subject, record)
+        check_record(subject, record, buckets=backend != "reference")
         if backend == "native":
             assert any("clipfast" in operator for operator in record.operators)
     assert_close(actual, results(model, inputs_of(subject, dtype=torch.float32)), 1e-3)
@@ -123,7 +123,7 @@ def test_compiled(subject: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_card_gets_offsets_once() -> None:
-    packed = packing.pack(torch.tensor(LENGTHS, device=CARD) - 1, 16)
+    packed = packing.pack(torch.zeros(5, 16, dtype=torch.int64, device=CARD), torch.tensor(LENGTHS, device=CARD) - 1)
     with watching() as record:
         offsets = [attention_packed.on_device(packed.cu_seqlens, CARD) for _ in range(3)]
     assert not record.operators
@@ -147,8 +147,8 @@ def test_offsets_of_a_caller(offsets: list[int], dtype: torch.dtype) -> None:
         with watching() as record:
             actual = op(leaf, cu_seqlens)
         assert not record.waits, record.waits
-        # permutations of all kinds in one copy; nothing where sequences lie in order
-        assert len(record.sends) == (offsets != PACKED["in order"]), record.sends
+        # what the buckets need goes there in one copy
+        assert len(record.sends) == 1, record.sends
         for a, b in zip(actual, expected, strict=True):
             assert relative_error(a.cpu(), b) <= 1e-12
 
@@ -166,6 +166,78 @@ def _attend_once(qkv: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     out = clipfast.ops.single_query_attention(query, key, value, 2, cu_seqlens=cu_seqlens)
     out.square().sum().backward()
     return out.detach(), leaf.grad
+
+
+@pytest.fixture
+def varlen_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let PyTorch's attention for sequences of any lengths serve calls on the card."""
+    monkeypatch.setattr(attention_varlen, "_unavailable", lambda *where: None)
+
+
+def launches(record: Record) -> list[str]:
+    """Return the operators that launch something: not the views, and not what only takes memory."""
+    free = {"aten.empty.memory_format", "aten.empty_like.default", "aten.empty_strided.default", "aten.detach.default"}
+
+    def is_view(name: str) -> bool:
+        packet, _, overload = name.removeprefix("aten.").rpartition(".")
+        schema = getattr(getattr(torch.ops.aten, packet), overload)._schema
+        returned = [r.alias_info for r in schema.returns]
+        return any(alias is not None and not alias.is_write for alias in returned)
+
+    return [name for name in record.operators if name not in free and not is_view(name)]
+
+
+@pytest.mark.usefixtures("varlen_serves")
+@pytest.mark.parametrize("offsets", PACKED.values(), ids=PACKED.keys())
+@pytest.mark.parametrize("causal", [False, True])
+def test_packed_attention_in_a_few_launches(offsets: list[int], causal: bool) -> None:
+    """FlashAttention's backward is three kernels in one operator: four launches with the stack of three gradients."""
+    qkv = torch.randn(offsets[-1], 3, 2, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cu_seqlens = torch.tensor(offsets)
+    leaf = qkv.to(CARD).requires_grad_()
+    cotangent = torch.ones(offsets[-1], 64, dtype=torch.bfloat16).to(CARD)
+    with watching() as forward:
+        out = clipfast.ops.attention(leaf, 2, causal=causal, cu_seqlens=cu_seqlens)
+    with watching() as backward:
+        out.backward(cotangent)
+    # the offsets go over once for all layers
+    assert launches(forward) == ["aten._copy_from.default", "aten._flash_attention_forward.default"]
+    assert launches(backward) == ["aten._flash_attention_backward.default", "aten.cat.default"]
+    assert not forward.waits + backward.waits
+
+
+@pytest.mark.usefixtures("varlen_serves")
+@pytest.mark.parametrize("on_host", [False, True], ids=["on the card", "on the host"])
+@pytest.mark.parametrize("known", [True, False], ids=["operator", "varlen_attn"])
+def test_varlen(on_host: bool, known: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not known:
+        if attention_varlen._function() is None:
+            pytest.skip("PyTorch has no varlen_attn")
+        monkeypatch.setattr(attention_varlen, "_operator", lambda: None)
+    model = made("text", torch.bfloat16)
+    record, actual = on_card("text", model, on_host=on_host)
+    check_record("text", record, buckets=False, on_host=on_host)
+    assert record.operators.count("aten._flash_attention_forward.default") == 3, "one a layer"
+    with clipfast.backend("reference"):
+        reference, oracle = results(model, inputs_of("text")), results(made("text"), inputs_of("text"))
+    for name, value in oracle.items():
+        assert_as_exact_as_reference(actual[name], reference[name], value, name)
+    with clipfast.deterministic(), torch.no_grad():
+        again, _ = on_card("text", model, features)
+    assert "aten._flash_attention_forward.default" not in again.operators
+
+
+@pytest.mark.parametrize("subject", [name for name in SUBJECTS if SUBJECTS[name].packs])
+def test_nothing_waits_for_captions_in_host_memory(subject: str) -> None:
+    model = made(subject)
+    record, actual = on_card(subject, model, on_host=True)
+    check_record(subject, record, on_host=True)
+    assert_close(actual, results(model, inputs_of(subject)), 1e-10)
+    # whole captions go over in one copy too
+    with clipfast.exact_shortcuts(False), torch.no_grad():
+        record, actual = on_card(subject, model.eval(), features, on_host=True)
+    assert not record.waits
+    assert len(record.sends) == 1
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import traceback
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,12 +125,65 @@ def _convolution_backward(d_out: Tensor, x: Tensor, weight: Tensor, *rest: Any) 
     return aten.convolution_backward(d_out, x, weight, [d_out.shape[1]], *rest)
 
 
+def _flash(
+    tensors: tuple[Tensor, ...], of_queries: Tensor, of_keys: Tensor, most_queries: int, most_keys: int, dropout: float,
+    causal: bool, *, scale: float, window_size_left: int | None = None, window_size_right: int | None = None,
+) -> list[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Return FlashAttention's weights and output of each packed sequence; check what it asks of its arguments."""
+    for x in tensors:
+        assert x.dtype in (torch.float16, torch.bfloat16)
+        assert x.stride(-1) == 1
+        assert x.shape[-1] % 8 == 0
+    for offsets, most in ((of_queries, most_queries), (of_keys, most_keys)):
+        assert offsets.dtype == torch.int32
+        assert offsets.is_contiguous()
+        assert most == int(offsets.diff().max())
+    assert dropout == 0
+    assert (window_size_left, window_size_right) in ((None, None), (-1, 0 if causal else -1))
+    found = []
+    for query, key, value in _sequences(tensors, of_queries, of_keys):
+        scores = torch.einsum("nhd,mhd->hnm", query, key) * scale
+        hidden = torch.ones_like(scores, dtype=torch.bool).triu(1)
+        weights = (scores.masked_fill(hidden, -torch.inf) if causal else scores).softmax(-1)
+        found.append((weights, torch.einsum("hnm,mhd->nhd", weights, value)))
+    return found
+
+
+def _sequences(tensors: Sequence[Tensor], of_queries: Tensor, of_keys: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield each sequence's query, key and value, and its part of what more there is, as that of the query."""
+    offsets = [of_queries, of_keys, of_keys, *[of_queries] * (len(tensors) - 3)]
+    parts = [x.double().tensor_split(o[1:-1].long()) for x, o in zip(tensors, offsets, strict=True)]
+    yield from zip(*parts, strict=True)
+
+
+def _flash_forward(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    options = {k: v for k, v in kwargs.items() if k.startswith(("scale", "window"))}
+    out = torch.cat([out for _, out in _flash((query, key, value), *args[:6], **options)]).to(query.dtype)
+    return out, torch.zeros(out.shape[1], out.shape[0]), torch.zeros(2), torch.zeros(0), torch.zeros(0)
+
+
+def _flash_backward(
+    d_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, ...]:
+    found = _flash((query, key, value), *args[:6], **kwargs)
+    gradients = []
+    for (weights, y), (q, k, v, dy) in zip(found, _sequences((query, key, value, d_out), *args[:2]), strict=True):
+        d_weights = torch.einsum("nhd,mhd->hnm", dy, v) - (dy * y).sum(-1).T[:, :, None]
+        d_scores = weights * d_weights * kwargs["scale"]
+        of_query, of_key = torch.einsum("hnm,mhd->nhd", d_scores, k), torch.einsum("hnm,nhd->mhd", d_scores, q)
+        gradients.append((of_query, of_key, torch.einsum("hnm,nhd->mhd", weights, dy)))
+    return tuple(torch.cat(parts).to(query.dtype) for parts in zip(*gradients, strict=True))
+
+
 # What a backend of its own has under other names, or where PyTorch asks it for its choice: attention by its products.
+# FlashAttention is there for whoever calls it by name.
 _STAND_INS: dict[Any, Callable[..., Any]] = {
     aten._copy_from.default: _copy,
     aten.convolution_overrideable.default: aten.convolution.default,
     aten.convolution_backward_overrideable.default: _convolution_backward,
     aten._fused_sdp_choice.default: lambda *args, **kwargs: 0,
+    aten._flash_attention_forward.default: _flash_forward,
+    aten._flash_attention_backward.default: _flash_backward,
 }
 _DEPENDS_ON_DATA = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default)

@@ -19,7 +19,7 @@ from transformers.models.clip import modeling_clip
 from user_actions import COMMON_ATTRIBUTES, COMMON_FUNCTIONS, Subject
 
 import clipfast
-from clipfast.modules import transformer
+from clipfast.modules import block
 
 
 def images(dtype: torch.dtype) -> torch.Tensor:
@@ -150,12 +150,12 @@ OWN = partial(
     tiny.clip,
     lambda dtype: {"image": images(dtype), "text": captions(2, 16, 100)},
     [
-        (transformer.SelfAttention, "qkv_parameters"),
-        (transformer.ResidualAttentionBlock, "forward"),
-        (transformer.LayerNorm, "forward"),
-        (transformer.MLP, "forward"),
+        (block.SelfAttention, "qkv_parameters"),
+        (block.ResidualAttentionBlock, "forward"),
+        (block.LayerNorm, "forward"),
+        (block.MLP, "forward"),
     ],
-    {transformer.SelfAttention: [("heads", 1), ("causal", lambda old: not old)]},
+    {block.SelfAttention: [("heads", 1), ("causal", lambda old: not old)]},
     ["out_proj", "c_fc", "c_proj"],
 )
 LIBRARIES = {
