@@ -161,8 +161,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks) logit_gradient_kernel(
         const int tile_ahead = f.first_label + tile_row - first_column;
         const bool label_near = tile_ahead > -kTileRows<T> && tile_ahead < kTileColumns;
         T* to = out + (local_row + place.row) * pitch + first_column + place.column;
-        // float64 asks in every tile: with both loops the compiler runs out of registers
-        if (sizeof(T) == 8 || label_near || over_the_edge(f, tile_row, first_column)) {
+        // products by FMA take so long that questions do not count, and with both loops registers run out
+        if (!Element<T>::tensor_cores || label_near || over_the_edge(f, tile_row, first_column)) {
             put_gradients<T, kSigmoid, true>(dots, f, g, shared, place, tile_row, first_column, to, pitch, sums);
         } else {
             put_gradients<T, kSigmoid, false>(dots, f, g, shared, place, tile_row, first_column, to, pitch, sums);

@@ -386,7 +386,13 @@ def without_barrier(which: int, text: str) -> str:
 def check_all(module: ModuleType) -> None:
     for dtype, sigmoid in (("float32", False), ("float32", True), ("bfloat16", False)):
         check(Case(dtype, 300, 140, 40, sigmoid=sigmoid, factors=True), module)
-    check(Case("float32", 140, 140, 80, vectors=False), module)  # more slabs than stages
+    # more slabs than stages, where copies arrive late and where they come at once
+    for hasty in (False, True):
+        module.hasty(hasty)
+        try:
+            check(Case("float32", 140, 140, 80, vectors=False), module)
+        finally:
+            module.hasty(False)
     check(Case("bfloat16", 140, 140, 140, stages=2), module)
     assert_unit(module)
 
