@@ -63,8 +63,9 @@ inline void register_tile(int64_t units, const uint32_t* a, int64_t a_row, const
     }
 }
 
-// 16 rows of units to 16 columns: to[k][16] = from[16][k] for 16 k (`units` in all, less at the end), `to` rows a panel
-// apart; rows that are nullptr count as zeros
+// 16 rows of units to 16 columns: to[k][16] = from[16][k] for 16 k (`units` in all, less at the end), rows of `to` a panel
+// or `to_row` units apart; rows that are nullptr count as zeros
+template <int64_t to_row = panel>
 inline void transpose_16(const uint32_t* const from[16], int64_t k, int64_t units, uint32_t* to) {
     const __mmask16 mask = first_lanes(units - k);
     __m512i r[16], t[16];
@@ -91,7 +92,7 @@ inline void transpose_16(const uint32_t* const from[16], int64_t k, int64_t unit
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
-    for (int i = 0; i < 16 && k + i < units; ++i) _mm512_storeu_si512(to + (k + i) * panel, r[i]);
+    for (int i = 0; i < 16 && k + i < units; ++i) _mm512_storeu_si512(to + (k + i) * to_row, r[i]);
 }
 
 // Elementwise functions: within 4e-7 for float32; within 1e-4, a twentieth of a rounding error, where results are

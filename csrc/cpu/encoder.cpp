@@ -1,9 +1,9 @@
 // A transformer's forward pass on the CPU, from embedded tokens to the tokens that are read.
 //
 // Sequences go through all blocks a chunk at a time, so that what passes between two steps stays in the cache and the
-// memory in use does not grow with the batch. Within a step the threads share tiles. The residual stream is float32;
-// what products read is in the weights' dtype. A token's result depends on its own sequence alone: every sum over terms
-// has one order.
+// memory in use does not grow with the batch. Threads share the tiles of a step, or take sequences of their own. The
+// residual stream is float32; what products read is in the weights' dtype. A token's result depends on its own sequence
+// alone: every sum over terms has one order.
 
 #include "encoder.h"
 
@@ -13,10 +13,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "workspace.h"
@@ -27,7 +29,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t chunk_rows = 512;       // tokens a chunk, unless one sequence has more
+constexpr int64_t rows_apart = 256;      // fewer tokens are not worth a thread that reads all weights for them
 constexpr int64_t tensors_a_block = 12;  // see clipfast::encode
 constexpr int64_t read_last = -1, read_all = -2;
 
@@ -35,7 +37,8 @@ constexpr int64_t read_last = -1, read_all = -2;
 // arguments
 
 const EncoderKernels& kernels_for(const char* op, ScalarType dtype) {
-    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? encoder_kernels_bfloat16()
+    const EncoderKernels* amx = encoder_kernels_amx();
+    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? (amx ? amx : encoder_kernels_bfloat16())
                                     : dtype == ScalarType::Float  ? encoder_kernels_float32()
                                                                   : nullptr;
     STD_TORCH_CHECK(kernels, op, ": this CPU has no kernels for the dtype of the input");
@@ -52,13 +55,19 @@ const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_
 char* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
 const char* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
 
+// Who computes a step: all threads together, or this one
+enum class Team { all, alone };
+
 template <class F>
-void share(int64_t count, const F& f) {
-    torch::stable::parallel_for(0, count, 1, f);
+void share(Team team, int64_t count, const F& f) {
+    if (team == Team::all)
+        torch::stable::parallel_for(0, count, 1, f);
+    else if (count > 0)
+        f(0, count);
 }
 
-void multiply(const EncoderKernels& k, const Product& p) {
-    share(k.tiles(p), [&](int64_t begin, int64_t end) { k.product(p, begin, end); });
+void multiply(Team team, const EncoderKernels& k, const Product& p) {
+    share(team, k.tiles(p), [&](int64_t begin, int64_t end) { k.product(p, begin, end); });
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -88,47 +97,81 @@ struct Encoder {
 
 // What one chunk's steps hand to each other
 struct Buffers {
+    Team team;
     float* stream;  // [rows, width]
-    void* normed;   // [rows, width], then attention's output
-    void* wide;     // [rows, max(3 width, hidden)]: queries, keys and values, then the MLP's hidden layer
+    void* normed;   // activations [rows, width], then attention's output
+    void* wide;     // [rows, 3 width]: queries, keys and values; then activations [rows, hidden]: the MLP's hidden layer
     float* read;    // [sequences, width]: the stream of the tokens that are read
     void* query;    // [sequences, width]
-    char* scratch;  // attention's, one for each thread
+    void* asking;   // activations [sequences, width]: what queries are made of, then attention's output
+    char* scratch;  // attention's, one for each thread of the team
     int64_t scratch_bytes;
 };
 
-void layer_norm(const Encoder& e, const float* x, int64_t rows, const float* weight, const float* bias, void* y) {
-    share(rows, [&](int64_t begin, int64_t end) {
+// The bytes of the buffers above, in their order, for chunks of up to `rows` tokens
+std::vector<int64_t> buffer_bytes(const Encoder& e, int64_t rows, int64_t threads, int64_t scratch_bytes) {
+    const int64_t floats = (rows + spare_rows) * e.width * int64_t(sizeof(float)), size = e.k.element;
+    const int64_t activations = e.k.activation_elements(rows, e.width) * size;
+    const int64_t plain = (rows + spare_rows) * e.width * size;
+    return {floats, activations, std::max(3 * plain, e.k.activation_elements(rows, e.hidden) * size),
+            floats, plain,       activations, threads * scratch_bytes};
+}
+
+Buffers buffers_in(Workspace& memory, Team team, const std::vector<int64_t>& bytes, int64_t scratch_bytes) {
+    Buffers w{team};
+    w.stream = static_cast<float*>(memory.piece(bytes[0]));
+    w.normed = memory.piece(bytes[1]);
+    w.wide = memory.piece(bytes[2]);
+    w.read = static_cast<float*>(memory.piece(bytes[3]));
+    w.query = memory.piece(bytes[4]);
+    w.asking = memory.piece(bytes[5]);
+    w.scratch = static_cast<char*>(memory.piece(bytes[6]));
+    w.scratch_bytes = scratch_bytes;
+    return w;
+}
+
+void layer_norm(Team team, const Encoder& e, const float* x, int64_t rows, const float* weight, const float* bias,
+                void* y) {
+    share(team, rows, [&](int64_t begin, int64_t end) {
         for (int64_t r = begin; r < end; ++r)
-            e.k.layer_norm(x + r * e.width, weight, bias, e.eps, e.width, at(y, r * e.width * e.k.element));
+            e.k.layer_norm(x + r * e.width, weight, bias, e.eps, e.width, y, r);
     });
 }
 
 // the step after attention: projection and residual, LayerNorm, MLP and residual
-void finish_block(const Encoder& e, const Block& b, const void* attended, float* stream, int64_t rows, void* normed,
-                  void* hidden) {
+void finish_block(const Encoder& e, const Block& b, const void* attended, float* stream, int64_t rows,
+                  const Buffers& w) {
     using Then = Product::Then;
-    multiply(e.k, {attended, rows, e.width, e.width, b.out, b.out_bias, stream, e.width, Then::add, e.gelu});
-    layer_norm(e, stream, rows, b.ln_2_weight, b.ln_2_bias, normed);
-    multiply(e.k, {normed, rows, e.width, e.hidden, b.fc, b.fc_bias, hidden, e.hidden, Then::gelu, e.gelu});
-    multiply(e.k, {hidden, rows, e.hidden, e.width, b.proj, b.proj_bias, stream, e.width, Then::add, e.gelu});
+    multiply(w.team, e.k, {attended, rows, e.width, e.width, b.out, b.out_bias, stream, e.width, Then::add, e.gelu});
+    layer_norm(w.team, e, stream, rows, b.ln_2_weight, b.ln_2_bias, w.normed);
+    multiply(w.team, e.k, {w.normed, rows, e.width, e.hidden, b.fc, b.fc_bias, w.wide, e.hidden, Then::gelu, e.gelu});
+    multiply(w.team, e.k, {w.wide, rows, e.hidden, e.width, b.proj, b.proj_bias, stream, e.width, Then::add, e.gelu});
 }
 
-// Attention of every head of the sequences that lie between `offsets`; `one` for the token at `read` alone
+// Attention of every head of the sequences that lie between `offsets`; `one` for the token that is read alone
 void attend(const Encoder& e, const int64_t* offsets, int64_t sequences, const Buffers& w, bool one, int64_t row) {
     const int64_t head_dim = e.width / e.heads, size = e.k.element;
     std::atomic<int64_t> threads{0};
-    share(sequences * e.heads, [&](int64_t begin, int64_t end) {
+    share(w.team, sequences * e.heads, [&](int64_t begin, int64_t end) {
         void* scratch = w.scratch + threads.fetch_add(1) * w.scratch_bytes;
         for (int64_t i = begin; i < end; ++i) {
-            const int64_t s = i / e.heads, column = i % e.heads * head_dim * size;
+            const int64_t s = i / e.heads, column = i % e.heads * head_dim;
             const int64_t start = offsets[s] - offsets[0];
-            const char* first = at(w.wide, start * row * size) + column;
+            const char* first = at(w.wide, (start * row + column) * size);
             // keys and values come behind the queries, or alone
             const char* keys = one ? first : first + e.width * size;
-            Head h{one ? at(w.query, s * e.width * size) + column : first, keys, keys + e.width * size, row,
-                   offsets[s + 1] - offsets[s], head_dim, 1 / std::sqrt(float(head_dim)), e.causal, nullptr, e.width};
-            h.out = one ? at(w.query, s * e.width * size) + column : at(w.normed, start * e.width * size) + column;
+            const Head h{one ? at(w.query, (s * e.width + column) * size) : first,
+                         keys,
+                         keys + e.width * size,
+                         row,
+                         offsets[s + 1] - offsets[s],
+                         head_dim,
+                         1 / std::sqrt(float(head_dim)),
+                         e.causal,
+                         one ? w.asking : w.normed,
+                         e.width,
+                         one ? s : start,
+                         column};
             (one ? e.k.attention_of_one : e.k.attention)(h, scratch);
         }
     });
@@ -140,30 +183,56 @@ const float* run(const Encoder& e, const int64_t* offsets, int64_t sequences, in
     const int64_t rows = offsets[sequences] - offsets[0], width = e.width, size = e.k.element;
     for (size_t i = 0; i < e.blocks.size(); ++i) {
         const Block& b = e.blocks[i];
-        layer_norm(e, w.stream, rows, b.ln_1_weight, b.ln_1_bias, w.normed);
+        layer_norm(w.team, e, w.stream, rows, b.ln_1_weight, b.ln_1_bias, w.normed);
         if (i + 1 < e.blocks.size() || read == read_all) {
-            multiply(e.k, {w.normed, rows, width, 3 * width, b.qkv, b.qkv_bias, w.wide, 3 * width, Then::store, e.gelu});
+            multiply(w.team, e.k,
+                     {w.normed, rows, width, 3 * width, b.qkv, b.qkv_bias, w.wide, 3 * width, Then::store, e.gelu});
             attend(e, offsets, sequences, w, false, 3 * width);
-            finish_block(e, b, w.normed, w.stream, rows, w.normed, w.wide);
+            finish_block(e, b, w.normed, w.stream, rows, w);
             continue;
         }
         // the last block of a tower that is read at one token: keys and values of all, the rest of one
         for (int64_t s = 0; s < sequences; ++s) {
             const int64_t row = (read == read_last ? offsets[s + 1] - 1 : offsets[s] + read) - offsets[0];
             std::memcpy(w.read + s * width, w.stream + row * width, width * sizeof(float));
-            // what is attended to is packed behind what asks: gather first, as both lie in `normed`
-            std::memcpy(at(w.query, (sequences + s) * width * size), at(w.normed, row * width * size), width * size);
+            e.k.copy_row(w.normed, row, width, w.asking, s);
         }
-        const void* asking = at(w.query, sequences * width * size);
         // panels are whole, so those of keys and values start behind the queries'
         const void* kv = at(b.qkv, width * width * size);
-        multiply(e.k, {w.normed, rows, width, 2 * width, kv, b.qkv_bias + width, w.wide, 2 * width, Then::store, e.gelu});
-        multiply(e.k, {asking, sequences, width, width, b.qkv, b.qkv_bias, w.query, width, Then::store, e.gelu});
+        multiply(w.team, e.k,
+                 {w.normed, rows, width, 2 * width, kv, b.qkv_bias + width, w.wide, 2 * width, Then::store, e.gelu});
+        multiply(w.team, e.k,
+                 {w.asking, sequences, width, width, b.qkv, b.qkv_bias, w.query, width, Then::store, e.gelu});
         attend(e, offsets, sequences, w, true, 2 * width);
-        finish_block(e, b, w.query, w.read, sequences, w.normed, w.wide);
+        finish_block(e, b, w.asking, w.read, sequences, w);
         return w.read;
     }
     return w.stream;
+}
+
+// The first sequence of each of `parts` shares of about as many tokens, and the end
+std::vector<int64_t> shares_of(const int64_t* offsets, int64_t sequences, int64_t parts) {
+    std::vector<int64_t> first{0};
+    for (int64_t part = 1; part < parts; ++part) {
+        const int64_t* nearest =
+            std::lower_bound(offsets + first.back(), offsets + sequences, offsets[sequences] * part / parts);
+        const int64_t wanted = offsets[sequences] * part / parts;
+        if (nearest > offsets + first.back() && wanted - nearest[-1] < nearest[0] - wanted) --nearest;
+        first.push_back(nearest - offsets);
+    }
+    first.push_back(sequences);
+    return first;
+}
+
+// Whether every thread gets enough sequences of its own, and none waits long for another
+bool worth_apart(const int64_t* offsets, const std::vector<int64_t>& first) {
+    int64_t least = offsets[first[1]] - offsets[first[0]], most = least;
+    for (size_t i = 1; i + 1 < first.size(); ++i) {
+        const int64_t rows = offsets[first[i + 1]] - offsets[first[i]];
+        least = std::min(least, rows);
+        most = std::max(most, rows);
+    }
+    return first.size() == 2 || (least >= rows_apart && most * 8 <= least * 9);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -185,8 +254,26 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<
     check("packed_linear", "packed", packed, x.scalar_type(), k.packed_elements(columns, x.size(1)));
     if (bias) check("packed_linear", "bias", *bias, ScalarType::Float, columns);
     Tensor y = torch::stable::new_empty(x, {x.size(0), columns});
-    multiply(k, {data(x), x.size(0), x.size(1), columns, data(packed), bias ? floats(*bias) : nullptr,
-                 y.mutable_data_ptr(), columns, Product::Then::store, Gelu::none});
+    const int64_t rows = x.size(0), terms = x.size(1);
+    Product p{data(x),  rows,    terms, columns, data(packed), bias ? floats(*bias) : nullptr, y.mutable_data_ptr(),
+              columns, Product::Then::store, Gelu::none};
+    if (!k.arrange) {
+        multiply(Team::all, k, p);
+        return y;
+    }
+    // activations a chunk at a time: all of them might not stay in the cache
+    const int64_t most = std::min(k.chunk_rows(terms), rows);
+    Workspace memory(Workspace::rounded(k.activation_elements(most, terms) * k.element));
+    void* arranged = memory.piece(k.activation_elements(most, terms) * k.element);
+    for (int64_t first = 0; first < rows; first += most) {
+        p.rows = std::min(most, rows - first);
+        p.a = arranged;
+        p.c = at(y.mutable_data_ptr(), first * columns * k.element);
+        const void* from = at(data(x), first * terms * k.element);
+        share(Team::all, p.rows,
+              [&](int64_t begin, int64_t end) { k.arrange(from, begin, end, terms, arranged); });
+        multiply(Team::all, k, p);
+    }
     return y;
 }
 
@@ -235,39 +322,57 @@ Tensor encode(const Tensor& x, const Tensor& cu_seqlens, const std::vector<Tenso
                     x.size(0), " and leave no sequence without the token that is read (", read, ")");
 
     Tensor out = torch::stable::new_empty(x, {read == read_all ? x.size(0) : sequences, width});
-    const int64_t rows = std::min(std::max(chunk_rows, longest), x.size(0)), threads = torch::stable::get_num_threads();
-    Buffers w;
-    w.scratch_bytes = Workspace::rounded(e.k.attention_scratch(longest, width / heads));
-    const int64_t bytes[] = {rows * width * int64_t(sizeof(float)), rows * width * size,
-                             rows * std::max(3 * width, e.hidden) * size, rows * width * int64_t(sizeof(float)),
-                             2 * rows * width * size, threads * w.scratch_bytes};
-    size_t sum = 0;
-    for (int64_t b : bytes) sum += Workspace::rounded(b);
-    Workspace memory(sum);
-    w.stream = static_cast<float*>(memory.piece(bytes[0]));
-    w.normed = memory.piece(bytes[1]);
-    w.wide = memory.piece(bytes[2]);
-    w.read = static_cast<float*>(memory.piece(bytes[3]));
-    w.query = memory.piece(bytes[4]);
-    w.scratch = static_cast<char*>(memory.piece(bytes[5]));
+    if (sequences == 0) return out;
+    void* const to = out.mutable_data_ptr();
 
-    for (int64_t first = 0, last; first < sequences; first = last) {
-        for (last = first + 1; last < sequences && offsets[last + 1] - offsets[first] <= rows;) ++last;
-        const int64_t start = offsets[first], count = offsets[last] - start;
-        share(count, [&](int64_t begin, int64_t end) {
-            e.k.to_float(at(data(x), (start + begin) * width * size), (end - begin) * width, w.stream + begin * width);
-        });
-        const float* result = run(e, offsets + first, last - first, read, w);
-        const int64_t row = read == read_all ? start : first, results = read == read_all ? count : last - first;
-        share(results, [&](int64_t begin, int64_t end) {
-            e.k.from_float(result + begin * width, (end - begin) * width,
-                           at(out.mutable_data_ptr(), (row + begin) * width * size));
-        });
+    // sequences begin..end-1, a chunk of at most `rows` tokens at a time
+    const auto run_chunks = [&](int64_t begin, int64_t end, int64_t rows, const Buffers& w) {
+        for (int64_t first = begin, last; first < end; first = last) {
+            for (last = first + 1; last < end && offsets[last + 1] - offsets[first] <= rows;) ++last;
+            const int64_t start = offsets[first], count = offsets[last] - start;
+            share(w.team, count, [&](int64_t from, int64_t until) {
+                e.k.to_float(at(data(x), (start + from) * width * size), (until - from) * width,
+                             w.stream + from * width);
+            });
+            const float* result = run(e, offsets + first, last - first, read, w);
+            const int64_t row = read == read_all ? start : first, results = read == read_all ? count : last - first;
+            share(w.team, results, [&](int64_t from, int64_t until) {
+                e.k.from_float(result + from * width, (until - from) * width, at(to, (row + from) * width * size));
+            });
+        }
+    };
+    const int64_t threads = torch::stable::get_num_threads(), limit = std::max(e.k.chunk_rows(width), longest);
+    const int64_t scratch = Workspace::rounded(e.k.attention_scratch(longest, width / heads));
+    const std::vector<int64_t> first = shares_of(offsets, sequences, e.k.apart ? threads : 1);
+    const bool apart = e.k.apart && worth_apart(offsets, first);
+    const int64_t teams = apart ? threads : 1, rows = std::min(limit, x.size(0));
+    const std::vector<int64_t> bytes = buffer_bytes(e, rows, apart ? 1 : threads, scratch);
+    size_t sum = 0;
+    for (int64_t b : bytes) sum += teams * Workspace::rounded(b);
+    Workspace memory(sum);
+    std::vector<Buffers> w;
+    for (int64_t team = 0; team < teams; ++team)
+        w.push_back(buffers_in(memory, apart ? Team::alone : Team::all, bytes, scratch));
+    if (!apart) {
+        run_chunks(0, sequences, limit, w[0]);
+        return out;
     }
+    torch::stable::parallel_for(0, teams, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t team = begin; team < end; ++team) {
+            // chunks of about one size: a small last one would read all weights for little
+            const int64_t mine = offsets[first[team + 1]] - offsets[first[team]], chunks = (mine + limit - 1) / limit;
+            run_chunks(first[team], first[team + 1], std::min(limit, mine / chunks + longest / 2), w[team]);
+        }
+    });
     return out;
 }
 
 bool can_encode(bool bfloat16) { return (bfloat16 ? encoder_kernels_bfloat16() : encoder_kernels_float32()) != nullptr; }
+
+std::string why_no_amx() {
+    const char* reason = amx_unavailable();
+    return reason ? reason : encoder_kernels_amx() ? "" : "this CPU has no AVX512-BF16 beside AMX";
+}
 
 int64_t release_workspace() { return int64_t(workspace_pool().release()); }
 
@@ -281,6 +386,7 @@ STABLE_TORCH_LIBRARY_IMPL(clipfast, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CompositeExplicitAutograd, m) {
+    m.impl("why_no_amx", TORCH_BOX(&clipfast::cpu::why_no_amx));
     m.impl("can_encode", TORCH_BOX(&clipfast::cpu::can_encode));
     m.impl("release_workspace", TORCH_BOX(&clipfast::cpu::release_workspace));
 }
