@@ -49,7 +49,11 @@ def test_no_entry_is_without_its_reckoning() -> None:
 
 def test_every_entry_decides_something(script: Any) -> None:
     deciding = set()
-    machines = [Machine("cuda", c) for c in script.CAPABILITIES] + [Machine("cpu"), Machine("cpu", amx=True)]
+    machines = [Machine("cuda", c) for c in script.CAPABILITIES] + [
+        Machine("cpu"),
+        Machine("cpu", amx=True),
+        Machine("cpu", amx=True, native_amx=True),
+    ]
     for machine in machines:
         for precision in script.PRECISIONS:
             for training in (False, True):
@@ -125,12 +129,15 @@ def test_small_calls_and_compiled_ones_get_pytorch_where_launches_outweigh_bytes
 
 
 def test_encoders_where_there_is_amx() -> None:
-    for dtype, amx, backend in (
-        ("bfloat16", True, "torch"),
-        ("bfloat16", False, "native"),
-        ("float32", True, "native"),
+    for dtype, amx, native, backend in (
+        ("bfloat16", True, True, "native"),
+        # an op library without AMX
+        ("bfloat16", True, False, "torch"),
+        ("bfloat16", False, False, "native"),
+        ("float32", True, False, "native"),
     ):
-        assert rules.decide(Key("encoder", (dtype,)), Machine("cpu", amx=amx)).backend == backend
+        machine = Machine("cpu", amx=amx, native_amx=native)
+        assert rules.decide(Key("encoder", (dtype,)), machine).backend == backend
 
 
 # ----------------------------------------------------------------------------------------------------------------------
