@@ -28,7 +28,7 @@ struct alignas(64) TileConfig {
 #if defined(CLIPFAST_SOFTWARE_TILES)
 #define CLIPFAST_HAS_TILES 1
 #include "amx_software.h"
-#elif defined(__x86_64__) && defined(__GNUC__) && __has_include(<amxbf16intrin.h>)
+#elif defined(__x86_64__) && defined(__GNUC__) && __has_include(<amxbf16intrin.h>) && !defined(CLIPFAST_WITHOUT_AMX)
 // the compiler brings the header where it, and the assembler beside it, know the instructions
 #define CLIPFAST_HAS_TILES 1
 

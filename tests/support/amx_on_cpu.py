@@ -1,0 +1,128 @@
+"""Builds the AMX kernels' own source on software tiles, and runs them over tensors on a CPU without AMX."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import getpass
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import compile_once
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent.parent
+# the op library's operators on software tiles are in a namespace of their own, beside those of the real one
+NAMESPACE = "clipfast_software_tiles"
+FLAGS = ("-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+SOFTWARE = ("-DCLIPFAST_SOFTWARE_TILES", f"-Dclipfast={NAMESPACE}")
+KERNELS = ("cpu/amx.cpp", "cpu/encoder_amx.cpp", "cpu/products_amx.cpp")
+LIBRARY = ("cpu/encoder.cpp", "cpu/products.cpp", "cpu/products_bf16.cpp", "cpu/contrastive_loss.cpp", "library.cpp")
+HARNESS = "../tests/support/amx_on_cpu.cpp"
+Edit = Callable[[str], str]
+Run = Callable[..., int]
+
+
+def compiler() -> str:
+    """Return the C++ compiler; skip where there is none."""
+    if not sys.platform.startswith("linux") or os.uname().machine != "x86_64":
+        pytest.skip("AMX is x86-64's, and asked for on Linux")
+    found = next((c for c in (os.environ.get("CXX"), "c++", "g++") if c and shutil.which(c.split()[0])), None)
+    if found is None:
+        pytest.skip("no C++ compiler")
+    return found.split()[-1]
+
+
+def compile_file(source: str, target: Path, flags: tuple[str, ...], tree: Path = ROOT / "csrc") -> None:
+    """Compile a file of ``csrc`` or of this folder; what was compiled before is taken again."""
+    # relative names: the same text in another place is the same text
+    objects = Path(tempfile.gettempdir()) / f"clipfast-kernels-{getpass.getuser()}" / "amx"
+    command = [sys.executable, str(Path(compile_once.__file__)), str(objects), compiler(), *FLAGS, *flags, "-I."]
+    done = subprocess.run([*command, "-c", source, "-o", str(target)], capture_output=True, text=True, cwd=tree)
+    assert done.returncode == 0, done.stderr
+
+
+def _compile(folder: Path, sources: dict[str, tuple[str, ...]], tree: Path = ROOT / "csrc") -> None:
+    """Compile files, each with its flags, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(compile_file, s, folder / f"{Path(s).stem}.o", flags, tree) for s, flags in sources.items()]
+        for one in work:
+            one.result()
+
+
+def _link(objects: list[Path], library: Path, *links: str) -> Path:
+    subprocess.run([compiler(), "-shared", *map(str, objects), "-o", str(library), *links], check=True)
+    return library
+
+
+@functools.cache
+def operators() -> object:
+    """Return the op library's operators on software tiles: bfloat16 only."""
+    folder, torch_folder = Path(tempfile.mkdtemp(prefix="clipfast-amx-")), Path(torch.__file__).parent
+    flags = (*SOFTWARE, "-DCLIPFAST_CUDA=none", "-DTORCH_TARGET_VERSION=0x020a000000000000ull")
+    include = f"-I{torch_folder / 'include'}"
+    sources = dict.fromkeys((*LIBRARY, "cuda/entry_points.cpp"), ("-O1", *flags, include))
+    sources |= dict.fromkeys(KERNELS, ("-O3", *SOFTWARE))
+    sources |= {"../tests/support/amx_library_on_cpu.cpp": ("-O1", *SOFTWARE)}
+    _compile(folder, sources)
+    links = (f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-ldl")
+    torch.ops.load_library(_link(sorted(folder.glob("*.o")), folder / "software.so", *links))
+    shutil.rmtree(folder)
+    return getattr(torch.ops, NAMESPACE)
+
+
+@functools.cache
+def _whole_kernels() -> Path:
+    """Compile the kernels as they are; return the folder of the objects."""
+    folder = Path(tempfile.mkdtemp(prefix="clipfast-amx-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _compile(folder, dict.fromkeys((*KERNELS, HARNESS), ("-O1", *SOFTWARE)))
+    return folder
+
+
+def kernels(edit: Edit | None = None, edited: str = "", seen_by: str = "") -> Run:
+    """Compile the kernels; return what runs one of ``amx_on_cpu.cpp``'s functions.
+
+    Args:
+        edit: Changes the source of the file ``edited`` in ``csrc/cpu``.
+        edited: The name of that file.
+        seen_by: The source whose object is made of it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="clipfast-amx-"))
+    objects = {path.name: path for path in _whole_kernels().glob("*.o")}
+    if edit is not None:
+        tree = folder / "csrc"
+        shutil.copytree(ROOT / "csrc" / "cpu", tree / "cpu")
+        (folder / "tests").symlink_to(ROOT / "tests")
+        text = (tree / "cpu" / edited).read_text()
+        changed = edit(text)
+        assert changed != text, "the edit found nothing to change"
+        (tree / "cpu" / edited).write_text(changed)
+        name = f"{Path(seen_by).stem}.o"
+        command = [compiler(), *FLAGS, *SOFTWARE, "-O0", "-I.", "-c", seen_by, "-o", str(folder / name)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tree)
+        assert done.returncode == 0, done.stderr
+        objects[name] = folder / name
+    library = ctypes.CDLL(str(_link(list(objects.values()), folder / "software.so")))
+    shutil.rmtree(folder)
+
+    def run(name: str, *arguments: Tensor | int) -> int:
+        function = getattr(library, name)
+        function.restype = ctypes.c_int64
+        assert all(a.is_contiguous() for a in arguments if isinstance(a, Tensor)), "tensors go by their address"
+        return function(
+            *(ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else ctypes.c_int64(a) for a in arguments)
+        )
+
+    if not run("can_run"):
+        pytest.skip("this CPU lacks AVX512-BF16, which the kernels use beside the tiles")
+    return run
