@@ -51,34 +51,31 @@ inline float half_of(uint32_t pair, bool upper) {
     return without_denormals(x);
 }
 
-template <int t>
-void load_tile(const void* p, int64_t stride) {
+inline void load_any(int t, const void* p, int64_t stride) {
     TileState& s = configured_tiles();
     std::memset(s.data[t], 0, sizeof s.data[t]);
     for (int r = 0; r < s.config.rows[t]; ++r)
         std::memcpy(s.data[t][r], static_cast<const char*>(p) + r * stride, s.config.bytes[t]);
 }
 
-template <int t>
-void store_tile(void* p, int64_t stride) {
+inline void store_any(int t, void* p, int64_t stride) {
     const TileState& s = configured_tiles();
     for (int r = 0; r < s.config.rows[t]; ++r)
         std::memcpy(static_cast<char*>(p) + r * stride, s.data[t][r], s.config.bytes[t]);
 }
 
-template <int t>
-void zero_tile() {
+inline void zero_any(int t) {
     TileState& s = configured_tiles();
     std::memset(s.data[t], 0, sizeof s.data[t]);
 }
 
-template <int c, int a, int b>
-void dot() {
-    static_assert(c != a && c != b && a != b, "the instruction takes three different tiles");
+inline void dot_any(int c, int a, int b) {
     TileState& s = configured_tiles();
     const int rows = s.config.rows[c], columns = s.config.bytes[c] / 4, pairs = s.config.bytes[a] / 4;
     // where the instruction would fault
-    if (s.config.rows[a] != rows || s.config.bytes[b] != s.config.bytes[c] || s.config.rows[b] != pairs) __builtin_trap();
+    if (c == a || c == b || a == b || s.config.rows[a] != rows || s.config.bytes[b] != s.config.bytes[c] ||
+        s.config.rows[b] != pairs)
+        __builtin_trap();
     for (int m = 0; m < 16; ++m) {
         float sums[16];
         std::memcpy(sums, s.data[c][m], sizeof sums);
@@ -96,6 +93,23 @@ void dot() {
             sums[n] = without_denormals(without_denormals(sums[n]) + without_denormals(even[n] + odd[n]));
         std::memcpy(s.data[c][m], sums, columns * sizeof(float));
     }
+}
+
+template <int t>
+void load_tile(const void* p, int64_t stride) {
+    load_any(t, p, stride);
+}
+template <int t>
+void store_tile(void* p, int64_t stride) {
+    store_any(t, p, stride);
+}
+template <int t>
+void zero_tile() {
+    zero_any(t);
+}
+template <int c, int a, int b>
+void dot() {
+    dot_any(c, a, b);
 }
 
 }  // namespace

@@ -212,6 +212,16 @@ def test_products_of_the_loss(run: Run) -> None:
     check_loss(run)
 
 
+def test_the_machine_code() -> None:
+    """What the compiler and the assembler made of the kernels computes the same, instruction by instruction."""
+    with amx_on_cpu.machine_code() as run:
+        check_products(run)
+        check_attention(run)
+        check_loss(run)
+    if not torch.cpu._is_amx_tile_supported():
+        assert amx_on_cpu.machine_code.emulated > 10_000
+
+
 def check_tiles(run: Run) -> None:
     test_a_product_of_tiles_is_the_manuals(run, (16, 16, 16), 1e-19)
 

@@ -45,6 +45,7 @@ extern "C" {
 // 1 where this CPU can run them, else 0
 int64_t can_run() { return encoder_kernels_amx() && amx_bf16_gemm(); }
 
+#if defined(CLIPFAST_SOFTWARE_TILES)
 // C += A · B by one instruction, of tiles that a configuration describes
 void one_dot(const void* config, const void* a, const void* b, void* c) {
     TileConfig described;
@@ -68,6 +69,8 @@ void what_stays(int64_t what, const void* a, void* c) {
     const Tiles tiles;
     store_tile<3>(c, 64);
 }
+
+#endif
 
 // C of a product whose tiles two threads share at `split`; c has rows of c_row elements
 void product(const uint16_t* x, const uint16_t* weights, const float* bias, void* c, int64_t rows, int64_t terms,

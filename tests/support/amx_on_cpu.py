@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import ctypes
 import functools
 import getpass
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,7 @@ FLAGS = ("-std=c++17", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-c
 SOFTWARE = ("-DCLIPFAST_SOFTWARE_TILES", f"-Dclipfast={NAMESPACE}")
 KERNELS = ("cpu/amx.cpp", "cpu/encoder_amx.cpp", "cpu/products_amx.cpp")
 LIBRARY = ("cpu/encoder.cpp", "cpu/products.cpp", "cpu/products_bf16.cpp", "cpu/contrastive_loss.cpp", "library.cpp")
+EMULATOR = "../tests/support/amx_emulator_on_cpu.cpp"
 HARNESS = "../tests/support/amx_on_cpu.cpp"
 Edit = Callable[[str], str]
 Run = Callable[..., int]
@@ -112,8 +114,13 @@ def kernels(edit: Edit | None = None, edited: str = "", seen_by: str = "") -> Ru
         done = subprocess.run(command, capture_output=True, text=True, cwd=tree)
         assert done.returncode == 0, done.stderr
         objects[name] = folder / name
-    library = ctypes.CDLL(str(_link(list(objects.values()), folder / "software.so")))
+    run = _runner(_link(list(objects.values()), folder / "software.so"))
     shutil.rmtree(folder)
+    return run
+
+
+def _runner(path: Path) -> Run:
+    library = ctypes.CDLL(str(path))
 
     def run(name: str, *arguments: Tensor | int) -> int:
         function = getattr(library, name)
@@ -126,3 +133,20 @@ def kernels(edit: Edit | None = None, edited: str = "", seen_by: str = "") -> Ru
     if not run("can_run"):
         pytest.skip("this CPU lacks AVX512-BF16, which the kernels use beside the tiles")
     return run
+
+
+@contextlib.contextmanager
+def machine_code() -> Iterator[Run]:
+    """Compile the kernels as the op library has them; run them, AMX's instructions emulated where there are none.
+
+    The instructions that were emulated are counted in ``machine_code.emulated`` afterwards.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="clipfast-amx-"))
+    _compile(folder, dict.fromkeys(KERNELS[1:], ("-O3",)) | dict.fromkeys((HARNESS, EMULATOR), ("-O2",)))
+    run = _runner(_link(list(folder.glob("*.o")), folder / "emulated.so"))
+    shutil.rmtree(folder)
+    run("begin_emulation")
+    try:
+        yield run
+    finally:
+        machine_code.emulated = run("end_emulation")
