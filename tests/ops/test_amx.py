@@ -222,6 +222,14 @@ def test_the_machine_code() -> None:
         assert amx_on_cpu.machine_code.emulated > 10_000
 
 
+def test_factors_in_the_wrong_order_are_noticed() -> None:
+    def edit(text: str) -> str:
+        return text.replace("%%tmm%c2, %%tmm%c1, %%tmm%c0", "%%tmm%c1, %%tmm%c2, %%tmm%c0")
+
+    with amx_on_cpu.machine_code(edit, "amx.h") as run, pytest.raises(AssertionError):
+        check_products(run)
+
+
 def check_tiles(run: Run) -> None:
     test_a_product_of_tiles_is_the_manuals(run, (16, 16, 16), 1e-19)
 

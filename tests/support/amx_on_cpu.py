@@ -82,6 +82,18 @@ def operators() -> object:
     return getattr(torch.ops, NAMESPACE)
 
 
+def _edited(folder: Path, edit: Edit, edited: str) -> Path:
+    """Copy ``csrc/cpu`` to a folder and change one file of it; return the copy of ``csrc``."""
+    tree = folder / "csrc"
+    shutil.copytree(ROOT / "csrc" / "cpu", tree / "cpu")
+    (folder / "tests").symlink_to(ROOT / "tests")
+    text = (tree / "cpu" / edited).read_text()
+    changed = edit(text)
+    assert changed != text, "the edit found nothing to change"
+    (tree / "cpu" / edited).write_text(changed)
+    return tree
+
+
 @functools.cache
 def _whole_kernels() -> Path:
     """Compile the kernels as they are; return the folder of the objects."""
@@ -102,13 +114,7 @@ def kernels(edit: Edit | None = None, edited: str = "", seen_by: str = "") -> Ru
     folder = Path(tempfile.mkdtemp(prefix="clipfast-amx-"))
     objects = {path.name: path for path in _whole_kernels().glob("*.o")}
     if edit is not None:
-        tree = folder / "csrc"
-        shutil.copytree(ROOT / "csrc" / "cpu", tree / "cpu")
-        (folder / "tests").symlink_to(ROOT / "tests")
-        text = (tree / "cpu" / edited).read_text()
-        changed = edit(text)
-        assert changed != text, "the edit found nothing to change"
-        (tree / "cpu" / edited).write_text(changed)
+        tree = _edited(folder, edit, edited)
         name = f"{Path(seen_by).stem}.o"
         command = [compiler(), *FLAGS, *SOFTWARE, "-O0", "-I.", "-c", seen_by, "-o", str(folder / name)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=tree)
@@ -136,13 +142,18 @@ def _runner(path: Path) -> Run:
 
 
 @contextlib.contextmanager
-def machine_code() -> Iterator[Run]:
+def machine_code(edit: Edit | None = None, edited: str = "") -> Iterator[Run]:
     """Compile the kernels as the op library has them; run them, AMX's instructions emulated where there are none.
 
     The instructions that were emulated are counted in ``machine_code.emulated`` afterwards.
+
+    Args:
+        edit: Changes the source of the file ``edited`` in ``csrc/cpu``.
+        edited: The name of that file.
     """
     folder = Path(tempfile.mkdtemp(prefix="clipfast-amx-"))
-    _compile(folder, dict.fromkeys(KERNELS[1:], ("-O3",)) | dict.fromkeys((HARNESS, EMULATOR), ("-O2",)))
+    tree = ROOT / "csrc" if edit is None else _edited(folder, edit, edited)
+    _compile(folder, dict.fromkeys(KERNELS[1:], ("-O3",)) | dict.fromkeys((HARNESS, EMULATOR), ("-O2",)), tree)
     run = _runner(_link(list(folder.glob("*.o")), folder / "emulated.so"))
     shutil.rmtree(folder)
     run("begin_emulation")
