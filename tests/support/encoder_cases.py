@@ -88,6 +88,7 @@ CASES = {
     "one token": ({"causal": True}, [1], -1),
     "heads of 80": ({"width": 160}, [50, 50], 0),
     "heads of 8": ({"heads": 8}, [50, 7], 0),
+    "heads of 72": ({"width": 288, "heads": 4, "hidden": 1076, "layers": 1}, [33, 20], None),
     "hidden 72": ({"hidden": 72}, [50], 0),
     "as wide as ViT-B": ({"width": 768, "heads": 12, "layers": 2}, [50, 50], None),
     "more than a chunk": ({"layers": 2}, [197] * 4 + [600], 0),
