@@ -320,8 +320,10 @@ def test_a_mistake_is_noticed(run: Run, file: str, right: str, wrong: str, check
 # the operators
 
 BFLOAT16 = torch.bfloat16
-SEVERAL = ("images", "captions", "captions, all tokens", "a later token", "tanh", "quick", "heads of 80", "heads of 8", "heads of 72",
-           "hidden 72", "as wide as ViT-B", "one layer", "one token")  # fmt: skip
+SEVERAL = (
+    "images", "captions", "captions, all tokens", "a later token", "tanh", "quick", "heads of 80", "heads of 8",
+    "heads of 72", "hidden 72", "as wide as ViT-B", "one layer", "one token",
+)  # fmt: skip
 
 
 @pytest.mark.usefixtures("software")
