@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +162,8 @@ def machine_of(device: torch.device) -> rules.Machine:
         return rules.Machine("cuda", _of_card(torch.cuda.get_device_capability, device))
     if device.type == "cpu":
         amx = torch.cpu._is_amx_tile_supported()
-        return rules.Machine("cpu", amx=amx, native_amx=amx and library.why_no_amx() is None)
+        arm = platform.machine() in ("aarch64", "arm64")
+        return rules.Machine("cpu", amx=amx, native_amx=amx and library.why_no_amx() is None, arm=arm)
     return rules.Machine(device.type)
 
 

@@ -102,12 +102,14 @@ class Machine(NamedTuple):
         capability: An NVIDIA card's compute capability; None elsewhere.
         amx: Whether the CPU multiplies bfloat16 by AMX.
         native_amx: Whether the op library does so, too.
+        arm: Whether the CPU is one of Arm's.
     """
 
     kind: str
     capability: tuple[int, int] | None = None
     amx: bool = False
     native_amx: bool = False
+    arm: bool = False
 
 
 class Verdict(NamedTuple):
@@ -326,6 +328,14 @@ RULES: tuple[Rule, ...] = (
         "this CPU has AMX, which oneDNN uses and the op library cannot",
         "AMX multiplies bfloat16 at 1,000 to 1,200 GFLOP/s a core through oneDNN's packed weights; the library's "
         "products on AVX512-BF16 took 3.8 to 7 times as long on such a CPU.",
+    ),
+    Rule(
+        ("encoder",),
+        lambda key, machine: machine.arm,
+        "torch",
+        "no CPU of Arm was measured, and its oneDNN has Arm's own products",
+        "Both multiply at the same rate. The library's own tiles load 14 registers for 24 products, which a core that "
+        "loads two a clock may not keep up with: `clipfast tune` finds out.",
     ),
     Rule(
         ("encoder",),

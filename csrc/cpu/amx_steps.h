@@ -1,7 +1,7 @@
 // A block of 32 × 32 sums on AMX: two tiles of the left factor and two of the right one make four of products.
 //
 // The left factor lies in tiles [16 rows][32 terms], a kilobyte in one piece each. The right one lies in the panels of
-// avx512.h, [terms / 2][32 columns] pairs, whose halves are what the instruction wants. Include this after avx512.h.
+// register_tile.h, [terms / 2][32 columns] pairs, whose halves are what the instruction wants. Include this after register_tile.h.
 
 #include "amx.h"
 

@@ -12,6 +12,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <vector>
@@ -30,10 +31,22 @@ constexpr int64_t tensors_a_block = 12;  // see clipfast::encode
 // ---------------------------------------------------------------------------------------------------------------
 // arguments
 
+// the widest that this CPU has, or nullptr
+const EncoderKernels* widest(std::initializer_list<const EncoderKernels*> kernels) {
+    for (const EncoderKernels* k : kernels)
+        if (k) return k;
+    return nullptr;
+}
+const EncoderKernels* float32_kernels() {
+    return widest({encoder_float32_avx512(), encoder_float32_avx2(), encoder_float32_neon()});
+}
+const EncoderKernels* bfloat16_kernels() {
+    return widest({encoder_bfloat16_amx(), encoder_bfloat16_avx512(), encoder_bfloat16_neon()});
+}
+
 const EncoderKernels& kernels_for(const char* op, ScalarType dtype) {
-    const EncoderKernels* amx = encoder_kernels_amx();
-    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? (amx ? amx : encoder_kernels_bfloat16())
-                                    : dtype == ScalarType::Float  ? encoder_kernels_float32()
+    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? bfloat16_kernels()
+                                    : dtype == ScalarType::Float  ? float32_kernels()
                                                                   : nullptr;
     STD_TORCH_CHECK(kernels, op, ": this CPU has no kernels for the dtype of the input");
     return *kernels;
@@ -207,11 +220,11 @@ Tensor encode(const Tensor& x, const Tensor& cu_seqlens, const std::vector<Tenso
     return out;
 }
 
-bool can_encode(bool bfloat16) { return (bfloat16 ? encoder_kernels_bfloat16() : encoder_kernels_float32()) != nullptr; }
+bool can_encode(bool bfloat16) { return (bfloat16 ? bfloat16_kernels() : float32_kernels()) != nullptr; }
 
 std::string why_no_amx() {
     const char* reason = amx_unavailable();
-    return reason ? reason : encoder_kernels_amx() ? "" : "this CPU has no AVX512-BF16 beside AMX";
+    return reason ? reason : encoder_bfloat16_amx() ? "" : "AVX512-BF16, which goes with it, is not there or not to be used";
 }
 
 int64_t release_workspace() { return int64_t(workspace_pool().release()); }

@@ -51,7 +51,7 @@ struct EncoderKernels {
     void (*arrange)(const void* rows, int64_t begin, int64_t end, int64_t width, void* to);
     // one row of activations to a row of others
     void (*copy_row)(const void* from, int64_t row, int64_t width, void* to, int64_t to_row);
-    // a product's work comes in tiles of up to tile_rows rows and 32 columns: those numbered begin..end-1
+    // a product's work comes in tiles of up to tile_rows rows and a panel's columns: those numbered begin..end-1
     int64_t (*tiles)(const Product&);
     void (*product)(const Product&, int64_t begin, int64_t end);
     // weights [columns, terms] to panels; terms is even
@@ -68,10 +68,13 @@ struct EncoderKernels {
     void (*from_float)(const float* from, int64_t count, void* to);
 };
 
-// nullptr where this CPU lacks the instructions (AVX-512; AVX512-BF16 for bfloat16; AMX beside it)
-const EncoderKernels* encoder_kernels_float32();
-const EncoderKernels* encoder_kernels_bfloat16();
-const EncoderKernels* encoder_kernels_amx();
+// nullptr where this CPU lacks the instructions, or is not to use them (instructions.h)
+const EncoderKernels* encoder_float32_avx512();
+const EncoderKernels* encoder_float32_avx2();
+const EncoderKernels* encoder_float32_neon();
+const EncoderKernels* encoder_bfloat16_amx();  // with AVX512-BF16 beside it
+const EncoderKernels* encoder_bfloat16_avx512();
+const EncoderKernels* encoder_bfloat16_neon();
 
 // why bfloat16 is not multiplied by AMX here, or nullptr (amx.cpp)
 const char* amx_unavailable();

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 // only what follows is compiled for these instructions, and all of it is local to this file
@@ -24,8 +25,9 @@
 #endif
 
 #define CLIPFAST_BFLOAT16 1
+#define CLIPFAST_LANES 16
 #define CLIPFAST_TILE_ORDER 1
-#include "avx512.h"
+#include "register_tile.h"
 #include "amx_steps.h"
 #include "encoder_rows.h"
 
@@ -280,9 +282,9 @@ const EncoderKernels kernels{sizeof(uint16_t), true,    chunk_rows,      activat
 
 namespace clipfast::cpu {
 
-const EncoderKernels* encoder_kernels_amx() {
+const EncoderKernels* encoder_bfloat16_amx() {
 #if CLIPFAST_HAS_TILES
-    static const bool can = encoder_kernels_bfloat16() != nullptr && amx_unavailable() == nullptr;
+    static const bool can = encoder_bfloat16_avx512() != nullptr && amx_unavailable() == nullptr;
     return can ? &kernels : nullptr;
 #else
     return nullptr;

@@ -1,30 +1,40 @@
-// The kernels of encoder.h for one dtype on AVX-512: float32, or bfloat16 where CLIPFAST_BFLOAT16 is 1. Each dtype's
-// file sets it, includes this and names the result.
+// The kernels of encoder.h for one dtype and one set of instructions. A file for each pair says what it may use, includes
+// this and names the result:
+//
+//     CLIPFAST_LANES         16 on AVX-512, 8 on AVX2, 4 on NEON
+//     CLIPFAST_BFLOAT16      1 for bfloat16, 0 for float32
+//     CLIPFAST_INSTRUCTIONS  what the compiler may take beyond the build's, as its target attribute has it
+//     CLIPFAST_HAS           whether this CPU has them
 
 #include "encoder.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-
 // before the pragmas: what these bring is for every CPU
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-
-// only what follows is compiled for these instructions, and all of it is local to the file that includes it
-#if defined(__clang__) && CLIPFAST_BFLOAT16
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
-#elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
-#elif CLIPFAST_BFLOAT16
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#if CLIPFAST_LANES == 4
+#include <arm_neon.h>
 #else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#include <immintrin.h>
 #endif
 
-#include "avx512.h"
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "instructions.h"
+
+// only what follows is compiled for these instructions, and all of it is local to the file that includes it
+#define CLIPFAST_PRAGMA(text) _Pragma(#text)
+#define CLIPFAST_ALLOW_CLANG(names) \
+    CLIPFAST_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define CLIPFAST_ALLOW_GCC(names) CLIPFAST_PRAGMA(GCC target(names))
+#if defined(__clang__)
+CLIPFAST_ALLOW_CLANG(CLIPFAST_INSTRUCTIONS)
+#else
+#pragma GCC push_options
+CLIPFAST_ALLOW_GCC(CLIPFAST_INSTRUCTIONS)
+#endif
+
+#include "register_tile.h"
+// behind it
 #include "encoder_rows.h"
 
 namespace clipfast::cpu {
@@ -38,18 +48,17 @@ constexpr int64_t tile_rows = 96;  // at most: their activations and a panel sta
 template <Product::Then then, Gelu gelu, int rows>
 void tile(const Product& p, int64_t row, int64_t column) {
     const int64_t units = p.terms / terms_a_unit;
-    const __mmask16 masks[2] = {first_lanes(p.columns - column), first_lanes(p.columns - column - 16)};
-    __m512 bias[2];
+    const Mask masks[2] = {first_lanes(p.columns - column), first_lanes(p.columns - column - lanes)};
+    Lanes bias[2];
     for (int half = 0; half < 2; ++half)
-        bias[half] = p.bias ? _mm512_maskz_loadu_ps(masks[half], p.bias + column + 16 * half) : _mm512_setzero_ps();
+        bias[half] = p.bias ? load(masks[half], p.bias + column + lanes * half) : all(0.f);
     register_tile<rows>(units, units_at(p.a, row * p.terms), units,
-                        static_cast<const uint32_t*>(p.b) + column * units, [&](int r, int half, __m512 sum) {
-                            const int64_t at = (row + r) * p.c_row + column + 16 * half;
-                            sum = _mm512_add_ps(sum, bias[half]);
+                        static_cast<const uint32_t*>(p.b) + column * units, [&](int r, int half, Lanes sum) {
+                            const int64_t at = (row + r) * p.c_row + column + lanes * half;
+                            sum = sum + bias[half];
                             if constexpr (then == Product::Then::add) {
                                 float* c = static_cast<float*>(p.c) + at;
-                                sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(masks[half], c));
-                                _mm512_mask_storeu_ps(c, masks[half], sum);
+                                store(c, masks[half], sum + load(masks[half], c));
                                 return;
                             }
                             if constexpr (then == Product::Then::gelu)
@@ -60,18 +69,17 @@ void tile(const Product& p, int64_t row, int64_t column) {
                         });
 }
 
+// what is left of a block of rows, less than a tile's height
+template <Product::Then then, Gelu gelu, int rows>
+void last_rows(const Product& p, int64_t row, int64_t count, int64_t column) {
+    if (count == rows) return tile<then, gelu, rows>(p, row, column);
+    if constexpr (rows > 1) last_rows<then, gelu, rows - 1>(p, row, count, column);
+}
+
 template <Product::Then then, Gelu gelu>
 void rows_of_tile(const Product& p, int64_t row, int64_t end, int64_t column) {
     for (; row + height <= end; row += height) tile<then, gelu, height>(p, row, column);
-    switch (end - row) {
-        case 7: return tile<then, gelu, 7>(p, row, column);
-        case 6: return tile<then, gelu, 6>(p, row, column);
-        case 5: return tile<then, gelu, 5>(p, row, column);
-        case 4: return tile<then, gelu, 4>(p, row, column);
-        case 3: return tile<then, gelu, 3>(p, row, column);
-        case 2: return tile<then, gelu, 2>(p, row, column);
-        case 1: return tile<then, gelu, 1>(p, row, column);
-    }
+    last_rows<then, gelu, height - 1>(p, row, end - row, column);
 }
 
 int64_t blocks_of_rows(const Product& p) { return (p.rows + tile_rows - 1) / tile_rows; }
@@ -107,13 +115,13 @@ void pack(const void* weights, int64_t columns, int64_t terms, void* to) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// attention: eight queries at a time against all keys, whose scores fit the first-level cache
+// attention: a few queries at a time against all keys, whose scores fit the first-level cache
 
 struct Scratch {
-    uint32_t* keys;    // panels of keys: [keys / 32][head_dim units][32]
-    uint32_t* values;  // panels of columns: [head_dim / 32][keys units][32]
-    float* scores;     // [8][keys]
-    Element* weights;  // [8][keys]
+    uint32_t* keys;    // panels of keys: [keys / panel][head_dim units][panel]
+    uint32_t* values;  // panels of columns: [head_dim / panel][keys units][panel]
+    float* scores;     // [height][keys]
+    Element* weights;  // [height][keys]
 };
 
 int64_t attention_scratch(int64_t tokens, int64_t head_dim) {
@@ -139,33 +147,26 @@ void attend(const Head& h, const Scratch& s, int64_t query) {
     const int64_t end = h.causal ? padded(query + rows) : keys;
     for (int64_t j = 0; j < end; j += panel)
         register_tile<rows>(units, units_at(h.q, query * h.row), h.row / terms_a_unit, s.keys + j * units,
-                            [&](int r, int half, __m512 sum) {
-                                _mm512_storeu_ps(s.scores + r * keys + j + 16 * half, sum);
-                            });
-    __m512 rescale[rows];
+                            [&](int r, int half, Lanes sum) { store(s.scores + r * keys + j + lanes * half, sum); });
+    Lanes rescale[rows];
     for (int r = 0; r < rows; ++r) {
         const int64_t visible = h.causal ? query + r + 1 : h.tokens;
         const float sum = exponentials(s.scores + r * keys, visible, end, h.scale, s.weights + r * keys);
-        rescale[r] = reciprocal(_mm512_set1_ps(sum));
+        rescale[r] = reciprocal(all(sum));
     }
     for (int64_t d = 0; d < h.head_dim; d += panel)
         register_tile<rows>(end / terms_a_unit, units_at(s.weights, 0), keys / terms_a_unit,
-                            s.values + d * (keys / terms_a_unit), [&](int r, int half, __m512 sum) {
-                                put(h.out, h.width, h.first + query + r, h.column + d + 16 * half,
-                                    first_lanes(h.head_dim - d - 16 * half), _mm512_mul_ps(sum, rescale[r]));
+                            s.values + d * (keys / terms_a_unit), [&](int r, int half, Lanes sum) {
+                                put(h.out, h.width, h.first + query + r, h.column + d + lanes * half,
+                                    first_lanes(h.head_dim - d - lanes * half), sum * rescale[r]);
                             });
 }
 
-void attend_rest(const Head& h, const Scratch& s, int64_t query) {
-    switch (h.tokens - query) {
-        case 7: return attend<7>(h, s, query);
-        case 6: return attend<6>(h, s, query);
-        case 5: return attend<5>(h, s, query);
-        case 4: return attend<4>(h, s, query);
-        case 3: return attend<3>(h, s, query);
-        case 2: return attend<2>(h, s, query);
-        case 1: return attend<1>(h, s, query);
-    }
+// the last queries, fewer than a tile's height
+template <int rows>
+void attend_last(const Head& h, const Scratch& s, int64_t query) {
+    if (h.tokens - query == rows) return attend<rows>(h, s, query);
+    if constexpr (rows > 1) attend_last<rows - 1>(h, s, query);
 }
 
 void attention(const Head& h, void* scratch) {
@@ -175,7 +176,7 @@ void attention(const Head& h, void* scratch) {
     pack_values(h, s.values);
     int64_t query = 0;
     for (; query + height <= h.tokens; query += height) attend<height>(h, s, query);
-    attend_rest(h, s, query);
+    attend_last<height - 1>(h, s, query);
 }
 
 int64_t chunk_rows(int64_t) { return 512; }
@@ -196,28 +197,7 @@ const EncoderKernels kernels{sizeof(Element), false,   chunk_rows,      activati
 namespace clipfast::cpu {
 namespace {
 
-const EncoderKernels* kernels_of_this_cpu() {
-#if CLIPFAST_BFLOAT16
-    static const bool multiplies = __builtin_cpu_supports("avx512bf16");
-#else
-    static const bool multiplies = __builtin_cpu_supports("avx512f");
-#endif
-    static const bool can = multiplies && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
-    return can ? &kernels : nullptr;
-}
+const EncoderKernels* kernels_of_this_cpu() { return CLIPFAST_HAS ? &kernels : nullptr; }
 
 }  // namespace
 }  // namespace clipfast::cpu
-
-#else
-
-namespace clipfast::cpu {
-namespace {
-
-const EncoderKernels* kernels_of_this_cpu() { return nullptr; }
-
-}  // namespace
-}  // namespace clipfast::cpu
-
-#endif

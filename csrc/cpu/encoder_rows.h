@@ -1,6 +1,6 @@
-// What the encoder's kernels have in common on AVX-512, whatever multiplies: rows that are loaded, stored, normed and
-// packed, softmax, and attention of one query. Included by encoder_kernels.h and encoder_amx.cpp between the pragmas that
-// allow the instructions, after avx512.h; CLIPFAST_TILE_ORDER is 1 where activations lie in tile order (encoder.h).
+// What the encoder's kernels have in common, whatever multiplies: rows that are loaded, stored, normed and packed, softmax,
+// and attention of one query. Included by encoder_kernels.h and encoder_amx.cpp between the pragmas that allow the
+// instructions, after register_tile.h; CLIPFAST_TILE_ORDER is 1 where activations lie in tile order (encoder.h).
 
 namespace clipfast::cpu {
 namespace {
@@ -12,24 +12,24 @@ using Element = float;
 #endif
 constexpr int64_t terms_a_unit = sizeof(uint32_t) / sizeof(Element);
 
+inline float as_float(Element x) {
+#if CLIPFAST_BFLOAT16
+    const uint32_t bits = uint32_t(x) << 16;
+    float y;
+    std::memcpy(&y, &bits, sizeof(y));
+    return y;
+#else
+    return x;
+#endif
+}
+
 const uint32_t* units_at(const void* p, int64_t element) {
     return reinterpret_cast<const uint32_t*>(static_cast<const Element*>(p) + element);
 }
 
-inline __m512 load(__mmask16 mask, const Element* p) {
 #if CLIPFAST_BFLOAT16
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
-#else
-    return _mm512_maskz_loadu_ps(mask, p);
+inline void store(Element* p, Lanes x) { store(p, first_lanes(lanes), x); }
 #endif
-}
-inline void store(Element* p, __mmask16 mask, __m512 x) {
-#if CLIPFAST_BFLOAT16
-    _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
-#else
-    _mm512_mask_storeu_ps(p, mask, x);
-#endif
-}
 
 // ---------------------------------------------------------------------------------------------------------------
 // activations
@@ -47,18 +47,25 @@ inline int64_t activation_elements(int64_t rows, int64_t width) { return rows * 
 inline int64_t activation_at(int64_t width, int64_t row, int64_t column) { return row * width + column; }
 #endif
 
-// 16 columns from `column` on, those of the mask, of one row of activations
-inline void put(void* activations, int64_t width, int64_t row, int64_t column, __mmask16 mask, __m512 x) {
+// lanes of columns from `column` on, those of the mask, of one row of activations
+inline void put(void* activations, int64_t width, int64_t row, int64_t column, Mask mask, Lanes x) {
     Element* to = static_cast<Element*>(activations) + activation_at(width, row, column);
 #if CLIPFAST_TILE_ORDER
     const int64_t left = tile_terms - column % tile_terms;
-    if (left < 16) {  // the rest lies in the next tile
-        const __mmask16 here = first_lanes(left);
+    if (left < lanes) {  // the rest lies in the next tile
+        const Mask here = first_lanes(left);
         store(static_cast<Element*>(activations) + activation_at(width, row, column + left) - left, mask & ~here, x);
         mask &= here;
     }
 #endif
     store(to, mask, x);
+}
+inline void put(void* activations, int64_t width, int64_t row, int64_t column, Lanes x) {
+#if CLIPFAST_TILE_ORDER
+    put(activations, width, row, column, first_lanes(lanes), x);
+#else
+    store(static_cast<Element*>(activations) + activation_at(width, row, column), x);
+#endif
 }
 
 void copy_row(const void* from, int64_t row, int64_t width, void* to, int64_t to_row) {
@@ -72,14 +79,14 @@ void copy_row(const void* from, int64_t row, int64_t width, void* to, int64_t to
                     static_cast<const Element*>(from) + activation_at(width, row, c), together * sizeof(Element));
 }
 
-// `count` rows of units, `row` units apart, to panels: to[p][unit][32] of `to_units` each, zeros beyond the last row
+// `count` rows of units, `row` units apart, to panels: to[p][unit][panel] of `to_units` each, zeros beyond the last row
 // and unit
 void pack_rows(const uint32_t* from, int64_t count, int64_t row, int64_t units, uint32_t* to, int64_t to_units) {
-    for (int64_t c = 0; c < round_up(count, panel); c += 16) {
-        const uint32_t* rows[16];
-        for (int64_t i = 0; i < 16; ++i) rows[i] = c + i < count ? from + (c + i) * row : nullptr;
+    for (int64_t c = 0; c < round_up(count, panel); c += lanes) {
+        const uint32_t* rows[lanes];
+        for (int64_t i = 0; i < lanes; ++i) rows[i] = c + i < count ? from + (c + i) * row : nullptr;
         uint32_t* at = to + c / panel * to_units * panel + c % panel;
-        for (int64_t k = 0; k < units; k += 16) transpose_16(rows, k, units, at);
+        for (int64_t k = 0; k < units; k += lanes) transpose(rows, k, units, at);
         if (c % panel == 0) std::memset(at + units * panel, 0, (to_units - units) * panel * sizeof *at);
     }
 }
@@ -89,32 +96,32 @@ void pack_rows(const uint32_t* from, int64_t count, int64_t row, int64_t units, 
 
 void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t width, void* y,
                 int64_t row) {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / float(width));
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-        squares = _mm512_fmadd_ps(d, d, squares);
+    Lanes sum = all(0.f), squares = all(0.f);
+    for (int64_t i = 0; i < width; i += lanes) sum = sum + load(x + i);
+    const Lanes mean = all(sum_of(sum) / float(width));
+    for (int64_t i = 0; i < width; i += lanes) {
+        const Lanes d = load(x + i) - mean;
+        squares = fused(d, d, squares);
     }
-    const float variance = _mm512_reduce_add_ps(squares) / float(width);
-    const __m512 rstd = _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt_ps(_mm512_set1_ps(variance + eps)));
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), rstd);
-        put(y, width, row, i, 0xffff, _mm512_fmadd_ps(normed, _mm512_loadu_ps(weight + i), _mm512_loadu_ps(bias + i)));
+    const float variance = sum_of(squares) / float(width);
+    const Lanes rstd = all(1.f / std::sqrt(variance + eps));
+    for (int64_t i = 0; i < width; i += lanes) {
+        const Lanes normed = (load(x + i) - mean) * rstd;
+        put(y, width, row, i, fused(normed, load(weight + i), load(bias + i)));
     }
 }
 
 void to_float(const void* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = first_lanes(count - i);
-        _mm512_mask_storeu_ps(to + i, mask, load(mask, static_cast<const Element*>(from) + i));
+    for (int64_t i = 0; i < count; i += lanes) {
+        const Mask mask = first_lanes(count - i);
+        store(to + i, mask, load(mask, static_cast<const Element*>(from) + i));
     }
 }
 
 void from_float(const float* from, int64_t count, void* to) {
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = first_lanes(count - i);
-        store(static_cast<Element*>(to) + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
+    for (int64_t i = 0; i < count; i += lanes) {
+        const Mask mask = first_lanes(count - i);
+        store(static_cast<Element*>(to) + i, mask, load(mask, from + i));
     }
 }
 
@@ -127,37 +134,32 @@ int64_t padded(int64_t tokens) { return round_up(tokens, panel); }
 void pack_values(const Head& h, uint32_t* to) {
     const int64_t units = padded(h.tokens) / terms_a_unit;
     for (int64_t u = 0; u < units; ++u)
-        for (int64_t d = 0; d < round_up(h.head_dim, panel); d += 16) {
+        for (int64_t d = 0; d < round_up(h.head_dim, panel); d += lanes) {
             const int64_t t = u * terms_a_unit;
             const Element* at = static_cast<const Element*>(h.v) + t * h.row + d;
-            const __mmask16 mask = first_lanes(h.head_dim - d);
+            const Mask mask = first_lanes(h.head_dim - d), none = first_lanes(0);
+            uint32_t* unit = to + (d / panel * units + u) * panel + d % panel;
 #if CLIPFAST_BFLOAT16
-            const __m256i even = _mm256_maskz_loadu_epi16(t < h.tokens ? mask : 0, at);
-            const __m256i odd = _mm256_maskz_loadu_epi16(t + 1 < h.tokens ? mask : 0, at + h.row);
-            const __m512i unit =
-                _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+            store_pairs(unit, t < h.tokens ? mask : none, at, t + 1 < h.tokens ? mask : none, at + h.row);
 #else
-            const __m512i unit = _mm512_maskz_loadu_epi32(t < h.tokens ? mask : 0, at);
+            store(reinterpret_cast<float*>(unit), load(t < h.tokens ? mask : none, at));
 #endif
-            _mm512_storeu_si512(to + (d / panel * units + u) * panel + d % panel, unit);
         }
 }
 
 // softmax numerators of one row over its first `visible` keys, in the dtype, with zeros up to `keys`; returns their sum
 float exponentials(const float* scores, int64_t visible, int64_t keys, float scale, Element* weights) {
-    __m512 most = _mm512_set1_ps(-__builtin_inff());
-    for (int64_t j = 0; j < visible; j += 16)
-        most = _mm512_mask_max_ps(most, first_lanes(visible - j), most, _mm512_loadu_ps(scores + j));
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(most)), s = _mm512_set1_ps(scale);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < keys; j += 16) {
-        const __mmask16 mask = first_lanes(visible - j);
-        const __m512 e = _mm512_maskz_mov_ps(
-            mask, exponential(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + j), shift), s)));
-        sum = _mm512_add_ps(sum, e);
-        store(weights + j, 0xffff, e);
+    Lanes most = all(-__builtin_inff());
+    for (int64_t j = 0; j < visible; j += lanes)
+        most = choose(first_lanes(visible - j), larger(most, load(scores + j)), most);
+    const Lanes shift = all(largest_of(most)), s = all(scale);
+    Lanes sum = all(0.f);
+    for (int64_t j = 0; j < keys; j += lanes) {
+        const Lanes e = choose(first_lanes(visible - j), exponential((load(scores + j) - shift) * s), all(0.f));
+        sum = sum + e;
+        store(weights + j, e);
     }
-    return _mm512_reduce_add_ps(sum);
+    return sum_of(sum);
 }
 
 void attention_of_one(const Head& h, void* scratch) {
@@ -166,27 +168,22 @@ void attention_of_one(const Head& h, void* scratch) {
     Element* weights = reinterpret_cast<Element*>(scores + keys);
     const Element *q = static_cast<const Element*>(h.q), *k = static_cast<const Element*>(h.k);
     for (int64_t j = 0; j < h.tokens; ++j) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; d < h.head_dim; d += 16) {
-            const __mmask16 mask = first_lanes(h.head_dim - d);
-            sum = _mm512_fmadd_ps(load(mask, q + d), load(mask, k + j * h.row + d), sum);
+        Lanes sum = all(0.f);
+        for (int64_t d = 0; d < h.head_dim; d += lanes) {
+            const Mask mask = first_lanes(h.head_dim - d);
+            sum = fused(load(mask, q + d), load(mask, k + j * h.row + d), sum);
         }
-        scores[j] = _mm512_reduce_add_ps(sum);
+        scores[j] = sum_of(sum);
     }
-    const __m512 rescale = reciprocal(_mm512_set1_ps(exponentials(scores, h.tokens, keys, h.scale, weights)));
-    for (int64_t d = 0; d < h.head_dim; d += 16) {
-        const __mmask16 mask = first_lanes(h.head_dim - d);
-        __m512 sum = _mm512_setzero_ps();
+    const Lanes rescale = reciprocal(all(exponentials(scores, h.tokens, keys, h.scale, weights)));
+    for (int64_t d = 0; d < h.head_dim; d += lanes) {
+        const Mask mask = first_lanes(h.head_dim - d);
+        Lanes sum = all(0.f);
         for (int64_t j = 0; j < h.tokens; ++j) {
-            const __m512 value = load(mask, static_cast<const Element*>(h.v) + j * h.row + d);
-#if CLIPFAST_BFLOAT16
-            const __m512 weight = (__m512)_mm512_set1_epi32(int(uint32_t(weights[j]) << 16));
-#else
-            const __m512 weight = _mm512_set1_ps(weights[j]);
-#endif
-            sum = _mm512_fmadd_ps(weight, value, sum);
+            const Lanes value = load(mask, static_cast<const Element*>(h.v) + j * h.row + d);
+            sum = fused(all(as_float(weights[j])), value, sum);
         }
-        put(h.out, h.width, h.first, h.column + d, mask, _mm512_mul_ps(sum, rescale));
+        put(h.out, h.width, h.first, h.column + d, mask, sum * rescale);
     }
 }
 

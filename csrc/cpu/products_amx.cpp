@@ -28,7 +28,8 @@
 #endif
 
 #define CLIPFAST_BFLOAT16 1
-#include "avx512.h"
+#define CLIPFAST_LANES 16
+#include "register_tile.h"
 #include "amx_steps.h"
 
 #if CLIPFAST_HAS_TILES
@@ -161,7 +162,7 @@ public:
             for (int64_t i = 0; i < 16; ++i) from[i] = c + i < count ? even_row(first + c + i, i) : nullptr;
             // pairs beyond the width stay the zeros that they were made
             uint32_t* to = columns_panels_.data() + c / panel * pairs_ * panel + c % panel;
-            for (int64_t k = 0; k < units; k += 16) transpose_16(from, k, units, to);
+            for (int64_t k = 0; k < units; k += 16) transpose(from, k, units, to);
         }
         for (int64_t c = 0; c < steps_of(count) * tile_terms; c += 2)
             to_panels(c < count ? row_of(text_, first + c) : nullptr, c + 1 < count ? row_of(text_, first + c + 1) : nullptr,
@@ -221,7 +222,7 @@ private:
             const uint32_t* from[16];
             for (int64_t i = 0; i < 16; ++i) from[i] = g_pairs_.data() + (pair + i) * tile_columns;
             for (int64_t c = 0; c < columns; c += 16)
-                transpose_16<16>(from, c, columns, g_transposed_.data() + pair * tile_columns);
+                transpose<16>(from, c, columns, g_transposed_.data() + pair * tile_columns);
         }
     }
 

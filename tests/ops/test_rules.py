@@ -53,6 +53,7 @@ def test_every_entry_decides_something(script: Any) -> None:
         Machine("cpu"),
         Machine("cpu", amx=True),
         Machine("cpu", amx=True, native_amx=True),
+        Machine("cpu", arm=True),
     ]
     for machine in machines:
         for precision in script.PRECISIONS:
@@ -138,6 +139,7 @@ def test_encoders_where_there_is_amx() -> None:
     ):
         machine = Machine("cpu", amx=amx, native_amx=native)
         assert rules.decide(Key("encoder", (dtype,)), machine).backend == backend
+        assert rules.decide(Key("encoder", (dtype,)), Machine("cpu", arm=True)).backend == "torch"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

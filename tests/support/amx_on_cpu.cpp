@@ -14,7 +14,7 @@
 namespace clipfast::cpu {
 
 // AVX512-BF16 is what the kernels need beside the tiles
-const EncoderKernels* encoder_kernels_bfloat16() {
+const EncoderKernels* encoder_bfloat16_avx512() {
     static const EncoderKernels any{};
     return __builtin_cpu_supports("avx512bf16") ? &any : nullptr;
 }
@@ -43,7 +43,7 @@ using namespace clipfast::cpu;
 extern "C" {
 
 // 1 where this CPU can run them, else 0
-int64_t can_run() { return encoder_kernels_amx() && amx_bf16_gemm(); }
+int64_t can_run() { return encoder_bfloat16_amx() && amx_bf16_gemm(); }
 
 #if defined(CLIPFAST_SOFTWARE_TILES)
 // C += A · B by one instruction, of tiles that a configuration describes
@@ -75,7 +75,7 @@ void what_stays(int64_t what, const void* a, void* c) {
 // C of a product whose tiles two threads share at `split`; c has rows of c_row elements
 void product(const uint16_t* x, const uint16_t* weights, const float* bias, void* c, int64_t rows, int64_t terms,
              int64_t columns, int64_t c_row, int64_t then, int64_t gelu, int64_t split) {
-    const EncoderKernels& k = *encoder_kernels_amx();
+    const EncoderKernels& k = *encoder_bfloat16_amx();
     auto a = nans(k.activation_elements(rows, terms)), b = nans(k.packed_elements(columns, terms));
     k.arrange(x, 0, rows, terms, a.data());
     k.pack(weights, columns, terms, b.data());
@@ -90,7 +90,7 @@ void product(const uint16_t* x, const uint16_t* weights, const float* bias, void
 
 // out [tokens, heads · dim] of qkv [tokens and spare ones, 3 · heads · dim]
 void attention(const uint16_t* qkv, uint16_t* out, int64_t tokens, int64_t heads, int64_t dim, int64_t causal) {
-    const EncoderKernels& k = *encoder_kernels_amx();
+    const EncoderKernels& k = *encoder_bfloat16_amx();
     const int64_t width = heads * dim, before = 5;
     // other sequences' rows lie before and behind
     auto attended = nans(k.activation_elements(before + tokens, width));
