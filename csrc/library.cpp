@@ -112,6 +112,8 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
 
     // Inference on the CPU (csrc/cpu/encoder.cpp), for bfloat16 and float32. Whether this CPU has what it takes:
     m.def("can_encode(bool bfloat16) -> bool");
+    // why bfloat16 is not multiplied by AMX in this process, or an empty string where it is
+    m.def("why_no_amx() -> str");
     // weight [columns, terms] in the form that products read it in
     m.def("pack_weight(Tensor weight) -> Tensor");
     // x [rows, terms] times such a weight, plus bias (float32) -> [rows, columns]

@@ -34,36 +34,13 @@ CLIPFAST_ALLOW_GCC(CLIPFAST_INSTRUCTIONS)
 #endif
 
 #include "register_tile.h"
+// behind it
+#include "encoder_rows.h"
 
 namespace clipfast::cpu {
 namespace {
 
-#if CLIPFAST_BFLOAT16
-using Element = uint16_t;
-#else
-using Element = float;
-#endif
-constexpr int64_t terms_a_unit = sizeof(uint32_t) / sizeof(Element);
 constexpr int64_t tile_rows = 96;  // at most: their activations and a panel stay in the second-level cache
-
-inline float as_float(Element x) {
-#if CLIPFAST_BFLOAT16
-    const uint32_t bits = uint32_t(x) << 16;
-    float y;
-    std::memcpy(&y, &bits, sizeof(y));
-    return y;
-#else
-    return x;
-#endif
-}
-
-const uint32_t* units_at(const void* p, int64_t element) {
-    return reinterpret_cast<const uint32_t*>(static_cast<const Element*>(p) + element);
-}
-
-#if CLIPFAST_BFLOAT16
-inline void store(Element* p, Lanes x) { store(p, first_lanes(lanes), x); }
-#endif
 
 // ---------------------------------------------------------------------------------------------------------------
 // products
@@ -130,54 +107,11 @@ void product(const Product& p, int64_t begin, int64_t end) {
     }
 }
 
-// `count` rows of units, `row` units apart, to panels: to[p][unit][panel], zeros beyond the last row
-void pack_rows(const uint32_t* from, int64_t count, int64_t row, int64_t units, uint32_t* to) {
-    for (int64_t c = 0; c < round_up(count, panel); c += lanes) {
-        const uint32_t* rows[lanes];
-        for (int64_t i = 0; i < lanes; ++i) rows[i] = c + i < count ? from + (c + i) * row : nullptr;
-        uint32_t* at = to + c / panel * units * panel + c % panel;
-        for (int64_t k = 0; k < units; k += lanes) transpose(rows, k, units, at);
-    }
-}
-
 int64_t packed_elements(int64_t columns, int64_t terms) { return round_up(columns, panel) * terms; }
 
 void pack(const void* weights, int64_t columns, int64_t terms, void* to) {
     const int64_t units = terms / terms_a_unit;
-    pack_rows(static_cast<const uint32_t*>(weights), columns, units, units, static_cast<uint32_t*>(to));
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// LayerNorm and conversions
-
-void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t width, void* y) {
-    Lanes sum = all(0.f), squares = all(0.f);
-    for (int64_t i = 0; i < width; i += lanes) sum = sum + load(x + i);
-    const Lanes mean = all(sum_of(sum) / float(width));
-    for (int64_t i = 0; i < width; i += lanes) {
-        const Lanes d = load(x + i) - mean;
-        squares = fused(d, d, squares);
-    }
-    const float variance = sum_of(squares) / float(width);
-    const Lanes rstd = all(1.f / std::sqrt(variance + eps));
-    for (int64_t i = 0; i < width; i += lanes) {
-        const Lanes normed = (load(x + i) - mean) * rstd;
-        store(static_cast<Element*>(y) + i, fused(normed, load(weight + i), load(bias + i)));
-    }
-}
-
-void to_float(const void* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += lanes) {
-        const Mask mask = first_lanes(count - i);
-        store(to + i, mask, load(mask, static_cast<const Element*>(from) + i));
-    }
-}
-
-void from_float(const float* from, int64_t count, void* to) {
-    for (int64_t i = 0; i < count; i += lanes) {
-        const Mask mask = first_lanes(count - i);
-        store(static_cast<Element*>(to) + i, mask, load(mask, from + i));
-    }
+    pack_rows(static_cast<const uint32_t*>(weights), columns, units, units, static_cast<uint32_t*>(to), units);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -189,8 +123,6 @@ struct Scratch {
     float* scores;     // [height][keys]
     Element* weights;  // [height][keys]
 };
-
-int64_t padded(int64_t tokens) { return round_up(tokens, panel); }
 
 int64_t attention_scratch(int64_t tokens, int64_t head_dim) {
     const int64_t keys = padded(tokens);
@@ -208,38 +140,6 @@ Scratch scratch_at(void* memory, int64_t tokens, int64_t head_dim) {
     return s;
 }
 
-// values [tokens, head_dim] to panels of columns whose units are neighbouring tokens
-void pack_values(const Head& h, uint32_t* to) {
-    const int64_t units = padded(h.tokens) / terms_a_unit;
-    for (int64_t u = 0; u < units; ++u)
-        for (int64_t d = 0; d < round_up(h.head_dim, panel); d += lanes) {
-            const int64_t t = u * terms_a_unit;
-            const Element* at = static_cast<const Element*>(h.v) + t * h.row + d;
-            const Mask mask = first_lanes(h.head_dim - d), none = first_lanes(0);
-            uint32_t* unit = to + (d / panel * units + u) * panel + d % panel;
-#if CLIPFAST_BFLOAT16
-            store_pairs(unit, t < h.tokens ? mask : none, at, t + 1 < h.tokens ? mask : none, at + h.row);
-#else
-            store(reinterpret_cast<float*>(unit), load(t < h.tokens ? mask : none, at));
-#endif
-        }
-}
-
-// softmax numerators of one row over its first `visible` keys, in the dtype, with zeros up to `keys`; returns their sum
-float exponentials(const float* scores, int64_t visible, int64_t keys, float scale, Element* weights) {
-    Lanes most = all(-__builtin_inff());
-    for (int64_t j = 0; j < visible; j += lanes)
-        most = choose(first_lanes(visible - j), larger(most, load(scores + j)), most);
-    const Lanes shift = all(largest_of(most)), s = all(scale);
-    Lanes sum = all(0.f);
-    for (int64_t j = 0; j < keys; j += lanes) {
-        const Lanes e = choose(first_lanes(visible - j), exponential((load(scores + j) - shift) * s), all(0.f));
-        sum = sum + e;
-        store(weights + j, e);
-    }
-    return sum_of(sum);
-}
-
 template <int rows>
 void attend(const Head& h, const Scratch& s, int64_t query) {
     const int64_t keys = padded(h.tokens), units = h.head_dim / terms_a_unit;
@@ -254,12 +154,11 @@ void attend(const Head& h, const Scratch& s, int64_t query) {
         const float sum = exponentials(s.scores + r * keys, visible, end, h.scale, s.weights + r * keys);
         rescale[r] = reciprocal(all(sum));
     }
-    Element* out = static_cast<Element*>(h.out) + query * h.out_row;
     for (int64_t d = 0; d < h.head_dim; d += panel)
         register_tile<rows>(end / terms_a_unit, units_at(s.weights, 0), keys / terms_a_unit,
                             s.values + d * (keys / terms_a_unit), [&](int r, int half, Lanes sum) {
-                                store(out + r * h.out_row + d + lanes * half,
-                                      first_lanes(h.head_dim - d - lanes * half), sum * rescale[r]);
+                                put(h.out, h.width, h.first + query + r, h.column + d + lanes * half,
+                                    first_lanes(h.head_dim - d - lanes * half), sum * rescale[r]);
                             });
 }
 
@@ -272,40 +171,19 @@ void attend_last(const Head& h, const Scratch& s, int64_t query) {
 
 void attention(const Head& h, void* scratch) {
     const Scratch s = scratch_at(scratch, h.tokens, h.head_dim);
-    pack_rows(units_at(h.k, 0), h.tokens, h.row / terms_a_unit, h.head_dim / terms_a_unit, s.keys);
+    pack_rows(units_at(h.k, 0), h.tokens, h.row / terms_a_unit, h.head_dim / terms_a_unit, s.keys,
+              h.head_dim / terms_a_unit);
     pack_values(h, s.values);
     int64_t query = 0;
     for (; query + height <= h.tokens; query += height) attend<height>(h, s, query);
     attend_last<height - 1>(h, s, query);
 }
 
-void attention_of_one(const Head& h, void* scratch) {
-    const int64_t keys = padded(h.tokens);
-    float* scores = static_cast<float*>(scratch);
-    Element* weights = reinterpret_cast<Element*>(scores + keys);
-    const Element *q = static_cast<const Element*>(h.q), *k = static_cast<const Element*>(h.k);
-    for (int64_t j = 0; j < h.tokens; ++j) {
-        Lanes sum = all(0.f);
-        for (int64_t d = 0; d < h.head_dim; d += lanes) {
-            const Mask mask = first_lanes(h.head_dim - d);
-            sum = fused(load(mask, q + d), load(mask, k + j * h.row + d), sum);
-        }
-        scores[j] = sum_of(sum);
-    }
-    const Lanes rescale = reciprocal(all(exponentials(scores, h.tokens, keys, h.scale, weights)));
-    for (int64_t d = 0; d < h.head_dim; d += lanes) {
-        const Mask mask = first_lanes(h.head_dim - d);
-        Lanes sum = all(0.f);
-        for (int64_t j = 0; j < h.tokens; ++j) {
-            const Lanes value = load(mask, static_cast<const Element*>(h.v) + j * h.row + d);
-            sum = fused(all(as_float(weights[j])), value, sum);
-        }
-        store(static_cast<Element*>(h.out) + d, mask, sum * rescale);
-    }
-}
+int64_t chunk_rows(int64_t) { return 512; }
 
-const EncoderKernels kernels{sizeof(Element), tiles,     product,          packed_elements, pack,      layer_norm,
-                             attention_scratch, attention, attention_of_one, to_float,        from_float};
+const EncoderKernels kernels{sizeof(Element), false,   chunk_rows,      activation_elements, nullptr,    copy_row,
+                             tiles,           product, packed_elements, pack,                layer_norm, attention_scratch,
+                             attention,       attention_of_one, to_float, from_float};
 
 }  // namespace
 }  // namespace clipfast::cpu

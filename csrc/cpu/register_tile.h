@@ -59,7 +59,8 @@ inline void register_tile(int64_t units, const uint32_t* a, int64_t a_row, const
 }
 
 // As many rows of units as there are lanes to columns: to[k][lane] = from[lane][k] for as many k (`units` in all, less
-// at the end), `to` rows a panel apart; rows that are nullptr count as zeros
+// at the end), rows of `to` a panel or `to_row` units apart; rows that are nullptr count as zeros
+template <int64_t to_row = panel>
 inline void transpose(const uint32_t* const from[lanes], int64_t k, int64_t units, uint32_t* to) {
 #if CLIPFAST_LANES == 4
     float32x4_t r[4], t[4];
@@ -74,7 +75,7 @@ inline void transpose(const uint32_t* const from[lanes], int64_t k, int64_t unit
         r[i] = vreinterpretq_f32_f64(vtrn1q_f64(low, high));
         r[i + 2] = vreinterpretq_f32_f64(vtrn2q_f64(low, high));
     }
-    for (int i = 0; i < 4 && k + i < units; ++i) store(reinterpret_cast<float*>(to + (k + i) * panel), r[i]);
+    for (int i = 0; i < 4 && k + i < units; ++i) store(reinterpret_cast<float*>(to + (k + i) * to_row), r[i]);
 #elif CLIPFAST_LANES == 8
     const __m256i mask = first_lanes(units - k);
     __m256 r[8], t[8];
@@ -94,7 +95,7 @@ inline void transpose(const uint32_t* const from[lanes], int64_t k, int64_t unit
         t[i] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x20);
         t[i + 4] = _mm256_permute2f128_ps(r[i], r[i + 4], 0x31);
     }
-    for (int i = 0; i < 8 && k + i < units; ++i) store(reinterpret_cast<float*>(to + (k + i) * panel), t[i]);
+    for (int i = 0; i < 8 && k + i < units; ++i) store(reinterpret_cast<float*>(to + (k + i) * to_row), t[i]);
 #else
     const __mmask16 mask = first_lanes(units - k);
     __m512i r[16], t[16];
@@ -121,7 +122,7 @@ inline void transpose(const uint32_t* const from[lanes], int64_t k, int64_t unit
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
         r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
     }
-    for (int i = 0; i < 16 && k + i < units; ++i) _mm512_storeu_si512(to + (k + i) * panel, r[i]);
+    for (int i = 0; i < 16 && k + i < units; ++i) _mm512_storeu_si512(to + (k + i) * to_row, r[i]);
 #endif
 }
 

@@ -249,6 +249,7 @@ def test_not_a_number_is_not_hidden(name: str, backend: str) -> None:
         ("blas", torch.float16),
         ("mkl_bf16", torch.bfloat16),
         ("avx512_bf16", torch.bfloat16),
+        ("amx_bf16", torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize(

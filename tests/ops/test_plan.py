@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounter
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import dispatch, fallback, measured, plan, rules, trust, tuned
+from clipfast.ops import dispatch, fallback, library, measured, plan, rules, trust, tuned
 
 CPU = torch.device("cpu")
 X, WEIGHT = torch.randn(3, 64), torch.ones(64)
@@ -47,6 +47,16 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[Known]:
 
 def explained() -> str:
     return clipfast.explain("layer_norm", X, WEIGHT, WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("of_cpu", "why_not", "native"), [(True, None, True), (True, "no", False), (False, "no", False)]
+)
+def test_whose_amx_a_cpu_has(of_cpu: bool, why_not: str | None, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: of_cpu)
+    monkeypatch.setattr(library, "why_no_amx", lambda: why_not)
+    machine = plan.machine_of(CPU)
+    assert (machine.amx, machine.native_amx) == (of_cpu, native)
 
 
 def test_the_order_of_authority(known: Known) -> None:

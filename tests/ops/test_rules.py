@@ -51,7 +51,7 @@ def test_every_entry_decides_something(script: Any) -> None:
     deciding = set()
     # a card that nothing is known of too
     machines = [Machine("cuda", c) for c in (*script.CAPABILITIES, (10, 3))]
-    machines += [Machine("cpu"), Machine("cpu", amx=True)]
+    machines += [Machine("cpu"), Machine("cpu", amx=True), Machine("cpu", amx=True, native_amx=True)]
     machines += [Machine("cpu", arm=True), Machine("xpu")]
     for machine in machines:
         for precision in script.PRECISIONS:
@@ -133,12 +133,15 @@ def test_small_calls_and_compiled_ones_get_pytorch_where_launches_outweigh_bytes
 
 
 def test_encoders_where_there_is_amx() -> None:
-    for dtype, amx, backend in (
-        ("bfloat16", True, "torch"),
-        ("bfloat16", False, "native"),
-        ("float32", True, "native"),
+    for dtype, amx, native, backend in (
+        ("bfloat16", True, True, "native"),
+        # an op library without AMX
+        ("bfloat16", True, False, "torch"),
+        ("bfloat16", False, False, "native"),
+        ("float32", True, False, "native"),
     ):
-        assert rules.decide(Key("encoder", (dtype,)), Machine("cpu", amx=amx)).backend == backend
+        machine = Machine("cpu", amx=amx, native_amx=native)
+        assert rules.decide(Key("encoder", (dtype,)), machine).backend == backend
         assert rules.decide(Key("encoder", (dtype,)), Machine("cpu", arm=True)).backend == "torch"
 
 
