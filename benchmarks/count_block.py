@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from conftest import _schemas as _schemas  # of torchvision, which open_clip imports
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,9 +23,6 @@ from torch.utils._pytree import tree_leaves
 import clipfast
 from clipfast.modules.block import ResidualAttentionBlock
 from clipfast.modules.transformer import Transformer
-
-sys.path.append(str(Path(__file__).parent))
-from test_block import open_clips_block
 
 # as many rows as no weight has
 BATCH, TOKENS, WIDTH, HEADS = 4, 60, 256, 4
@@ -124,14 +120,20 @@ def ours(layers: int) -> nn.Module:
 
 def open_clips(layers: int) -> nn.Module:
     """Return a stack of open_clip's blocks."""
+    from test_block import open_clips_block
+
     block = ResidualAttentionBlock(WIDTH, HEADS)
     return nn.Sequential(*(open_clips_block(block, WIDTH, HEADS) for _ in range(layers)))
 
 
 def main() -> None:
     """Print the counts of every library and mode."""
+    sys.path.append(str(Path(__file__).parent))
+    import conftest  # noqa: F401  # torchvision's schemas, which open_clip's import needs
+    from harness import absent
+
     sides = {"clipfast, PyTorch": (ours, "auto"), "clipfast, Triton": (ours, "triton")}
-    if open_clips_block(ResidualAttentionBlock(WIDTH, HEADS), WIDTH, HEADS) is not None:
+    if not absent("open_clip", "torchvision"):
         sides = {"open_clip": (open_clips, "auto")} | sides
     for mode in MODES:
         print(f"{mode}:")

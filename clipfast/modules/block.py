@@ -230,12 +230,12 @@ class ResidualAttentionBlock(nn.Module):
             y, x = self._add_norm(self.ln_2, x, branch)
             x, y = (t if rows == sequences else t[:sequences] for t in (x, self.mlp(y)))
             return x, Branch(y)
-        if self._leaves_bias(self.attn, self.attn.out_proj, self.ln_2, y, x):
+        if self._leaves_bias(self.attn, "out_proj", self.ln_2, y, x):
             branch = self.attn.branch(y, cu_seqlens)
         else:
             branch = Branch(self.attn(y, cu_seqlens))
         y, x = self._add_norm(self.ln_2, x, branch)
-        if following is not None and self._leaves_bias(self.mlp, self.mlp.c_proj, following, y, x):
+        if following is not None and self._leaves_bias(self.mlp, "c_proj", following, y, x):
             return x, self.mlp.branch(y)
         return x, Branch(self.mlp(y))
 
@@ -257,17 +257,18 @@ class ResidualAttentionBlock(nn.Module):
         x = branch.added_to(x)
         return norm(x), x
 
-    def _leaves_bias(self, part: nn.Module, linear: nn.Module, norm: nn.Module, y: Tensor, x: Tensor) -> bool:
+    def _leaves_bias(self, part: nn.Module, last: str, norm: nn.Module, y: Tensor, x: Tensor) -> bool:
         """Return whether a part's last layer leaves its bias' gradient to the norm that adds the part's result.
 
         Args:
             part: The part, which is given ``y``.
-            linear: Its last layer.
+            last: The layer's name in it.
             norm: Adds to the stream ``x``.
         """
-        if not torch.is_grad_enabled() or not (self._may_skip(norm) and _is_plain(linear) and self._may_skip(part)):
+        if not torch.is_grad_enabled() or not (self._may_skip(norm) and self._may_skip(part)):
             return False
-        return kernel_sums_bias_gradient(y, x, norm.weight, norm.bias, norm.eps, linear.bias)
+        linear = getattr(part, last)
+        return _is_plain(linear) and kernel_sums_bias_gradient(y, x, norm.weight, norm.bias, norm.eps, linear.bias)
 
     def weights(self) -> BlockWeights:
         """Return the parameters as :class:`~clipfast.ops.encoder.PackedEncoder` takes them."""

@@ -50,6 +50,7 @@ def operator_calls() -> list[tuple[str, tuple]]:
         ("add_layer_norm_forward", (x.half(), residual, weight, bias, 1e-5)),
         ("add_layer_norm_backward", (x, x, residual, weight, *statistics, torch.float32, torch.float32)),
         ("add_layer_norm_backward", (x, x, residual, weight, *statistics, torch.float16, torch.float32)),
+        ("add_layer_norm_backward", (x, x, residual, weight, *statistics, *[torch.float32] * 2, torch.float16)),
         ("bias_gelu_forward", (x, bias, "none")),
         ("bias_gelu_forward", (x, None, "tanh")),
         ("bias_gelu_backward", (residual, x, bias, "quick")),

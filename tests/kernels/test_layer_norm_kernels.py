@@ -84,6 +84,27 @@ def test_a_half_precision_branch_on_a_float32_stream() -> None:
     assert forward(True, inputs)[1].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [256, 1000])
+def test_the_gradient_of_a_bias_before_the_addition(width: int, dtype: torch.dtype) -> None:
+    for rows, of_bias in ((3, dtype), (130, torch.float32)):
+        inputs = [*drawn(rows, width, dtype=dtype), torch.randn(width).to(DEVICE, of_bias)]
+        grads = drawn(rows, width, dtype=dtype, seed=1)[:2]
+
+        def gradients(backend: str, kind: torch.dtype | None = None, inputs=inputs, grads=grads) -> list[Tensor]:
+            leaves = [t.detach().to(kind or t.dtype).requires_grad_() for t in inputs]
+            with clipfast.backend(backend):
+                outputs = ops.add_layer_norm(*leaves[:4], EPS, leaves[4])
+            return list(torch.autograd.grad(outputs, leaves, [g.to(kind or g.dtype) for g in grads]))
+
+        found, again = gradients("triton"), gradients("triton")
+        reference, oracle = gradients("reference"), gradients("reference", torch.float64)
+        for name, *values in zip((*NAMES, "bias of x"), found, reference, oracle, strict=True):
+            assert_as_exact_as_reference(*values, name)
+        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+        assert torch.allclose(oracle[4], oracle[0].sum(0))
+
+
 @pytest.mark.parametrize("add", [False, True])
 @pytest.mark.parametrize("width", [320, 512])
 def test_nothing_beside_the_rows_is_read_or_written(add: bool, width: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from oracle import relative_error
-from torch import Tensor
+import torch.nn.functional as F
+from oracle import assert_as_exact_as_reference, relative_error
+from torch import Tensor, nn
 
 import clipfast
 from clipfast.modules.vit import interpolate_positions
@@ -92,6 +95,58 @@ def test_gradient_checkpointing_computes_blocks_again() -> None:
     model.transformer.resblocks[1].register_forward_pre_hook(lambda *_: calls.append(1))
     model(images()).sum().backward()
     assert len(calls) == 2
+
+
+def embedded(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    out = model._patches(x)
+    return out.detach(), *torch.autograd.grad(out.sin().sum(), (x, model.conv1.weight))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_patches_are_a_product_in_training_too(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small_vit(), images().requires_grad_()
+    model.conv1.to(memory_format=layout)
+    expected = F.conv2d(x, model.conv1.weight, stride=model.patch_size).flatten(2).transpose(1, 2)
+    expected = expected.detach(), *torch.autograd.grad(expected.sin().sum(), (x, model.conv1.weight))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Conv2d, "_conv_forward", lambda *args: pytest.fail("a convolution"))
+        found = embedded(model, x)
+    for actual, exact in zip(found, expected, strict=True):
+        assert relative_error(actual, exact) < 1e-13
+    assert found[0].is_contiguous()
+
+
+def test_patches_under_autocast_are_as_exact_as_the_convolution() -> None:
+    model, x = small_vit(), images()
+    exact = model._patches(x)
+    model, x = model.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, reference = model._patches(x), model.conv1(x).flatten(2).transpose(1, 2)
+    assert found.dtype == reference.dtype == torch.bfloat16
+    assert_as_exact_as_reference(found, reference, exact, "patches")
+
+
+def change_by_hook(conv: nn.Module) -> None:
+    conv.register_forward_hook(lambda m, args, out: 2 * out)
+
+
+def change_forward(conv: nn.Module) -> None:
+    forward = conv.forward
+    conv.forward = lambda x: 2 * forward(x)
+
+
+def change_bias(conv: nn.Module) -> None:
+    conv.bias = nn.Parameter(torch.ones(conv.out_channels, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("change", [change_by_hook, change_forward, change_bias])
+def test_a_convolution_that_somebody_changed_is_called(change: Callable[[nn.Module], None]) -> None:
+    model, x = small_vit(), images().requires_grad_()
+    plain = model._patches(x)
+    change(model.conv1)
+    found = model._patches(x)
+    assert relative_error(found, model.conv1(x).flatten(2).transpose(1, 2)) < 1e-13
+    assert relative_error(found, plain) > 0.1
 
 
 def test_patch_dropout_works_in_training_alone() -> None:

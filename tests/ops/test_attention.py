@@ -223,3 +223,29 @@ def test_wrong_dtype() -> None:
 def test_wrong_cu_seqlens(offsets: Tensor, error: type[Exception]) -> None:
     with pytest.raises(error, match="cu_seqlens"):
         ops.attention(torch.zeros(5, 48), 2, cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_backward_pass_copies_no_gradient_once_more(causal: bool) -> None:
+    """SDPA's three gradients are stacked as qkv lies: nothing else but views stands between them and the caller."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Names(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not function.is_view:
+                self.names.append(function.__name__.split(".")[0])
+            return function(*args, **(kwargs or {}))
+
+    for shape in ((2, 9, 3 * 64), (2, 9, 3, 2, 32)):
+        qkv = torch.randn(shape, requires_grad=True)
+        out = ops.attention(qkv, 2, causal=causal)
+        with Names() as mode:
+            (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+        assert gradient.is_contiguous()
+        sdpa, *rest = [n for n in mode.names if n not in ("ones_like", "detach")]
+        assert "scaled_dot_product" in sdpa
+        assert rest == ["stack"]

@@ -63,6 +63,21 @@ def test_gradients() -> None:
     assert torch.autograd.gradcheck(ops.add_layer_norm, inputs)
 
 
+def test_the_gradient_of_a_bias_that_is_in_x_already() -> None:
+    torch.manual_seed(0)
+    x, residual = (torch.randn(2, 3, 6, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    constant, (weight, bias) = torch.randn(6, dtype=torch.float64, requires_grad=True), parameters(6)
+    with_it = ops.add_layer_norm(x + constant.detach(), residual, weight, bias, EPS, constant)
+    plain = ops.add_layer_norm(x + constant, residual, weight, bias, EPS)
+    for found, expected in zip(with_it, plain, strict=True):
+        assert torch.equal(found, expected)
+    found, expected = (
+        torch.autograd.grad([o.sin().sum() for o in outputs], (x, residual, constant)) for outputs in (with_it, plain)
+    )
+    for name, *pair in zip(("x", "residual", "constant"), found, expected, strict=True):
+        assert relative_error(*pair) < 1e-14, name
+
+
 def test_inputs_are_not_altered() -> None:
     x, residual, (weight, bias) = *torch.randn(2, 4, 8, dtype=torch.float64), parameters(8)
     copies = [t.clone() for t in (x, residual, weight, bias)]
@@ -78,3 +93,5 @@ def test_errors() -> None:
         ops.layer_norm(x, one, torch.ones(7))
     with pytest.raises(ValueError, match=r"add_layer_norm\(residual\): got shape \(3, 8\), expected \(2, 8\)"):
         ops.add_layer_norm(x, torch.zeros(3, 8), one, one)
+    with pytest.raises(ValueError, match=r"add_layer_norm\(bias_of_x\): got shape \(7,\), expected \(8,\)"):
+        ops.add_layer_norm(x, x, one, one, EPS, torch.ones(7))
