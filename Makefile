@@ -14,7 +14,7 @@ help:
 	@echo "make test-cuda-build  test the op library beside CUDA builds of PyTorch; no GPU is needed; fetches gigabytes once"
 	@echo "make exhaustive  compile every configuration of every Triton kernel, interpret attention at every size: half an hour or more"
 	@echo "make bench     time clipfast beside its rivals"
-	@echo "make kernels   compile every Triton kernel for three GPU generations; no GPU is needed"
+	@echo "make kernels   compile every Triton kernel for four GPU generations and reckon what it costs; no GPU is needed"
 	@echo "make wheel     one wheel for every Python and card into dist/; no GPU is needed; CPU=1, or ARCHS=\"9.0a\""
 	@echo "make sdist     the sources that pip builds a wheel from, into dist/"
 	@echo "make gpu       on a machine with an NVIDIA GPU: what needs one, in 9 minutes; PART=tests, bench or cpu for some of it"

@@ -12,6 +12,7 @@ Environment:
     CLIPFAST_SKIP_CUDA=1      builds without the CUDA kernels
     CLIPFAST_SKIP_LIBRARY=1   installs without the library
     CLIPFAST_GLIBC            links for systems with this version of the C library, such as 2.28, and later
+    _PYTHON_HOST_PLATFORM     Python's own name of what is built for, such as linux-aarch64; CXX has to be its compiler
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import importlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import shutil
 import site
@@ -51,6 +51,11 @@ JOBS = 2
 
 class CannotBuild(Exception):
     """Why the op library, or its CUDA half, is left out."""
+
+
+def machine() -> str:
+    """Return the processor that is built for: this one's, or what _PYTHON_HOST_PLATFORM names."""
+    return sysconfig.get_platform().rpartition("-")[2]
 
 
 def find_torch() -> Path:
@@ -252,7 +257,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build it, and write the record beside it."""
         target = Path(self.get_ext_fullpath(ext.name))
-        record = {"library": LIBRARY, "platform": platform.machine(), "reason": None}
+        record = {"library": LIBRARY, "platform": machine(), "reason": None}
         try:
             record |= build_library(target, Path(self.build_temp))
             # loading a damaged library can end the process; it is compared with this before

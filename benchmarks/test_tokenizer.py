@@ -22,6 +22,7 @@ from harness import by_scale, measure
 import clipfast
 from clipfast.benchmark.results import Row
 from clipfast.data import tokenizer as module
+from clipfast.data.cleaning import clean_words
 
 TEXTS = by_scale(smoke=500, short=5_000, full=20_000)
 FOREIGN = ["café", "naïve", "“quoted”", "– 50 %", "犬が走る", "一只猫", "кошка", "😀", "👩‍🚀", "T&amp;J"]
@@ -66,7 +67,7 @@ def rust_librarys_tokenizer():
 @pytest.mark.parametrize("foreign_share", [0.0, 0.1, 1.0], ids=["ASCII", "one in ten not ASCII", "none ASCII"])
 def test_tokenizer(foreign_share, benchmark):
     texts = captions(foreign_share)
-    clean = [" ".join(module.clean_words(text)) for text in texts]
+    clean = [" ".join(clean_words(text)) for text in texts]
     theirs, rust, ours = open_clips_tokenizer(), rust_librarys_tokenizer(), clipfast.Tokenizer()
     ids = ours(texts)
     if not isinstance(theirs, str):

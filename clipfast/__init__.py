@@ -25,6 +25,7 @@ _HOME_OF = {
     "acceleration": "clipfast.models.accelerate",
     "restore": "clipfast.models.accelerate",
     "warm_up": "clipfast.models.warm_up",
+    "graphed": "clipfast.models.graphed",
     "tune": "clipfast.tuning.run",
     "forget_packed_weights": "clipfast.modules.inference",
     "ViT": "clipfast.modules.vit",
@@ -82,6 +83,7 @@ if TYPE_CHECKING:
     from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, list_models
     from clipfast.models.create import create_model
     from clipfast.models.export import export
+    from clipfast.models.graphed import graphed
     from clipfast.models.warm_up import warm_up
     from clipfast.models.weights import load_weights
     from clipfast.modules.distill_loss import DistillClipLoss

@@ -18,6 +18,7 @@ from clipfast.cli_train import ending_on_request as _ending_on_request
 from clipfast.cli_tune import add_tune_command as _add_tune_command
 from clipfast.commands import Commands, errors_told
 from clipfast.console import echo
+from clipfast.openmp import spin_briefly
 
 app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
@@ -32,9 +33,12 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def main(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)] = False,
 ) -> None:
     """Fast CLIP training and inference that computes exactly what CLIP computes."""
+    if context.invoked_subcommand != "tune":  # measures for every program here, and they wait as OpenMP's default says
+        spin_briefly()
 
 
 @app.command()

@@ -126,6 +126,7 @@ def _library(problems: list[tuple[str, str]], wants_cuda: bool) -> dict[str, Any
         "compiler": info["compiler"],
         "torch_target": info["torch_target"],
         "cpu": info["cpu"],
+        "why_no_amx": library.why_no_amx(),
         "cuda": None if toolkit == "none" else toolkit,
         "architectures": architectures,
         "cuda_reason": library.record().get("cuda_reason"),
@@ -257,6 +258,9 @@ def _facts(report: dict[str, Any]) -> list[str]:
             how = f": {card['how']}" if card.get("served") else ": not served by the op library"
             facts[f"card {card['index']}"] = f"{card['name']} ({card['capability']}){how}"
         facts["library"] = _describe_library(report["library"])
+        if report["library"]["reason"] is None:
+            why_not = report["library"]["why_no_amx"]
+            facts["AMX"] = f"not used: {why_not}" if why_not else "multiplies bfloat16 in the encoder and the losses"
         facts |= {f"tuned {device}: ": _describe_tuned(about) for device, about in report["tuned"].items()}
         if cuda:
             facts["CUDA entry points: "] = report["library"]["cuda_entry_points"]

@@ -59,23 +59,61 @@ STABLE_TORCH_LIBRARY(clipfast, m) {
     // With G_ij = u_i · (exp(x_ij - row_lse_i) - [j is i's label]) + v_j · (exp(x_ij - col_lse_j) - [j is i's label])
     // (the log-sum-exps in two parts, as above; x_ij must come out in the very bits of the statistics' pass)
     // for the weights u [M], v [N]: d_image_i = Σ_j G_ij s f_i g_j text_j, d_text_j = Σ_i G_ij s f_i g_j image_i,
-    // d_scale = Σ_ij G_ij f_i g_j (image_i · text_j). The factors count as constants.
+    // d_scale = Σ_ij G_ij f_i g_j (image_i · text_j). The factors count as constants. Features' gradients are in the
+    // features' dtype, or `wide`: in the precision of the sums.
     m.def(
         "contrastive_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
-        "Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, Tensor col_weight, int first_label) "
-        "-> (Tensor d_image, Tensor d_text, Tensor d_scale)");
+        "Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, Tensor col_weight, int first_label, "
+        "bool wide=False) -> (Tensor d_image, Tensor d_text, Tensor d_scale)");
+    // The same pair on the CPU for few logits: the first also returns the products image_i · text_j [M, N], in the
+    // precision of the sums, and the second reads them in place of forming them again.
+    m.def(
+        "contrastive_statistics_and_products(Tensor image, Tensor text, Tensor logit_scale, Tensor? image_factor, "
+        "Tensor? text_factor, int first_label) -> "
+        "(Tensor row_lse, Tensor col_lse, Tensor positive, Tensor row_rival, Tensor col_rival, Tensor products)");
+    m.def(
+        "contrastive_gradients_of_products(Tensor products, Tensor image, Tensor text, Tensor logit_scale, "
+        "Tensor? image_factor, Tensor? text_factor, Tensor row_lse, Tensor col_lse, Tensor row_weight, "
+        "Tensor col_weight, int first_label, bool wide=False) -> (Tensor d_image, Tensor d_text, Tensor d_scale)");
     // SigLIP: with z_ij = 1 at the label and -1 beside it, row_loss_i = Σ_j log(1 + exp(-z_ij · (x_ij + b))).
     m.def(
         "siglip_statistics(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "
         "Tensor? text_factor, int first_label) -> Tensor");
-    // As contrastive_gradients with G_ij = -u_i · z_ij · σ(-z_ij · (x_ij + b)), and d_bias = Σ_ij G_ij.
+    // As contrastive_gradients with G_ij = -u_i · z_ij · σ(-z_ij · (x_ij + b)), and d_bias = Σ_ij G_ij; with the row_loss
+    // of siglip_statistics from the same pass.
     m.def(
         "siglip_gradients(Tensor image, Tensor text, Tensor logit_scale, Tensor logit_bias, Tensor? image_factor, "
-        "Tensor? text_factor, Tensor row_weight, int first_label) "
-        "-> (Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
+        "Tensor? text_factor, Tensor row_weight, int first_label, bool wide=False) "
+        "-> (Tensor row_loss, Tensor d_image, Tensor d_text, Tensor d_scale, Tensor d_bias)");
+
+    // Elementwise work on the CPU (csrc/cpu/rows.cpp): rows in float32, bfloat16 or float16, contiguous or not; weights
+    // and biases in any of these. Which instructions serve on this CPU: avx512,
+    // avx2, or nothing where neither is there
+    m.def("row_vectors() -> str");
+    // y as x; statistics: the rows' means and reciprocal deviations, float32 [2, rows]
+    m.def("native_layer_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor statistics)");
+    m.def(
+        "native_layer_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor statistics) "
+        "-> (Tensor dx, Tensor d_weight, Tensor d_bias)");
+    // stream = x + residual, in their common dtype, and its LayerNorm
+    m.def(
+        "native_add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor bias, float eps) "
+        "-> (Tensor y, Tensor stream, Tensor statistics)");
+    // d_residual is empty where it is dx, as it is for equal dtypes; sum, of dx over rows, where no dtype is given
+    m.def(
+        "native_add_layer_norm_backward(Tensor dy, Tensor d_stream, Tensor stream, Tensor weight, Tensor statistics, "
+        "ScalarType x_dtype, ScalarType residual_dtype, ScalarType? sum_dtype) "
+        "-> (Tensor dx, Tensor d_residual, Tensor d_weight, Tensor d_bias, Tensor sum)");
+    // form: 0 erf, 1 tanh, 2 quick
+    m.def("native_bias_gelu(Tensor x, Tensor? bias, int form) -> Tensor");
+    // d_bias is empty without a bias
+    m.def(
+        "native_bias_gelu_backward(Tensor dy, Tensor x, Tensor? bias, int form) -> (Tensor dx, Tensor d_bias)");
 
     // Inference on the CPU (csrc/cpu/encoder.cpp), for bfloat16 and float32. Whether this CPU has what it takes:
     m.def("can_encode(bool bfloat16) -> bool");
+    // why bfloat16 is not multiplied by AMX in this process, or an empty string where it is
+    m.def("why_no_amx() -> str");
     // weight [columns, terms] in the form that products read it in
     m.def("pack_weight(Tensor weight) -> Tensor");
     // x [rows, terms] times such a weight, plus bias (float32) -> [rows, columns]

@@ -6,17 +6,18 @@ The kernels are in :mod:`~clipfast.kernels.attention_whole` (all keys of a head 
 
 from __future__ import annotations
 
-import functools
+import ctypes
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from clipfast.kernels import attention_policy as policy
-from clipfast.kernels.aot import AotJob
+from clipfast.kernels import card
+from clipfast.kernels.aot import Call, tensor
 from clipfast.kernels.attention_policy import Streaming, Whole
 from clipfast.kernels.attention_streaming import (
     streaming_backward_keys,
@@ -24,10 +25,9 @@ from clipfast.kernels.attention_streaming import (
     streaming_forward,
 )
 from clipfast.kernels.attention_whole import whole_backward, whole_forward
+from clipfast.kernels.launch import cdiv
 
 LOG2_E = math.log2(math.e)
-# offsets within a tile are 32 bits: 257 rows of at most this many elements
-LARGEST_TOKEN_STRIDE = 2**22
 
 
 def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -57,20 +57,24 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
     plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
-    constexprs = plan_constexprs(plan, head_dim, causal, qkv.stride(-2) % 8 == 0)
+    unit, sign = policy.unit(qkv.stride()), policy.sign(scale)
+    constexprs = plan_constexprs(plan, head_dim, causal, unit) | {"SIGN": sign}
+    # the largest score of a row is that of the largest product; a factor of 0 would meet masked scores, which are -inf
+    log2_scale = abs(scale) * LOG2_E if sign else 1.0
     options = {"num_warps": plan.warps, "num_stages": plan.stages}
     if isinstance(plan, Whole):
-        tiles = triton.cdiv(lead[-1] - plan.class_token, plan.queries)
+        tiles = cdiv(lead[-1] - plan.class_token, plan.queries)
         # few heads: more programs, each with a share of the query tiles
-        splits = min(tiles, triton.cdiv(2 * _multiprocessors(qkv.device), sequences * heads))
+        splits = min(tiles, cdiv(2 * _multiprocessors(qkv.device), sequences * heads))
         whole_forward[(sequences * heads * splits,)](
-            qkv, out, lse, *_strides(qkv), *shape, splits, scale * LOG2_E, **constexprs, **options
+            qkv, out, lse, *_strides(qkv, unit), *shape, splits, log2_scale, **constexprs, **options
         )
         return out, lse
+    exact = lse.shape[0] == 2
     splits = _splits(lse.shape[2], sequences, plan.queries, plan.class_token)
     streaming_forward[(sequences * heads * splits,)](
-        qkv, out, lse, cu_seqlens, *_strides(qkv), *shape, splits, scale * LOG2_E,
-        PACKED=cu_seqlens is not None, EXACT=lse.shape[0] == 2, **constexprs, **options,
+        qkv, out, lse, cu_seqlens, *_strides(qkv, unit), *shape, splits, *_in_fp32(log2_scale, exact),
+        PACKED=cu_seqlens is not None, EXACT=exact, **constexprs, **options,
     )  # fmt: skip
     return out, lse
 
@@ -84,7 +88,7 @@ def backward(
         d_out: ``[B, N, H·D]`` (``[total, H·D]``), the gradient of the output, in its dtype.
         qkv, out, lse, cu_seqlens, causal, scale: What :func:`forward` took and returned.
     """
-    qkv, d_out = _readable(qkv), d_out.contiguous()
+    qkv, d_out = _readable(qkv), _on_16_bytes(d_out.contiguous())
     *lead, _, heads, head_dim = qkv.shape
     d_qkv = qkv.new_empty(qkv.shape)
     if d_qkv.numel() == 0:
@@ -97,42 +101,60 @@ def backward(
     plans = policy.backward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     sequences = lead[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (heads, lead[-1], lse.shape[2])
-    scales = (scale, scale * LOG2_E)
-    aligned = qkv.stride(-2) % 8 == 0
+    unit = policy.unit(qkv.stride())
     if isinstance(plans, Whole):
         whole_backward[(sequences * heads,)](
-            qkv, out, lse, d_out, d_qkv, *_strides(qkv), *shape, *scales,
-            **plan_constexprs(plans, head_dim, causal, aligned), num_warps=plans.warps, num_stages=plans.stages,
+            qkv, out, lse, d_out, d_qkv, *_strides(qkv, unit), *shape, scale, scale * LOG2_E,
+            **plan_constexprs(plans, head_dim, causal, unit), num_warps=plans.warps, num_stages=plans.stages,
         )  # fmt: skip
         return d_qkv
     for_queries, for_keys = plans
     forward_plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     exact = lse.shape[0] == 2 and isinstance(forward_plan, Streaming)
     delta = lse.new_empty(lse.shape[1:])
+    scales = (scale, *_in_fp32(scale * LOG2_E, exact))
     splits = _splits(lse.shape[2], sequences, for_queries.queries, for_queries.class_token)
     streaming_backward_queries[(sequences * heads * splits,)](
-        qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
-        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_queries, head_dim, causal, aligned),
+        qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv, unit), *shape, splits, *scales,
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_queries, head_dim, causal, unit),
         num_warps=for_queries.warps, num_stages=for_queries.stages,
     )  # fmt: skip
     splits = _splits(lse.shape[2], sequences, for_keys.keys, for_keys.class_token)
     streaming_backward_keys[(sequences * heads * splits,)](
-        qkv, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv), *shape, splits, *scales,
-        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_keys, head_dim, causal, aligned),
+        qkv, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv, unit), *shape, splits, *scales,
+        PACKED=cu_seqlens is not None, EXACT=exact, **plan_constexprs(for_keys, head_dim, causal, unit),
         num_warps=for_keys.warps, num_stages=for_keys.stages,
     )  # fmt: skip
     return d_qkv
 
 
+def _in_fp32(factor: float, exact: bool) -> tuple[float, float]:
+    """Return a factor as the kernels take it, in fp32, and if they are to be exact what it has lost (else 0).
+
+    That is above zero if the factor is: it is rounded, but not up.
+    """
+    if not exact:
+        return factor, 0.0
+    rounded = ctypes.c_float(factor).value
+    if rounded >= factor:
+        rounded = ctypes.c_float(rounded * (1 - 2**-23)).value
+    return rounded, factor - rounded
+
+
 def _readable(qkv: Tensor) -> Tensor:
     """Return ``qkv``, or a copy of one whose layout the kernels cannot read in place."""
-    readable = qkv.stride(-1) == 1 and qkv.stride(-4) <= LARGEST_TOKEN_STRIDE
-    return qkv if readable else qkv.contiguous()
+    return _on_16_bytes(qkv if policy.in_place(qkv.stride()) else qkv.contiguous())
 
 
-def _strides(qkv: Tensor) -> tuple[int, int, int, int]:
-    """Return the strides of sequences (0 when packed), tokens, parts (q, k, v) and heads."""
-    return (qkv.stride(0) if qkv.dim() == 5 else 0, *qkv.stride()[-4:-1])
+def _on_16_bytes(x: Tensor) -> Tensor:
+    """Return ``x``, or a copy of one that starts elsewhere: Triton would compile another kernel for it."""
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
+
+
+def _strides(qkv: Tensor, unit: int) -> tuple[int, int, int, int]:
+    """Return the strides of sequences (0 when packed), tokens, parts (q, k, v) and heads in units."""
+    batch = qkv.stride(0) if qkv.dim() == 5 else 0
+    return (batch // unit, *(stride // unit for stride in qkv.stride()[-4:-1]))
 
 
 def _splits(tokens: int, sequences: int, tile: int, class_token: bool) -> int:
@@ -140,20 +162,18 @@ def _splits(tokens: int, sequences: int, tile: int, class_token: bool) -> int:
 
     The class token of equally long sequences has a program of its own, the last.
     """
-    return max(1, triton.cdiv(tokens // max(sequences, 1) - class_token, tile) + class_token)
+    return max(1, cdiv(tokens // max(sequences, 1) - class_token, tile) + class_token)
 
 
 def _architecture(device: torch.device) -> int:
-    # the interpreter on the CPU runs what a Hopper card would
-    return policy.architecture(torch.cuda.get_device_capability(device)) if device.type == "cuda" else 90
+    return policy.architecture(card.capability(device))
 
 
-@functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return card.multiprocessors(device, interpreted=1)
 
 
-def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, aligned: bool) -> dict[str, Any]:
+def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, unit: int) -> dict[str, Any]:
     """Return the compile-time arguments that a plan gives its kernel."""
     if isinstance(plan, Whole):
         keys = {"KEYS_0": plan.keys[0], "KEYS_1": plan.keys[1]}
@@ -165,70 +185,37 @@ def plan_constexprs(plan: Whole | Streaming, head_dim: int, causal: bool, aligne
         "QUERIES": plan.queries,
         "CLASS_TOKEN": plan.class_token,
         "CAUSAL": causal,
-        "ALIGNED": aligned,
+        "UNIT": unit,
     }
 
 
-def aot_jobs() -> list[AotJob]:
-    """Return every configuration that :func:`forward` and :func:`backward` choose, for every architecture."""
-    jobs = {}
-    for architecture in (80, 90, 100):
-        for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
-            for head_dim in policy.HEAD_DIMS:
-                for tokens, causal in _calls():
-                    for job in _jobs(architecture, dtype, size, head_dim, tokens, causal):
-                        jobs.setdefault(job.label, job)
-    return list(jobs.values())
+def aot_calls() -> Iterator[Call]:
+    """Yield calls that reach every configuration: each class of lengths, with and without the causal mask."""
+    for dtype, head_dim, causal in itertools.product(("bf16", "fp16", "fp32"), policy.HEAD_DIMS, (False, True)):
+        for tokens in (50, 77, 128, 197, 256, 257, 577, 1024, None):
+            yield aot_call(256, tokens, 12, head_dim, dtype, causal)
+    for tokens, sign in itertools.product((77, 197, 257, None), (-1, 0)):
+        yield aot_call(256, tokens, 12, 64, "bf16", False, sign)
 
 
-def _calls() -> Iterator[tuple[int | None, bool]]:
-    """Yield a length (None: packed) of every class of calls, with and without the causal mask."""
-    for tokens in (64, 80, 128, 256, 257, 577, 1024, None):
-        yield tokens, False
-        yield tokens, True
-
-
-def _jobs(
-    architecture: int, dtype: str, size: int, head_dim: int, tokens: int | None, causal: bool
-) -> Iterator[AotJob]:
-    forward_plan = policy.forward_plan(architecture, tokens, head_dim, size, causal)
-    backward_plans = policy.backward_plan(architecture, tokens, head_dim, size, causal)
-    planned: list[tuple[Any, Whole | Streaming]] = [
-        (whole_forward if isinstance(forward_plan, Whole) else streaming_forward, forward_plan)
+def aot_call(
+    batch: int, tokens: int | None, heads: int, head_dim: int, dtype: str, causal: bool, sign: int = 1
+) -> Call:
+    """Return a call of :func:`forward` and :func:`backward`; without ``tokens`` of packed captions, 20 tokens each."""
+    packed = tokens is None
+    lead = (20 * batch,) if tokens is None else (batch, tokens)
+    words = [
+        f"attention {dtype} D={head_dim}",
+        "packed" if packed else f"{tokens} tokens",
+        *(["causal"] if causal else []),
+        *([f"scale {sign}"] if sign != 1 else []),
     ]
-    if isinstance(backward_plans, Whole):
-        planned.append((whole_backward, backward_plans))
-    else:
-        planned += zip((streaming_backward_queries, streaming_backward_keys), backward_plans, strict=True)
-    for kernel, plan in planned:
-        constexprs = plan_constexprs(plan, head_dim, causal, aligned=True)
-        packed = tokens is None
-        if isinstance(plan, Streaming):
-            constexprs |= {"PACKED": packed, "EXACT": size == 4}
-        types = dict.fromkeys(("qkv", "out", "d_out", "d_qkv"), f"*{dtype}")
-        types |= dict.fromkeys(("lse", "delta"), "*fp32")
-        types |= {"cu_seqlens": "*i32", "scale": "fp32", "log2_scale": "fp32"}
-        signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constexprs}
-        if not packed and "cu_seqlens" in signature:
-            # None is a constant to the launcher
-            del signature["cu_seqlens"]
-            constexprs["cu_seqlens"] = None
-        strides = ["batch_stride", "token_stride", "part_stride"]
-        tiles = f"{plan.keys[0] + plan.keys[1]}" if isinstance(plan, Whole) else f"{plan.keys}, streaming"
-        sizes = f"D={head_dim} keys {tiles}, queries {plan.queries}"
-        traits = "".join(
-            f" {name}"
-            for name, there in (("causal", causal), ("packed", packed), ("class token", plan.class_token))
-            if there
-        )
-        yield AotJob(
-            kernel,
-            signature,
-            constexprs,
-            plan.warps,
-            plan.stages,
-            label=f"{kernel.__name__} sm_{architecture} {dtype} {sizes}{traits}",
-            architectures=(architecture,),
-            divisible_by_16=(*strides, "head_stride") if head_dim % 16 == 0 else tuple(strides),
-            needs_hgmma=architecture == 90 and size == 2,
-        )
+    scale = sign * head_dim**-0.5
+
+    def run() -> None:
+        qkv = tensor(*lead, 3, heads, head_dim, dtype=dtype)
+        offsets = tensor(batch + 1, dtype="i32") if packed else None
+        out, lse = forward(qkv, offsets, causal, scale)
+        backward(torch.empty_like(out), qkv, out, lse, offsets, causal, scale)
+
+    return Call(", ".join(words), run, half=dtype != "fp32", quick=dtype == "bf16" and head_dim == 64 and sign == 1)

@@ -15,14 +15,19 @@ the other tiles of keys (dK and dV).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from clipfast.kernels.aot import Loop, Work
 from clipfast.kernels.attention_tiles import (
     LOWEST,
+    NUMBERS,
     absorb,
     absorb_row,
-    head_offset,
+    heads_of,
     load_class_statistics,
     load_row,
     load_statistics,
@@ -30,11 +35,13 @@ from clipfast.kernels.attention_tiles import (
     row_gradients,
     score_gradients,
     score_gradients_by_query,
+    signed,
     store_row,
     store_statistics,
     store_tile,
     widen,
 )
+from clipfast.kernels.launch import jit
 
 
 @triton.jit
@@ -55,21 +62,20 @@ def sequence_bounds(cu_seqlens, batch, tokens, PACKED: tl.constexpr):
     return start, length
 
 
-@triton.jit
+@jit(do_not_specialize=NUMBERS)
 def streaming_forward(
     qkv, out, lse, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
-    log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
-    CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr, ALIGNED: tl.constexpr,
+    log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    CLASS_TOKEN: tl.constexpr, SIGN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """``qkv [B, N, 3, H, D]`` (``[total, 3, H, D]``) to ``out [B·N, H·D]`` and ``lse [P, H, B·N]``."""
     program = tl.program_id(0)
     sequence, split = program // splits, program % splits
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
     start, length = sequence_bounds(cu_seqlens, batch, tokens, PACKED)
-    queries = qkv + head_offset(head, head_stride, ALIGNED)
-    queries += start * token_stride if PACKED else batch * batch_stride
-    keys = queries + part_stride
-    values = keys + part_stride
+    offset = start * token_stride if PACKED else batch * batch_stride
+    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
     out += start * (heads * D) + head * D
     second = widen(all_tokens) * heads
     lse += head * all_tokens + start
@@ -79,13 +85,13 @@ def streaming_forward(
     if CLASS_TOKEN:  # noqa: SIM102  # one is known to the compiler, the other is not
         if split == splits - 1:
             query = load_row(queries, D, BLOCK_D)
-            top = tl.sum(query * load_row(keys, D, BLOCK_D), 0) * log2_scale
+            top = signed(tl.sum(query * load_row(keys, D, BLOCK_D), 0), SIGN) * log2_scale
             total, acc = 1.0, load_row(values, D, BLOCK_D)
             for column in range(START, length, KEYS):
                 offset = widen(column) * token_stride
                 key = load_tile(keys + offset, token_stride, length, D, KEYS, BLOCK_D, True)
                 value = load_tile(values + offset, token_stride, length, D, KEYS, BLOCK_D, True)
-                top, total, acc = absorb_row(query, key, value, top, total, acc, log2_scale)
+                top, total, acc = absorb_row(query, key, value, top, total, acc, log2_scale, SIGN)
             store_row(out, acc / total, D, BLOCK_D)
             first_row = tl.arange(0, 1)
             store_statistics(lse, second, first_row, length, first_row * 0.0 + top, first_row * 0.0 + total, EXACT)
@@ -99,7 +105,7 @@ def streaming_forward(
         )
         if CLASS_TOKEN:
             class_key, class_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
-            top = tl.sum(query.to(tl.float32) * class_key[None, :], 1) * log2_scale
+            top = signed(tl.sum(query.to(tl.float32) * class_key[None, :], 1), SIGN) * log2_scale
             total = tl.full((QUERIES,), 1.0, tl.float32)
             acc = tl.zeros((QUERIES, BLOCK_D), tl.float32) + class_value[None, :]
         else:
@@ -113,29 +119,28 @@ def streaming_forward(
             value = load_tile(values + step, token_stride, length - column, D, KEYS, BLOCK_D, CLASS_TOKEN)
             columns = column + tl.arange(0, KEYS)
             top, total, acc = absorb(
-                query, key, value, rows, columns, length, top, total, acc, log2_scale, CAUSAL, CLASS_TOKEN
-            )
+                query, key, value, rows, columns, length, top, total, acc, log2_scale, log2_rest,
+                SIGN, CAUSAL, CLASS_TOKEN, EXACT,
+            )  # fmt: skip
         place = out + offset * (heads * D)
         store_tile(place, heads * D, length - first, acc / total[:, None], D, QUERIES, BLOCK_D, CLASS_TOKEN)
         store_statistics(lse, second, rows, length, top, total, EXACT)
 
 
-@triton.jit
+@jit(do_not_specialize=NUMBERS)
 def streaming_backward_queries(
     qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
-    all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
+    all_tokens, splits, scale, log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of ``d_qkv [B·N or total, 3, H, D]`` and ``delta [H, B·N or total]``."""
     program = tl.program_id(0)
     sequence, split = program // splits, program % splits
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
     start, length = sequence_bounds(cu_seqlens, batch, tokens, PACKED)
-    queries = qkv + head_offset(head, head_stride, ALIGNED)
-    queries += start * token_stride if PACKED else batch * batch_stride
-    keys = queries + part_stride
-    values = keys + part_stride
+    offset = start * token_stride if PACKED else batch * batch_stride
+    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
     width = heads * D
     out += start * width + head * D
     d_out += start * width + head * D
@@ -189,29 +194,28 @@ def streaming_backward_queries(
             value = load_tile(values + step, token_stride, length - column, D, KEYS, BLOCK_D, CLASS_TOKEN)
             columns = column + tl.arange(0, KEYS)
             d_scores = score_gradients_by_query(
-                query, grad, top, mean, key, value, rows, columns, length, log2_scale, CAUSAL, CLASS_TOKEN
-            )
+                query, grad, top, mean, key, value, rows, columns, length, log2_scale, log2_rest,
+                CAUSAL, CLASS_TOKEN, EXACT,
+            )  # fmt: skip
             d_query = tl.dot(d_scores.to(key.dtype), key, d_query, input_precision="ieee")
         place = d_queries + offset * (3 * width)
         store_tile(place, 3 * width, left, d_query * scale, D, QUERIES, BLOCK_D, CLASS_TOKEN)
 
 
-@triton.jit
+@jit(do_not_specialize=NUMBERS)
 def streaming_backward_keys(
     qkv, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
-    all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
+    all_tokens, splits, scale, log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    UNIT: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of ``d_qkv [B·N or total, 3, H, D]``."""
     program = tl.program_id(0)
     sequence, split = program // splits, program % splits
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
     start, length = sequence_bounds(cu_seqlens, batch, tokens, PACKED)
-    queries = qkv + head_offset(head, head_stride, ALIGNED)
-    queries += start * token_stride if PACKED else batch * batch_stride
-    keys = queries + part_stride
-    values = keys + part_stride
+    offset = start * token_stride if PACKED else batch * batch_stride
+    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
     width = heads * D
     d_out += start * width + head * D
     d_keys = d_qkv + start * (3 * width) + head * D + width
@@ -274,10 +278,33 @@ def streaming_backward_keys(
             top, grad = load_statistics(lse, second, rows, length, grad, EXACT)
             mean = tl.load(delta + rows, mask=rows < length, other=0.0)
             weights, d_scores = score_gradients(
-                query, grad, top, mean, key, value, rows, columns, length, log2_scale, CAUSAL, CLASS_TOKEN
-            )
+                query, grad, top, mean, key, value, rows, columns, length, log2_scale, log2_rest,
+                CAUSAL, CLASS_TOKEN, EXACT,
+            )  # fmt: skip
             d_value = tl.dot(weights.to(grad.dtype), grad, d_value, input_precision="ieee")
             d_key = tl.dot(d_scores.to(query.dtype), query, d_key, input_precision="ieee")
         place = offset * (3 * width)
         store_tile(d_keys + place, 3 * width, left, d_key * scale, D, KEYS, BLOCK_D, CLASS_TOKEN)
         store_tile(d_values + place, 3 * width, left, d_value, D, KEYS, BLOCK_D, CLASS_TOKEN)
+
+
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of a kernel's loops, averages of the ``splits`` programs of a sequence, and what it moves.
+
+    The lengths of packed sequences are on the device alone: 20 tokens each are assumed, as captions have.
+    """
+    by_keys = name == "streaming_backward_keys"
+    tile, step = (values[side] for side in (("KEYS", "QUERIES") if by_keys else ("QUERIES", "KEYS")))
+    length = (20 if values["PACKED"] else values["tokens"]) - values["CLASS_TOKEN"]
+    tiles, steps = -(-length // tile), -(-length // step)
+    inner = float(steps)
+    if values["CAUSAL"]:
+        # of the tiles beside the diagonal or on it, a program's average
+        first = [(own * tile) // step for own in range(tiles)]
+        last = [min(steps, -(-(own + 1) * tile // step)) for own in range(tiles)]
+        inner = (sum(steps - f for f in first) if by_keys else sum(last)) / tiles
+    loops = [Loop(tiles / values["splits"], (Loop(inner),))]
+    if values["CLASS_TOKEN"]:
+        loops.insert(0, Loop(steps / values["splits"]))
+    written = {"streaming_backward_queries": 1 / 3, "streaming_backward_keys": 2 / 3}
+    return Work(tuple(loops), {"d_qkv": written[name]} if name in written else {})

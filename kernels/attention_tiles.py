@@ -1,7 +1,10 @@
 """What the attention kernels are made of: rows read and written in place, and one step of the softmax.
 
-Scores are kept in base 2, ``log2_scale · QKᵀ`` with ``log2_scale = scale · log2(e)``, because the hardware's
-exponential is exp2. All sums are in fp32. ``input_precision="ieee"`` keeps fp32 inputs out of TF32.
+Weights are powers of 2, ``exp2(log2_scale · QKᵀ - top)`` with ``log2_scale = scale · log2(e)``, because the hardware's
+exponential is exp2. Products stay as they come from the tensor cores: the factor and the difference are one FFMA, and
+only the largest of a row is multiplied on its own. That finds the largest scaled score if the factor is positive, so
+the forward kernels take ``|log2_scale|`` and multiply the products by the scale's ``SIGN`` where it is not 1. All sums
+are in fp32. ``input_precision="ieee"`` keeps fp32 inputs out of TF32.
 
 Addresses are a 64-bit scalar (sequence, head, first row of a tile) plus a 32-bit offset within the tile: right past
 2³¹ elements, and without a pair of registers an element for it.
@@ -12,6 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# The arguments that Triton shall not specialise for: it would compile anew for a 1 and for a multiple of 16, and a
+# batch of another size would meet a kernel that nothing has checked. What code gains from a value, it is told: strides
+# come in units of 8 elements, so that every row starts on 16 bytes, and only where they cannot, in units of 1.
+NUMBERS = (
+    "cu_seqlens",
+    "batch_stride",
+    "token_stride",
+    "part_stride",
+    "head_stride",
+    "heads",
+    "tokens",
+    "all_tokens",
+    "splits",
+)
 # below every score: a maximum that starts here, and not at -inf, makes no inf - inf
 LOWEST = tl.constexpr(-3.0e38)
 
@@ -23,12 +40,14 @@ def widen(index):
 
 
 @triton.jit
-def head_offset(head, head_stride, ALIGNED: tl.constexpr):
-    """Offset of a head. A stride of 104 is no multiple of 16, so the launcher's own hint is missing: 8 suffices."""
-    offset = head * head_stride
-    if ALIGNED:
-        offset = tl.multiple_of(offset, 8)
-    return offset
+def heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT: tl.constexpr):
+    """Return where a head's queries, keys and values start, and the stride of their tokens in elements.
+
+    Strides come in units of ``UNIT`` elements (:data:`NUMBERS`); ``offset``, in units too, leads to the sequence.
+    """
+    queries = qkv + (offset + head * head_stride) * UNIT
+    keys = queries + widen(part_stride) * UNIT
+    return queries, keys, keys + widen(part_stride) * UNIT, token_stride * UNIT
 
 
 @triton.jit
@@ -119,35 +138,56 @@ def load_class_statistics(lse, second, d_out, EXACT: tl.constexpr):
 
 
 @triton.jit
-def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale, CAUSAL: tl.constexpr,
-           FULL: tl.constexpr):  # fmt: skip
+def signed(products, SIGN: tl.constexpr):
+    """Return products of queries and keys with the sign of the scale: -1, 0 or 1."""
+    if SIGN != 1:
+        products = products * SIGN
+    return products
+
+
+@triton.jit
+def exponents(products, log2_scale, log2_rest, shift, EXACT: tl.constexpr):
+    """Return ``log2_scale · products - shift`` in one FFMA.
+
+    For fp32 (``EXACT``) it takes another for what ``log2_scale`` lost when it was rounded: as much as all other errors.
+    """
+    scaled = tl.fma(products, log2_scale, -shift)
+    if EXACT:
+        scaled = tl.fma(products, log2_rest, scaled)
+    return scaled
+
+
+@triton.jit
+def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale, log2_rest, SIGN: tl.constexpr,
+           CAUSAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """Let a tile of queries see a tile of keys: one step of the online softmax (Milakov and Gimelshein, 2018).
 
     Args:
         query: ``[M, BLOCK_D]``; key and value: ``[N, BLOCK_D]``.
         rows, columns: ``[M]`` and ``[N]``, the tokens that they are.
         tokens: The length of the sequence.
-        top, total, acc: ``[M]``, ``[M]``, ``[M, BLOCK_D]``: the largest score so far, and the sums of weights and of
-            weighted values relative to it.
+        top, total, acc: ``[M]``, ``[M]``, ``[M, BLOCK_D]``: the largest scaled score so far, and the sums of weights
+            and of weighted values relative to it.
+        log2_scale, log2_rest: Above zero: a masked score of -inf has to stay what it is.
     """
-    scores = tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale
+    scores = signed(tl.dot(query, tl.trans(key), input_precision="ieee"), SIGN)
     if CAUSAL:
         scores = tl.where((columns[None, :] < tokens) & (columns[None, :] <= rows[:, None]), scores, float("-inf"))
     elif not FULL:
         scores = tl.where(columns[None, :] < tokens, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     shrink = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
+    weights = tl.exp2(exponents(scores, log2_scale, log2_rest, new_top[:, None], EXACT))
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
     return new_top, total, acc
 
 
 @triton.jit
-def absorb_row(query, key, value, top, total, acc, log2_scale):
+def absorb_row(query, key, value, top, total, acc, log2_scale, SIGN: tl.constexpr):
     """Let the class token's query ``[BLOCK_D]`` see a full tile of keys: :func:`absorb` for one row, without a product
     of matrices, of which it would fill a 64th."""
-    scores = tl.sum(key.to(tl.float32) * query[None, :], 1) * log2_scale
+    scores = signed(tl.sum(key.to(tl.float32) * query[None, :], 1), SIGN) * log2_scale
     new_top = tl.maximum(top, tl.max(scores, 0))
     shrink = tl.exp2(top - new_top)
     weights = tl.exp2(scores - new_top)
@@ -157,14 +197,15 @@ def absorb_row(query, key, value, top, total, acc, log2_scale):
 
 
 @triton.jit
-def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, CAUSAL: tl.constexpr,
-                    FULL: tl.constexpr):  # fmt: skip
+def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, log2_rest,
+                    CAUSAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """Return the weights and the gradients of the scores of a tile, both ``[keys, queries]``.
 
     They are formed key by key (transposed), so that the products that sum over queries take them from registers.
     Masked keys need the mask here too: a key of zeros has the weight ``2^-lse``, which may overflow.
     """
-    weights = tl.exp2(tl.dot(key, tl.trans(query), input_precision="ieee") * log2_scale - lse[None, :])
+    products = tl.dot(key, tl.trans(query), input_precision="ieee")
+    weights = tl.exp2(exponents(products, log2_scale, log2_rest, lse[None, :], EXACT))
     if CAUSAL:
         weights = tl.where((columns[:, None] < tokens) & (columns[:, None] <= rows[None, :]), weights, 0.0)
     elif not FULL:
@@ -174,10 +215,11 @@ def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens,
 
 
 @triton.jit
-def score_gradients_by_query(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale,
-                             CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
+def score_gradients_by_query(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, log2_rest,
+                             CAUSAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
     """Return the gradients of the scores of a tile as ``[queries, keys]``, for a sum over keys."""
-    weights = tl.exp2(tl.dot(query, tl.trans(key), input_precision="ieee") * log2_scale - lse[:, None])
+    products = tl.dot(query, tl.trans(key), input_precision="ieee")
+    weights = tl.exp2(exponents(products, log2_scale, log2_rest, lse[:, None], EXACT))
     if CAUSAL:
         weights = tl.where((columns[None, :] < tokens) & (columns[None, :] <= rows[:, None]), weights, 0.0)
     elif not FULL:
@@ -202,7 +244,7 @@ def backpropagate(query, d_out, lse, delta, key, value, rows, columns, tokens, d
                   CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Add what a tile of queries and a tile of keys give to each other's gradients (dQ, dK without ``scale``)."""
     weights, d_scores = score_gradients(
-        query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, CAUSAL, FULL
+        query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, 0.0, CAUSAL, FULL, False
     )
     d_value = tl.dot(weights.to(d_out.dtype), d_out, d_value, input_precision="ieee")
     d_scores = d_scores.to(query.dtype)

@@ -11,37 +11,42 @@ dV are final when it ends: no atomics, no second pass, the same sums in the same
 
 from __future__ import annotations
 
-import triton
+from collections.abc import Mapping
+from typing import Any
+
 import triton.language as tl
 
+from clipfast.kernels.aot import Loop, Work
 from clipfast.kernels.attention_tiles import (
     LOWEST,
+    NUMBERS,
     absorb,
     absorb_row,
     backpropagate,
-    head_offset,
+    heads_of,
     load_row,
     load_tile,
     row_gradients,
+    signed,
     store_row,
     store_tile,
 )
+from clipfast.kernels.launch import jit
 
 
-@triton.jit
+@jit(do_not_specialize=NUMBERS)
 def whole_forward(
     qkv, out, lse, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
     log2_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
-    CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
+    CLASS_TOKEN: tl.constexpr, SIGN: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """``qkv [B, N, 3, H, D]`` to ``out [B, N, H·D]`` and ``lse [H, B·N]``; ``splits`` programs share the queries."""
     program = tl.program_id(0)
     sequence, split = program // splits, program % splits
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
-    queries = qkv + batch * batch_stride + head_offset(head, head_stride, ALIGNED)
-    keys = queries + part_stride
-    values = keys + part_stride
+    offset = batch * batch_stride
+    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
     out += batch * tokens * (heads * D) + head * D
     lse += head * all_tokens + batch * tokens
 
@@ -58,9 +63,9 @@ def whole_forward(
         # before the loop: here the tile is still in registers, ready for a product row by row
         if split == 0:
             query = load_row(queries, D, BLOCK_D)
-            top = tl.sum(query * load_row(keys, D, BLOCK_D), 0) * log2_scale
+            top = signed(tl.sum(query * load_row(keys, D, BLOCK_D), 0), SIGN) * log2_scale
             acc = load_row(values, D, BLOCK_D)
-            top, total, acc = absorb_row(query, key_0, value_0, top, 1.0, acc, log2_scale)
+            top, total, acc = absorb_row(query, key_0, value_0, top, 1.0, acc, log2_scale, SIGN)
             store_row(out, acc / total, D, BLOCK_D)
             tl.store(lse, top + tl.log2(total))
 
@@ -73,7 +78,7 @@ def whole_forward(
         if CLASS_TOKEN:
             # read again by every tile: cheaper than the registers to keep them in
             class_key, class_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
-            top = tl.sum(query.to(tl.float32) * class_key[None, :], 1) * log2_scale
+            top = signed(tl.sum(query.to(tl.float32) * class_key[None, :], 1), SIGN) * log2_scale
             total = tl.full((QUERIES,), 1.0, tl.float32)
             acc = tl.zeros((QUERIES, BLOCK_D), tl.float32) + class_value[None, :]
         else:
@@ -82,31 +87,32 @@ def whole_forward(
             acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
         columns = START + tl.arange(0, KEYS_0)
         top, total, acc = absorb(
-            query, key_0, value_0, rows, columns, tokens, top, total, acc, log2_scale, CAUSAL, CLASS_TOKEN
-        )
+            query, key_0, value_0, rows, columns, tokens, top, total, acc, log2_scale, 0.0,
+            SIGN, CAUSAL, CLASS_TOKEN, False,
+        )  # fmt: skip
         if KEYS_1:
             columns_1 = START + KEYS_0 + tl.arange(0, KEYS_1)
             top, total, acc = absorb(
-                query, key_1, value_1, rows, columns_1, tokens, top, total, acc, log2_scale, CAUSAL, CLASS_TOKEN
-            )
+                query, key_1, value_1, rows, columns_1, tokens, top, total, acc, log2_scale, 0.0,
+                SIGN, CAUSAL, CLASS_TOKEN, False,
+            )  # fmt: skip
         place = out + first * (heads * D)
         store_tile(place, heads * D, tokens - first, acc / total[:, None], D, QUERIES, BLOCK_D, CLASS_TOKEN)
         tl.store(lse + rows, top + tl.log2(total), mask=rows < tokens)
 
 
-@triton.jit
+@jit(do_not_specialize=NUMBERS)
 def whole_backward(
     qkv, out, lse, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, scale,
     log2_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS_0: tl.constexpr, KEYS_1: tl.constexpr,
-    CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, ALIGNED: tl.constexpr,
+    CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """``d_qkv [B, N, 3, H, D]`` from ``d_out [B, N, H·D]`` and what the forward pass read and wrote."""
     sequence = tl.program_id(0)
     batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
-    queries = qkv + batch * batch_stride + head_offset(head, head_stride, ALIGNED)
-    keys = queries + part_stride
-    values = keys + part_stride
+    offset = batch * batch_stride
+    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
     width = heads * D
     place = batch * tokens * width + head * D
     out += place
@@ -199,3 +205,9 @@ def whole_backward(
     if KEYS_1:
         store_tile(d_keys + KEYS_0 * row, row, tokens - KEYS_0, d_key_1 * scale, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
         store_tile(d_values + KEYS_0 * row, row, tokens - KEYS_0, d_value_1, D, KEYS_1, BLOCK_D, CLASS_TOKEN)
+
+
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of a kernel's loops: over tiles of queries, of which ``splits`` programs each take a share."""
+    tiles = -(-(values["tokens"] - values["CLASS_TOKEN"]) // values["QUERIES"])
+    return Work((Loop(tiles / values.get("splits", 1)),))

@@ -6,19 +6,26 @@ The three forms are gates: ``x·Φ(x)``, and with a sigmoid ``x·σ(z(x))``. PyT
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels.aot import AotJob
-from clipfast.kernels.layer_norm import as_rows
-from clipfast.kernels.partial_sums import multiprocessors, sum_partials
+from clipfast.kernels.aot import Call, Loop, Work, tensor
+from clipfast.kernels.card import multiprocessors
+from clipfast.kernels.launch import cdiv, jit
+from clipfast.kernels.layer_norm import as_rows, empty
+from clipfast.kernels.partial_sums import sum_partials
 
-# A program's tile: 8 neighbouring elements a thread, the 16 bytes of one load in half precision
-ROWS, COLUMNS, WARPS = 4, 512, 8
-# as for LayerNorm: enough to hide memory's latency, with few partial sums
-BACKWARD_PROGRAMS = 8
+# A program's tile: 32 elements a thread, 8 neighbours at a time, the 16 bytes of one load in half precision. With fewer
+# the erf takes longer than memory: what every thread does beside it, addresses and masks, is for more elements here
+ROWS, COLUMNS, WARPS = 8, 512, 4
+# as for LayerNorm: what a multiprocessor holds of them, with few partial sums
+BACKWARD_PROGRAMS = 3
 
 
 @triton.jit
@@ -44,7 +51,7 @@ def _gate(x, FORM: tl.constexpr):
     return tl.where(z >= 0, upper, lower), x * (upper * lower) * slope
 
 
-@triton.jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows"])
 def _forward_kernel(
     x, bias, y, rows, width, x_stride,
     FORM: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -61,7 +68,7 @@ def _forward_kernel(
     tl.store(y + row[:, None] * width + column[None, :], (value * gate).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "strips"])
+@jit(do_not_specialize=["rows", "strips"])
 def _backward_kernel(
     dy, x, bias, dx, partials, rows, strips, width, dy_stride, x_stride,
     FORM: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -99,9 +106,9 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """
     rows_of_x = as_rows(x)
     rows, width = rows_of_x.shape
-    y = x.new_empty(x.shape)
+    y = empty(x, x.dtype)
     if rows:
-        _forward_kernel[(triton.cdiv(rows, ROWS) * triton.cdiv(width, COLUMNS),)](
+        _forward_kernel[(cdiv(rows, ROWS) * cdiv(width, COLUMNS),)](
             rows_of_x, rows_of_x if bias is None else bias.contiguous(), y, rows, width, rows_of_x.stride(0),
             approximate, bias is not None, ROWS, COLUMNS, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
@@ -112,44 +119,42 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str) -> tu
     """Return the gradients of ``x`` and ``bias`` (empty without one) from that of ``gelu(x + bias)``."""
     rows_of_dy, rows_of_x = as_rows(dy), as_rows(x)
     rows, width = rows_of_x.shape
-    dx = x.new_empty(x.shape)
-    blocks = triton.cdiv(width, COLUMNS)
-    strips = min(triton.cdiv(rows, ROWS), max(1, BACKWARD_PROGRAMS * multiprocessors(x.device) // blocks))
-    partials = x.new_empty((strips, 1, width) if bias is not None else 0, dtype=torch.float32)
+    dx = empty(x, x.dtype)
+    blocks = cdiv(width, COLUMNS)
+    strips = min(cdiv(rows, ROWS), max(1, BACKWARD_PROGRAMS * multiprocessors(x.device) // blocks))
+    partials = torch.empty((strips, 1, width) if bias is not None else 0, dtype=torch.float32, device=x.device)
     if rows:
         _backward_kernel[(strips * blocks,)](
             rows_of_dy, rows_of_x, rows_of_x if bias is None else bias.contiguous(), dx, partials,
             rows, strips, width, rows_of_dy.stride(0), rows_of_x.stride(0),
             approximate, bias is not None, ROWS, COLUMNS, num_warps=WARPS, num_stages=1,
         )  # fmt: skip
-    return dx, x.new_empty(0) if bias is None else sum_partials(partials, bias.dtype)[0]
+    return dx, x.new_empty(0) if bias is None else sum_partials(partials, [bias.dtype])[0]
 
 
-def aot_jobs() -> list[AotJob]:
-    """Return every form, with and without a bias, in the dtypes that half and full precision mix."""
-    return [
-        job
-        for form in ("none", "tanh", "quick")
-        for x, bias in (("fp32", None), ("fp16", None), ("bf16", None), ("fp32", "fp32"), ("fp16", "fp16"),
-                        ("bf16", "bf16"), ("fp16", "fp32"), ("bf16", "fp32"))
-        for job in _jobs(form, x, bias)
-    ]  # fmt: skip
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of a kernel's loop: the backward pass' over tiles of rows, a share for every strip."""
+    if name == "_forward_kernel":
+        return Work()
+    return Work((Loop(-(-values["rows"] // values["ROWS"]) / values["strips"]),))
 
 
-def _jobs(form: str, x: str, bias: str | None) -> list[AotJob]:
-    constexprs: dict[str, object] = {"FORM": form, "BIAS": bias is not None, "ROWS": ROWS, "COLUMNS": COLUMNS}
-    tensors = {"x": f"*{x}", "bias": f"*{bias or x}"}
-    name = f"gelu {form}, {x}, bias {bias}"
-    return [
-        AotJob(
-            _forward_kernel,
-            tensors | {"y": f"*{x}", "rows": "i32", "width": "i32", "x_stride": "i32"},
-            constexprs, WARPS, 1, f"{name}, forward", divisible_by_16=("width", "x_stride"),
-        ),
-        AotJob(
-            _backward_kernel,
-            tensors | {"dy": f"*{x}", "dx": f"*{x}", "partials": "*fp32"}
-            | dict.fromkeys(("rows", "strips", "width", "dy_stride", "x_stride"), "i32"),
-            constexprs, WARPS, 1, f"{name}, backward", divisible_by_16=("width", "dy_stride", "x_stride"),
-        ),
-    ]  # fmt: skip
+def aot_calls() -> Iterator[Call]:
+    """Yield every form, with and without a bias, in the dtypes that half and full precision mix."""
+    mixtures = (("fp32", None), ("fp16", None), ("bf16", None), ("fp32", "fp32"), ("fp16", "fp16"), ("bf16", "bf16"),
+                ("fp16", "fp32"), ("bf16", "fp32"))  # fmt: skip
+    for form, (x, bias) in itertools.product(("none", "tanh", "quick"), mixtures):
+        yield aot_call(50432, 3072, form, x, bias)
+
+
+def aot_call(rows: int, width: int, form: str, x_dtype: str, bias_dtype: str | None) -> Call:
+    """Return a call of :func:`forward` and :func:`backward`."""
+
+    def run() -> None:
+        x = tensor(rows, width, dtype=x_dtype)
+        bias = None if bias_dtype is None else tensor(width, dtype=bias_dtype)
+        forward(x, bias, form)
+        backward(torch.empty_like(x), x, bias, form)
+
+    label = f"gelu {form}, {x_dtype}, bias {bias_dtype}, width {width}"
+    return Call(label, run, quick=x_dtype == bias_dtype == "bf16")

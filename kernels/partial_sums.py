@@ -7,25 +7,23 @@ time. Here the order depends on the shape and the card alone.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipfast.kernels.aot import AotJob
+from clipfast.kernels.aot import Call, Loop, Work, tensor
+from clipfast.kernels.launch import cdiv, jit
 
-# tile of partial sums: a warp reads 32 neighbours of a row
-PARTIALS, COLUMNS, WARPS = 32, 64, 4
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Return the streaming multiprocessors of a card; in the interpreter a few, so that there are partial sums."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+# Tile of partial sums: few columns and many programs' rows, so that there are a hundred programs for 768 columns and
+# each of them waits for memory twice. 16 neighbours are 64 bytes, two sectors of memory.
+PARTIALS, COLUMNS, WARPS = 256, 16, 8
 
 
-@triton.jit(do_not_specialize=["programs"])
+@jit(do_not_specialize=["programs"])
 def _sum_kernel(
     partials, first, second, third, programs, width,
     PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -47,40 +45,33 @@ def _sum_kernel(
         tl.store(third + column, result.to(third.dtype.element_ty), mask=column < width)
 
 
-def sum_partials(partials: Tensor, dtype: torch.dtype, third_dtype: torch.dtype | None = None) -> list[Tensor]:
+def sum_partials(partials: Tensor, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     """Add up the programs' partial sums.
 
     Args:
         partials: ``[programs, n, C]`` in float32, contiguous, n of 1 to 3; ``programs`` may be 0.
-        dtype: Of the results.
-        third_dtype: Of the third one, if it is another.
+        dtypes: Of the n results.
 
     Returns:
         n sums ``[C]``.
     """
     programs, outputs, width = partials.shape
-    dtypes = (dtype, dtype, third_dtype or dtype)[:outputs]
-    sums = [partials.new_empty(width, dtype=dtype) for dtype in dtypes]
-    grid = (triton.cdiv(width, COLUMNS), outputs)
-    pointers = [sums[min(i, outputs - 1)] for i in range(3)]
-    _sum_kernel[grid](partials, *pointers, programs, width, PARTIALS, COLUMNS, outputs, num_warps=WARPS)
+    sums = [torch.empty(width, dtype=dtype, device=partials.device) for dtype in dtypes]
+    three = [*sums, sums[-1], sums[-1]][:3]
+    grid = (cdiv(width, COLUMNS), outputs)
+    _sum_kernel[grid](partials, *three, programs, width, PARTIALS, COLUMNS, outputs, num_warps=WARPS)
     return sums
 
 
-def aot_jobs() -> list[AotJob]:
-    """Return every configuration of :func:`sum_partials`."""
-    return [
-        AotJob(
-            _sum_kernel,
-            {"partials": "*fp32", "first": f"*{dtype}", "second": f"*{dtype}", "third": f"*{third}"}
-            | {"programs": "i32", "width": "i32"},
-            {"PARTIALS": PARTIALS, "COLUMNS": COLUMNS, "OUTPUTS": outputs},
-            num_warps=WARPS,
-            num_stages=3,
-            label=f"partial sums, {outputs} to {dtype}{'' if third == dtype else f', the third to {third}'}",
-            divisible_by_16=("width",),
-        )
-        for dtype, third in (("fp32",) * 2, ("fp16",) * 2, ("bf16",) * 2, ("fp32", "fp16"), ("fp32", "bf16"))
-        for outputs in (1, 2, 3)
-        if outputs == 3 or dtype == third
-    ]
+def aot_work(name: str, values: Mapping[str, Any]) -> Work:
+    """Return the trips of the kernel's loop: over tiles of programs."""
+    return Work((Loop(-(-values["programs"] // values["PARTIALS"])),))
+
+
+def aot_calls() -> Iterator[Call]:
+    """Yield every configuration of :func:`sum_partials`."""
+    for dtype, outputs in itertools.product(("fp32", "fp16", "bf16"), (1, 2, 3)):
+        partials = tensor(1056, outputs, 768, dtype="fp32")
+        target = tensor(0, dtype=dtype).dtype
+        run = functools.partial(sum_partials, partials, [target] * outputs)
+        yield Call(f"partial sums, {outputs} to {dtype}", run, quick=dtype == "bf16")

@@ -19,12 +19,12 @@ import hashlib
 import io
 import json
 import os
-import platform
 import re
 import resource
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tempfile
 import time
@@ -69,6 +69,11 @@ def workshop() -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def machine() -> str:
+    """Return the processor that is built for: this one's, or what _PYTHON_HOST_PLATFORM names."""
+    return sysconfig.get_platform().rpartition("-")[2]
 
 
 def copy_sources(folder: Path) -> None:
@@ -162,10 +167,10 @@ def check(wheel: Path, cuda: bool, folders: list[Path]) -> tuple[dict, str]:
         if hashlib.sha256(library.read_bytes()).hexdigest() != record["sha256"]:
             raise Failed("the op library is not the file that _build.json tells of")
         try:
-            tag = manylinux.best_tag(library, platform.machine())
+            tag = manylinux.best_tag(library, machine())
         except manylinux.NotAllowed as error:
             print(f"note: {error}")
-            tag = f"linux_{platform.machine()}"
+            tag = f"linux_{machine()}"
     return record, tag
 
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Compile every configuration of every Triton kernel for sm_80, sm_90 and sm_100, and print what each costs.
+"""Compile every configuration of every Triton kernel, as it would be launched, and reckon what each costs.
 
-    python scripts/compile_kernels.py [words of a label or a family ...] [--architectures 80 90 100] [--every 1]
+    python scripts/compile_kernels.py [words of a label or a family ...] [--architectures 80 90 100 120] [--every 1]
 
-No GPU is needed. The exit status is not 0 where a kernel spills registers, asks for more shared memory than the
-architecture has, or is a half-precision attention kernel for sm_90 without its tensor-core instructions (HGMMA).
+No GPU is needed; every figure is predicted from machine code (docs/kernels.md has the formulas). Clocks are a
+multiprocessor's for one program. The exit status is not 0 where a kernel asks for more shared memory than the
+architecture has, where spilled registers cost more than a twentieth of its time, or where a half-precision attention
+kernel for sm_90 is without its tensor-core instructions (HGMMA).
 """
 
 from __future__ import annotations
@@ -20,45 +22,38 @@ from concurrent.futures import ProcessPoolExecutor
 os.environ.pop("TRITON_INTERPRET", None)
 warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
 
-from clipfast.kernels import aot  # noqa: E402  # after the environment
-
-HEADER = (
-    f"{'kernel':<86} {'sm':>4} {'registers':>9} {'spills':>6} {'shared':>7} {'HMMA':>5} {'HGMMA':>5} {'tcgen05':>7}"
-)
+from clipfast.benchmark.reckoning import report  # noqa: E402  # after the environment
+from clipfast.kernels import aot  # noqa: E402
 
 
-def compile_one(which: tuple[str, int, int]) -> aot.Compiled:
-    """Compile the n-th job of a family for an architecture."""
-    family, index, architecture = which
-    return aot.compile_job(aot.discover()[family][index], architecture)
+def reckon_one(which: tuple[tuple[int, ...], str, int]) -> report.Row:
+    """Compile and reckon the n-th job of a family."""
+    architectures, family, index = which
+    return report.row(aot.discover(architectures)[family][index])
 
 
 def main() -> int:
     """Compile, print, and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("words", nargs="*", help="only kernels whose family and label hold all of these")
-    parser.add_argument("--architectures", nargs="+", type=int, default=sorted(aot.SHARED_MEMORY))
+    parser.add_argument("--architectures", nargs="+", type=int, default=[80, 90, 100, 120], choices=aot.SHARED_MEMORY)
     parser.add_argument("--every", type=int, default=1, help="compile each n-th kernel only, for a quick look")
     options = parser.parse_args()
 
+    architectures = tuple(options.architectures)
     wanted = [
-        (family, index, architecture)
-        for family, jobs in aot.discover().items()
+        (architectures, family, index)
+        for family, jobs in aot.discover(architectures).items()
         for index, job in enumerate(jobs)
-        for architecture in job.architectures
-        if architecture in options.architectures and all(word in f"{family} {job.label}" for word in options.words)
+        if all(word in f"{family} {job.label}" for word in options.words)
     ]
     wanted = wanted[:: options.every]
     start, problems = time.monotonic(), []
-    print(HEADER)
+    print(report.HEADER)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for c in pool.map(compile_one, wanted):
-            print(
-                f"{c.label:<86} {c.architecture:>4} {c.registers:>9} {c.spills:>6} {c.shared_memory:>7} "
-                f"{c.hmma:>5} {c.hgmma:>5} {c.tcgen05:>7}",
-                flush=True,
-            )
-            problems += [f"{c.label}, sm_{c.architecture}: {problem}" for problem in c.problems]
+        for row in pool.map(reckon_one, wanted):
+            print(row.line, flush=True)
+            problems += row.problems
     print(f"{len(wanted)} kernels compiled in {time.monotonic() - start:.0f} s, {len(problems)} problems")
     for problem in problems:
         print(f"PROBLEM {problem}")

@@ -237,6 +237,9 @@ def test_it_examines_this_machine() -> None:
         assert word in result.output
     block = result.output.split("```")[1]
     assert "attention=" in block
+    if library.unavailable() is None:
+        why_not = library.why_no_amx()
+        assert f"AMX       {'multiplies bfloat16' if why_not is None else f'not used: {why_not}'}" in block
     assert str(Path.home()) not in block or str(Path.home()) == "/"
 
 
@@ -256,6 +259,9 @@ def test_every_op_is_tested() -> None:
     # each case must be one that the op library serves where it can
     if library.unavailable() is None:
         assert {("contrastive_loss", "native"), ("siglip_loss", "native")} <= {(r.op, r.backend) for r in results}
+    # products in bfloat16 are others than in float32
+    for op in ("contrastive_loss", "siglip_loss", "encoder"):
+        assert {r.dtype for r in results if r.op == op} == {"float32", "bfloat16"}
 
 
 @pytest.mark.parametrize("name", ["statistics", "gradients", "siglip_statistics", "siglip_gradients"])

@@ -15,7 +15,7 @@ import pytest
 import torch.utils.backend_registration
 
 SUPPORT = Path(__file__).parent / "support"
-TESTS = ("host_path_cases.py", "host_path_planted.py")
+TESTS = ("host_path_cases.py", "host_path_planted.py", "host_path_training.py")
 
 
 @pytest.mark.slow
@@ -31,5 +31,5 @@ def test_host_path() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "host_path", *(str(SUPPORT / tests) for tests in TESTS)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    # neither file was left out
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 90, done.stdout
+    # no file was left out
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 100, done.stdout

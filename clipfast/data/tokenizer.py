@@ -10,67 +10,24 @@ not need (offsets, token strings), and it starts no threads that a forked DataLo
 from __future__ import annotations
 
 import gzip
-import html
-import re
-import unicodedata
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
 from itertools import chain
 from typing import Any
 
-import ftfy
 import numpy as np
 import tokenizers
 import torch
-from ftfy.badness import is_bad
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
+from clipfast.data.cleaning import clean_words
+
 CONTEXT_LENGTH = 77
 SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
 _MERGES = 49152 - 256 - 2  # merges in use; the file holds more
-
-# --- cleaning: text to words ------------------------------------------------------------------------------
-
-# What ftfy and html.unescape change in ASCII: control characters and HTML entities. (They also change line
-# breaks, but into other white space, and words are cut at any white space.)
-_is_clean_ascii = re.compile(r"[\t\n\f\r -%'-~]*").fullmatch
-
-# What ftfy may take for mojibake is made of characters of the old 8-bit character sets, which are these.
-_has_8bit_character = re.compile("[\x80-\u2e7f\uf8ff\ufb01\ufb02\ufffd]").search
-
-
-class _IsStable(dict[str, bool]):
-    """Whether ftfy and html.unescape leave a character as it is wherever it stands."""
-
-    def __missing__(self, character: str) -> bool:
-        stable = self[character] = ftfy.fix_text(character) == character
-        return stable
-
-
-_is_stable = _IsStable({"&": False, "\n": False})  # an entity's start; ftfy looks at each line by itself
-
-
-def _is_clean(text: str) -> bool:
-    """Whether ftfy and html.unescape are known to change nothing in `text`; asking them takes longer.
-
-    ftfy replaces characters one by one, composes them (NFC), and decodes anew what looks like mojibake.
-    """
-    return bool(_is_clean_ascii(text)) or (
-        all(map(_is_stable.__getitem__, set(text)))
-        and unicodedata.is_normalized("NFC", text)
-        and not (_has_8bit_character(text) and is_bad(text))
-    )
-
-
-def clean_words(text: str) -> list[str]:
-    """The words CLIP's tokenizer sees: mojibake and HTML entities undone, lower case, cut at white space."""
-    if not _is_clean(text):
-        text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return text.lower().split()
-
 
 # --- splitting: a word to pieces --------------------------------------------------------------------------
 

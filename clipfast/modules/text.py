@@ -14,7 +14,7 @@ from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.packing import pack
 from clipfast.modules.plainness import is_untouched
 from clipfast.modules.transformer import Transformer
-from clipfast.ops import transfer
+from clipfast.ops import capturing, transfer
 
 POOLINGS = ("eos", "argmax")
 
@@ -209,6 +209,7 @@ def _cannot_read_values(tokens: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or tokens.is_meta
+        or capturing.is_rehearsed()
         or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
         or tokens.numel() == 0
     )

@@ -44,16 +44,18 @@ def _plain_backward(
     return torch.autograd.grad(again, leaf, d_out)[0].contiguous()
 
 
-def _trials(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, backward: bool) -> list[trust.Trial]:
+def _trials(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, backward: bool) -> list[trust.Trial]:
     """Return how the kernels that a call gets are checked; a backward pass relies on the forward kernel too."""
     from clipfast.kernels import attention_policy
 
     tokens, head_dim = None if cu_seqlens is not None else qkv.shape[1], qkv.shape[-1]
     shape = attention_policy.architecture(_capability(qkv.device)), tokens, head_dim, qkv.element_size(), causal
-    call = (qkv.device, qkv.dtype, head_dim, tokens, causal, qkv.stride(-2) % 8 == 0)
-    trials = [_trial(*call, attention_policy.forward_plan(*shape), backward=False)]
+    call = (qkv.device, qkv.dtype, head_dim, tokens, causal, attention_policy.unit(qkv.stride()) == 8)
+    sign = attention_policy.sign(scale)
+    trials = [_trial(*call, sign, attention_policy.forward_plan(*shape), backward=False)]
     if backward:
-        trials.append(_trial(*call, attention_policy.backward_plan(*shape), backward=True))
+        # one kernel for every scale
+        trials.append(_trial(*call, 1, attention_policy.backward_plan(*shape), backward=True))
     return trials
 
 
@@ -72,16 +74,18 @@ def _trial(
     tokens: int | None,
     causal: bool,
     aligned: bool,
+    sign: int,
     plan: Hashable,
     backward: bool,
 ) -> trust.Trial:
     # lengths that one plan serves share its check
-    key = (dtype, head_dim, tokens is None, tokens == 1, causal, aligned, plan)
+    key = (dtype, head_dim, tokens is None, tokens == 1, causal, aligned, sign, plan)
     length = "packed" if tokens is None else f"{tokens} tokens"
     what = f"{'causal, ' if causal else ''}{str(dtype).removeprefix('torch.')}{'' if aligned else ', unaligned'}"
+    what += {1: "", 0: ", scale 0", -1: ", negative scale"}[sign]
     name = f"attention {'backward' if backward else 'forward'}, {length}, head_dim {head_dim}, {what}"
     return trust.Trial(
-        name, key, lambda programs: _probe(device, programs, dtype, head_dim, tokens, causal, aligned, backward)
+        name, key, lambda programs: _probe(device, programs, dtype, head_dim, tokens, causal, aligned, sign, backward)
     )
 
 
@@ -93,6 +97,7 @@ def _probe(
     tokens: int | None,
     causal: bool,
     aligned: bool,
+    sign: int,
     backward: bool,
 ) -> trust.Probe:
     heads, lengths = 2, [1, 9, 30, 77, 5, 17] if tokens is None else [tokens, tokens]
@@ -108,7 +113,7 @@ def _probe(
             return None
         return torch.tensor([0, *lengths * count]).cumsum(0).to(device, torch.int32)
 
-    all_offsets, scale = offsets(copies), head_dim**-0.5
+    all_offsets, scale = offsets(copies), sign * head_dim**-0.5
 
     def launch(rows: tuple[Tensor, ...], shared: tuple[Tensor, ...], d_outputs: tuple[Tensor, ...]) -> list[Tensor]:
         (qkv,) = rows
@@ -134,7 +139,7 @@ kernel_ops.define(
     "forward",
     _fake_forward,
     _plain_forward,
-    lambda qkv, cu_seqlens, causal, scale: _trials(qkv, cu_seqlens, causal, backward=False),
+    lambda qkv, cu_seqlens, causal, scale: _trials(qkv, cu_seqlens, causal, scale, backward=False),
 )
 kernel_ops.define(
     "attention_backward(Tensor d_out, Tensor qkv, Tensor out, Tensor lse, Tensor? cu_seqlens, bool causal, float scale)"
@@ -144,21 +149,25 @@ kernel_ops.define(
     "backward",
     _fake_backward,
     _plain_backward,
-    lambda d_out, qkv, out, lse, cu_seqlens, causal, scale: _trials(qkv, cu_seqlens, causal, backward=True),
+    lambda d_out, qkv, out, lse, cu_seqlens, causal, scale: _trials(qkv, cu_seqlens, causal, scale, backward=True),
 )
+
+
+_forward = torch.ops.clipfast.attention.default
+_backward = torch.ops.clipfast.attention_backward.default
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> Tensor:
-        out, lse = torch.ops.clipfast.attention(qkv, cu_seqlens, causal, scale)
+        out, lse = _forward(qkv, cu_seqlens, causal, scale)
         ctx.save_for_backward(qkv, out, lse, cu_seqlens)
         ctx.causal, ctx.scale = causal, scale
         return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = torch.ops.clipfast.attention_backward(d_out, *ctx.saved_tensors, ctx.causal, ctx.scale)
+        gradient = _backward(d_out, *ctx.saved_tensors, ctx.causal, ctx.scale)
         return gradient, None, None, None
 
 
@@ -170,7 +179,9 @@ def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float
     """
     if cu_seqlens is not None:
         cu_seqlens = attention_packed.on_device(cu_seqlens, qkv.device)
-    return _Attention.apply(qkv, cu_seqlens, causal, scale)
+    if kernel_ops.is_recorded():
+        return _Attention.apply(qkv, cu_seqlens, causal, scale)
+    return _forward(qkv, cu_seqlens, causal, scale)[0]
 
 
 def refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str | None:
@@ -178,5 +189,5 @@ def refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) 
     if qkv.shape[-1] not in HEAD_DIMS:
         return f"head_dim {qkv.shape[-1]} is not served ({', '.join(map(str, HEAD_DIMS))} are)"
     return kernel_ops.refusal(
-        "attention", lambda: _trials(qkv, cu_seqlens, causal, backward=torch.is_grad_enabled()), qkv
+        "attention", lambda: _trials(qkv, cu_seqlens, causal, scale, backward=torch.is_grad_enabled()), qkv
     )

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from clipfast.ops import dispatch, kernel_ops, keys, trust
+from clipfast.ops import bias_gelu_native, dispatch, kernel_ops, keys, trust
 from clipfast.ops.probes import probe_rows, random
 from clipfast.ops.rules import LARGE, Key
 
@@ -55,14 +55,17 @@ def kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str = "none") -> bool
 
 def _signature_of_layer(x: Tensor, bias: Tensor, approximate: str) -> tuple[Any, ...]:
     width = bias.shape[0]
-    where = None if x.is_cpu else (x.shape[:-1].numel() * width >= _WIDER * LARGE, x.device, bias.get_device())
+    if x.is_cpu:
+        where = keys.place(x, _WIDER * LARGE, bias)
+    else:
+        where = x.shape[:-1].numel() * width >= _WIDER * LARGE, x.device, bias.get_device()
     return "adds bias", approximate, width, x.dtype, bias.dtype, where, keys.moment(x)
 
 
 def _kernel_adds_bias(x: Tensor, bias: Tensor, approximate: str) -> bool:
     # what the product will look like, without its memory
     product = x.new_empty((), dtype=keys.autocast_dtype(x) or x.dtype).expand(*x.shape[:-1], bias.shape[0])
-    return dispatch.chosen("bias_gelu", product, bias, approximate) == "triton"
+    return dispatch.chosen("bias_gelu", product, bias, approximate) in ("triton", "native")
 
 
 def check_approximate(approximate: str, owner: str) -> str:
@@ -179,22 +182,26 @@ kernel_ops.define(
 )
 
 
+_forward = torch.ops.clipfast.bias_gelu_forward.default
+_backward = torch.ops.clipfast.bias_gelu_backward.default
+
+
 class _BiasGelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         ctx.save_for_backward(x, bias)
         ctx.approximate = approximate
-        return torch.ops.clipfast.bias_gelu_forward(x, bias, approximate)
+        return _forward(x, bias, approximate)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, bias = ctx.saved_tensors
-        dx, dbias = torch.ops.clipfast.bias_gelu_backward(dy, x, bias, ctx.approximate)
+        dx, dbias = _backward(dy, x, bias, ctx.approximate)
         return dx, None if bias is None else dbias, None
 
 
 def _triton(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
-    return _BiasGelu.apply(x, bias, approximate)
+    return (_BiasGelu.apply if kernel_ops.is_recorded() else _forward)(x, bias, approximate)
 
 
 def _triton_refusal(x: Tensor, bias: Tensor | None, approximate: str) -> str | None:
@@ -213,15 +220,18 @@ def _key(x: Tensor, bias: Tensor | None, approximate: str) -> Key:
 
 def _signature(x: Tensor, bias: Tensor | None, approximate: str) -> tuple[Any, ...]:
     if bias is None:
-        where = None if x.is_cpu else keys.place(x, _WIDER * LARGE)
+        where = keys.place(x, _WIDER * LARGE)
         return approximate, x.shape[-1], x.dtype, where, keys.moment(x)
-    where = None if x.is_cpu else keys.place(x, _WIDER * LARGE, bias)
+    where = keys.place(x, _WIDER * LARGE, bias)
     return approximate, x.shape[-1], x.dtype, bias.dim(), bias.numel(), bias.dtype, where, keys.moment(x)
 
 
 dispatch.register(
     "bias_gelu",
     _prepare,
+    dispatch.Implementation(
+        "native", "bias and GELU in one pass", bias_gelu_native.implementation(_reference), bias_gelu_native.refusal
+    ),
     dispatch.Implementation("triton", "bias and GELU in one pass", _triton, _triton_refusal),
     dispatch.Implementation("reference", "plain PyTorch", _reference),
     key=_key,

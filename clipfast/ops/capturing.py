@@ -3,11 +3,34 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 
 from clipfast.ops.fallback import NotReady
+
+_rehearsed: ContextVar[bool] = ContextVar("clipfast_rehearsed", default=False)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Let towers compute inside a ``with`` block as they would under capture: no value is read from a tensor.
+
+    What they launch then is what a capture will launch, and can be compiled, loaded and checked before it.
+    """
+    token = _rehearsed.set(True)
+    try:
+        yield
+    finally:
+        _rehearsed.reset(token)
+
+
+def is_rehearsed() -> bool:
+    """Return whether a capture is rehearsed."""
+    return _rehearsed.get()
 
 
 @functools.cache

@@ -21,13 +21,19 @@ _OPS = {"statistics": "contrastive_loss", "gradients": "contrastive_loss"}
 _OPS |= {f"siglip_{name}": "siglip_loss" for name in _OPS}
 
 
-def refusal(op: str, image: Tensor) -> str | None:
-    """Return why the op library's CUDA kernels cannot serve a loss of features on a card, or None."""
+def refusal(op: str, image: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Return why the op library's CUDA kernels cannot serve a loss of features on a card, or None.
+
+    Args:
+        op: The loss.
+        image: Its features.
+        dtype: That of the kernels' features, where it is another.
+    """
     reason = library.missing_cuda_entry_points() or library.card_refusal(image.device.index)
     if reason is not None or not trust.is_possible():
         return reason
     if trust.is_required(image.device):
-        reason = trust.refusal(op, image.device, [trial(op, image)])
+        reason = trust.refusal(op, image.device, [trial(op, image, dtype)])
     return reason or fallback.failure(op, image.device)
 
 
@@ -53,9 +59,9 @@ _definitions = torch.library.Library("clipfast", "FRAGMENT")
 kernels = Kernels(*(_define(field) for field in Kernels._fields))
 
 
-def trial(op: str, image: Tensor) -> trust.Trial:
+def trial(op: str, image: Tensor, dtype: torch.dtype | None = None) -> trust.Trial:
     """Return how the kernels that a loss gets are checked."""
-    return _trial_of(op, image.device, image.dtype, image.shape[1])
+    return _trial_of(op, image.device, dtype or image.dtype, image.shape[1])
 
 
 @functools.cache
@@ -78,7 +84,8 @@ def _probe(op: str, device: torch.device, dtype: torch.dtype, width: int, progra
         i, t, s, b, w = (x.to(wider) if exact else x for x in (image, text, scale, bias, weight))
         if op == "siglip_loss":
             losses = kernels.siglip_statistics(i, t, s, b, None, None, 0)
-            return [losses.mean(), *kernels.siglip_gradients(i, t, s, b, None, None, w, 0)]
+            again, *gradients = kernels.siglip_gradients(i, t, s, b, None, None, w, 0)
+            return [losses.mean(), again.mean(), *gradients]
         row_lse, column_lse, positive, *_ = kernels.statistics(i, t, s, None, None, 0)
         half = w / 2
         gradients = kernels.gradients(i, t, s, None, None, row_lse, column_lse, half, half, 0)
@@ -93,5 +100,6 @@ def _probe(op: str, device: torch.device, dtype: torch.dtype, width: int, progra
 
     # a loss of SigLIP's is a sum over all texts
     many = batch if op == "siglip_loss" else 1
-    scales = (many, 20.0 * many / batch, 20.0 * many / batch, many, many)[: 5 if op == "siglip_loss" else 4]
+    scales = (20.0 * many / batch, 20.0 * many / batch, many)
+    scales = (many, many, *scales, many) if op == "siglip_loss" else (many, *scales)
     return trust.Probe(launch, 1, 0, expected, tuple(float(s) for s in scales))

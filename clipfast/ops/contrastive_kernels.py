@@ -65,9 +65,9 @@ class _Tile(NamedTuple):
 def _tiles(
     image: Tensor, text: Tensor, image_factor: Tensor | None, text_factor: Tensor | None, first_label: int
 ) -> Iterator[_Tile]:
-    """Walk over the tiles; the products have the factors in them."""
+    """Walk over the tiles; the products have the factors in them, and so have features that are not in 16 bits."""
     dtype = accumulation_dtype(image.dtype)
-    mixed = _is_mixed(image, image_factor, text_factor)
+    mixed = contrastive_products.takes(image)
     height, width = (ON_CARD, ON_CARD) if image.is_cuda else (ROWS, COLUMNS)
     with torch.autocast(image.device.type, enabled=False):
         for row in range(0, image.shape[0], height):
@@ -77,15 +77,20 @@ def _tiles(
                 j = slice(column, min(column + width, text.shape[0]))
                 columns = text[j] if mixed else _scaled(text[j].to(dtype), text_factor, j)
                 product = contrastive_products.multiply(rows, columns.T) if mixed else rows @ columns.T
+                if mixed:
+                    _scale(product, image_factor, text_factor, i, j)
                 offset = row + first_label - column
                 # far off the tile there is no such diagonal: an empty one stands for it
                 offset = min(max(offset, -rows.shape[0]), columns.shape[0])
                 yield _Tile(i, j, rows, columns, product, offset)
 
 
-def _is_mixed(image: Tensor, image_factor: Tensor | None, text_factor: Tensor | None) -> bool:
-    """Return whether tiles hold 16-bit features; those that are scaled are rounded to nothing shorter than sums."""
-    return image_factor is None and text_factor is None and contrastive_products.takes(image)
+def _scale(x: Tensor, image_factor: Tensor | None, text_factor: Tensor | None, i: slice, j: slice) -> None:
+    """Multiply a tile by its rows' and columns' factors: 16-bit features that had them in would be rounded again."""
+    if image_factor is not None:
+        x *= image_factor[i, None]
+    if text_factor is not None:
+        x *= text_factor[j]
 
 
 def products(image: Tensor, text: Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -133,8 +138,9 @@ def _gradients(
     row_weight: Tensor,
     col_weight: Tensor,
     first_label: int,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sums = _Sums(image, text, logit_scale, image_factor, text_factor, row_weight, col_weight)
+    sums = _Sums(image, text, logit_scale, image_factor, text_factor, wide, row_weight, col_weight)
     for tile in _tiles(image, text, image_factor, text_factor, first_label):
         x, i, j = tile.product * logit_scale, tile.i, tile.j
         g = (x - row_lse[0, i, None]).sub_(row_lse[1, i, None]).exp_().mul_(row_weight[i, None])
@@ -172,19 +178,22 @@ def _siglip_gradients(
     text_factor: Tensor | None,
     row_weight: Tensor,
     first_label: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sums = _Sums(image, text, logit_scale, image_factor, text_factor, row_weight)
+    wide: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = _Sums(image, text, logit_scale, image_factor, text_factor, wide, row_weight)
     d_bias = torch.zeros_like(sums.d_scale)
+    row_loss = torch.zeros_like(row_weight)
     for tile in _tiles(image, text, image_factor, text_factor, first_label):
         g = tile.product * logit_scale + logit_bias
         # -z·σ(-z·x): σ(x) beside the labels, -σ(-x) at them
         tile.label(g).neg_()
+        row_loss[tile.i] -= F.logsigmoid(-g).sum(1)
         g.sigmoid_()
         tile.label(g).neg_()
         g *= row_weight[tile.i, None]
         d_bias += g.sum()
         sums.add(tile, g)
-    return *sums.result(), d_bias
+    return row_loss, *sums.result(), d_bias
 
 
 class _Sums:
@@ -197,22 +206,26 @@ class _Sums:
         logit_scale: Tensor,
         image_factor: Tensor | None,
         text_factor: Tensor | None,
+        wide: bool,
         *weights: Tensor,
     ) -> None:
         dtype = accumulation_dtype(image.dtype)
         self.logit_scale, self.image_factor, self.text_factor = logit_scale, image_factor, text_factor
-        self.d_image = image.new_empty(image.shape)
+        self.dtype = dtype if wide else image.dtype
+        self.d_image = image.new_empty(image.shape, dtype=self.dtype)
         self.d_text = text.new_zeros(text.shape, dtype=dtype)
         self.d_scale = image.new_zeros((), dtype=dtype)
-        self.dtype = image.dtype
         self._rows: Tensor | None = None
-        self._mixed = _is_mixed(image, image_factor, text_factor)
-        self._power = contrastive_products.scale_of(image, *weights) if self._mixed else None
+        self._mixed = contrastive_products.takes(image)
+        factors = tuple(f for f in (image_factor, text_factor) if f is not None)
+        self._power = contrastive_products.scale_of(image, weights, factors) if self._mixed else None
 
     def add(self, tile: _Tile, g: Tensor) -> None:
+        """Add a tile's share; ``g`` is used up."""
         with torch.autocast(g.device.type, enabled=False):
             self.d_scale += torch.sum(g * tile.product)
             if self._mixed:
+                _scale(g, self.image_factor, self.text_factor, tile.i, tile.j)
                 self.d_text[tile.j] += contrastive_products.weighted(g.T, tile.image, self._power)
                 rows = contrastive_products.weighted(g, tile.text, self._power)
             else:
@@ -221,11 +234,12 @@ class _Sums:
         # the tiles of one block of rows come one behind the other
         self._rows = rows if tile.j.start == 0 else self._rows.add_(rows)
         if tile.j.stop == self.d_text.shape[0]:
-            self.d_image[tile.i] = _scaled(self._rows * self.logit_scale, self.image_factor, tile.i)
+            factor = None if self._mixed else self.image_factor
+            self.d_image[tile.i] = _scaled(self._rows * self.logit_scale, factor, tile.i)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
         self.d_text *= self.logit_scale
-        if self.text_factor is not None:
+        if self.text_factor is not None and not self._mixed:
             self.d_text *= self.text_factor[:, None]
         return self.d_image, self.d_text.to(self.dtype), self.d_scale
 
@@ -237,18 +251,20 @@ def _fake_statistics(image: Tensor, text: Tensor, *_: object) -> tuple[Tensor, .
     return *lse, torch.empty_like(rows), rows, columns
 
 
-def _fake_gradients(image: Tensor, text: Tensor, *_: object) -> tuple[Tensor, ...]:
-    scalar = image.new_empty((), dtype=accumulation_dtype(image.dtype))
-    return image.new_empty(image.shape), text.new_empty(text.shape), scalar
+def _fake_gradients(image: Tensor, text: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    # `wide` is the only flag, and comes last
+    dtype = accumulation_dtype(image.dtype)
+    of_features = dtype if rest[-1] is True else image.dtype
+    return *(x.new_empty(x.shape, dtype=of_features) for x in (image, text)), image.new_empty((), dtype=dtype)
 
 
 def _fake_siglip_statistics(image: Tensor, *_: object) -> Tensor:
     return image.new_empty(image.shape[:1], dtype=accumulation_dtype(image.dtype))
 
 
-def _fake_siglip_gradients(image: Tensor, text: Tensor, *_: object) -> tuple[Tensor, ...]:
-    gradients = _fake_gradients(image, text)
-    return *gradients, torch.empty_like(gradients[-1])
+def _fake_siglip_gradients(image: Tensor, text: Tensor, *rest: object) -> tuple[Tensor, ...]:
+    gradients = _fake_gradients(image, text, *rest)
+    return _fake_siglip_statistics(image), *gradients, torch.empty_like(gradients[-1])
 
 
 _NAMES = ("contrastive_statistics", "contrastive_gradients", "siglip_statistics", "siglip_gradients")

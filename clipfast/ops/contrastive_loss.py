@@ -14,14 +14,16 @@ from clipfast.ops import (
     contrastive_autograd,
     contrastive_cuda,
     contrastive_kernels,
+    contrastive_narrow,
     contrastive_reference,
     dispatch,
     fallback,
+    siglip_autograd,
 )
 from clipfast.ops.contrastive_arguments import ContrastiveAccuracy, Options, check_features, prepare
-from clipfast.ops.contrastive_autograd import Plan
+from clipfast.ops.contrastive_plan import Plan
 from clipfast.ops.contrastive_ranks import TextExchange, meet
-from clipfast.ops.contrastive_reference import share, texts_of
+from clipfast.ops.contrastive_reference import texts_of
 from clipfast.ops.contrastive_targets import corrections
 
 
@@ -176,7 +178,9 @@ def as_scalar(value: Tensor | float | None, like: Tensor) -> Tensor:
     return torch.full((), 0.0 if value is None else float(value), device=like.device, dtype=dtype)
 
 
-def _plan(kernels: contrastive_kernels.Kernels, options: Options, dtype: torch.dtype | None = None) -> Plan:
+def _plan(
+    kernels: contrastive_kernels.Kernels, options: Options, dtype: torch.dtype | None = None, scaled: bool = False
+) -> Plan:
     return Plan(
         kernels,
         options.ranks,
@@ -184,6 +188,7 @@ def _plan(kernels: contrastive_kernels.Kernels, options: Options, dtype: torch.d
         options.normalize,
         options.sent,
         dtype,
+        scaled,
         options.extra_ranks,
         options.extra_learns,
     )
@@ -198,16 +203,23 @@ def _tiled(
     options: Options,
 ) -> Tensor | tuple[Tensor, ContrastiveAccuracy]:
     scale, ranks = as_scalar(logit_scale, image_features), options.ranks
-    image, text, extra, dtype = image_features, text_features, options.extra, None
+    image, text, extra = image_features, text_features, options.extra
+    narrow = contrastive_narrow.tile_dtype(image)
+    dtype = narrow
     if options.has_targets and image.dtype != scale.dtype:
         # two terms' gradients are added before they are rounded to 16 bits
         dtype = image.dtype
         image, text, extra = (None if x is None else x.to(scale.dtype) for x in (image, text, extra))
+    elif options.has_targets and narrow is not None:
+        # what takes a target off a log-sum-exp has to be of the same features
+        image, text, extra = (
+            None if x is None else contrastive_narrow.rounded(x, narrow) for x in (image, text, extra)
+        )
     loss, *found = contrastive_autograd.contrastive_losses(
         as_rows(image),
         as_rows(texts_of(text, options)),
         scale,
-        _plan(kernels, options, dtype),
+        _plan(kernels, options, dtype, scaled=narrow is not None),
         None if extra is None else as_rows(extra),
     )
     if options.has_targets:
@@ -235,14 +247,15 @@ def _siglip_tiled(
     logit_bias: Tensor | float | None,
     options: Options,
 ) -> Tensor:
-    losses = contrastive_autograd.siglip_losses(
+    dtype = contrastive_narrow.tile_dtype(image_features)
+    loss = siglip_autograd.siglip_losses if options.reduction == "none" else siglip_autograd.siglip_share
+    return loss(
         as_rows(image_features),
         as_rows(texts_of(text_features, options)),
         as_scalar(logit_scale, image_features),
         as_scalar(logit_bias, image_features),
-        _plan(kernels, options),
+        _plan(kernels, options, dtype, scaled=dtype is not None),
     )
-    return losses if options.reduction == "none" else share(losses, options.ranks)
 
 
 def as_rows(features: Tensor) -> Tensor:
@@ -251,13 +264,17 @@ def as_rows(features: Tensor) -> Tensor:
     return features if in_place else features.contiguous()
 
 
-def native_refusal(op: str, image_features: Tensor, *_: object) -> str | None:
-    """Return why the op library's kernels cannot serve a loss of features, or None."""
+def native_refusal(op: str, image_features: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """Return why the op library's kernels cannot serve a loss, or None; ``dtype`` is the tiles' if it is another."""
     if contrastive_kernels.native is None:
         return contrastive_kernels.native_unavailable
     if image_features.device.type not in contrastive_kernels.native_devices:
         return f"the op library has no kernels for {image_features.device.type}"
-    return contrastive_cuda.refusal(op, image_features) if image_features.is_cuda else None
+    return contrastive_cuda.refusal(op, image_features, dtype) if image_features.is_cuda else None
+
+
+def _refusal(op: str, image_features: Tensor, *_: object) -> str | None:
+    return native_refusal(op, image_features, contrastive_narrow.tile_dtype(image_features))
 
 
 def native_kernels(image_features: Tensor) -> contrastive_kernels.Kernels:
@@ -285,7 +302,7 @@ def _siglip_chunked(*arguments: Any) -> Any:
 
 def announce_chunks(op: str, image_features: Tensor) -> None:
     """Warn once that PyTorch's tiles stand in for the op library's."""
-    reason = native_refusal(op, image_features)
+    reason = _refusal(op, image_features)
     # a kernel that failed has been announced
     if reason is not None and fallback.failure(op, image_features.device) is None:
         dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
@@ -299,7 +316,7 @@ for _op, _implementations in (
         _op,
         prepare,
         dispatch.Implementation(
-            "native", "tiles in the op library", _implementations[0], functools.partial(native_refusal, _op)
+            "native", "tiles in the op library", _implementations[0], functools.partial(_refusal, _op)
         ),
         dispatch.Implementation("torch", "tiles in PyTorch", _implementations[1]),
         # never for its speed: it holds all logits

@@ -8,6 +8,7 @@ as two terms, its 16-bit value and what that leaves out, which together are exac
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -31,16 +32,20 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b, out_dtype=torch.float32)
 
 
-def scale_of(features: Tensor, *weights: Tensor) -> Tensor | None:
+def scale_of(features: Tensor, weights: Sequence[Tensor], factors: Sequence[Tensor] = ()) -> Tensor | None:
     """Return what :func:`weighted` gets as ``scale``: none where ``features`` have float32's exponents.
 
     Args:
         features: A factor of the products.
-        *weights: Whose largest values, added up, bound half of the other factor's entries.
+        weights: Whose largest values, added up, bound half of the other factor's entries.
+        factors: What those entries are multiplied by.
     """
     if features.dtype != torch.float16:
         return None
-    largest = sum(weight.abs().amax() for weight in weights).clamp(min=torch.finfo(torch.float32).tiny)
+    largest = sum(weight.abs().amax() for weight in weights)
+    for factor in factors:
+        largest = largest * factor.abs().amax()
+    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
     # a power of two changes no digit
     return torch.exp2((_MOST / largest).clamp(max=2.0**100).log2().floor())
 

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from clipfast.ops.contrastive_narrow import narrowed, tile_dtype, widened
+
 # PyTorch 2.13 renamed them
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -57,7 +59,7 @@ class Ranks:
             return out
         parts = [x.new_empty(max(self.sizes), *x.shape[1:]) for _ in self.sizes]
         dist.all_gather(parts, self._padded(x), group=self.group)
-        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+        return _joined([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         """Sum ``[B, ...]`` over ranks and return this rank's rows ``[b, ...]``."""
@@ -129,13 +131,14 @@ class Ranks:
 
     def _padded(self, x: Tensor) -> Tensor:
         missing = max(self.sizes) - x.shape[0]
-        return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
+        return _joined([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x.contiguous()
 
 
 class TextExchange:
     """Texts on their way to all ranks, and their gradients on their way back, while other work goes on.
 
-    See :func:`send_texts`. One exchange serves one loss.
+    See :func:`send_texts`. One exchange serves one loss. Where the loss's tiles would round float32 texts to 16 bits,
+    they travel in these, and arrive in float32 as the tiles hold them; gradients travel in float32.
 
     Attributes:
         ranks: The ranks and how many rows each holds.
@@ -144,6 +147,7 @@ class TextExchange:
     def __init__(self, text: Tensor, ranks: Ranks) -> None:
         self.ranks = ranks
         self._returning: tuple[Tensor, dist.Work] | None = None
+        self._powers: Tensor | None = None
         self._leaving, self._sent = _Send.apply(text, self), True
 
     def arrive(self) -> Tensor:
@@ -164,10 +168,17 @@ class _Send(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, text: Tensor, exchange: TextExchange) -> Tensor:
         ctx.exchange, ranks = exchange, exchange.ranks
+        dtype = tile_dtype(text)
+        parts = (text.detach(),) if dtype is None else narrowed(text.detach(), dtype)
         # rows up to the longest batch of all: what is padding is cut when it has arrived
-        out = text.new_empty(len(ranks.sizes) * max(ranks.sizes), *text.shape[1:])
-        exchange._work = _all_gather(out, ranks._padded(text.detach()), group=ranks.group, async_op=True)
-        return out
+        rows = len(ranks.sizes) * max(ranks.sizes)
+        gathered = [part.new_empty(rows, *part.shape[1:]) for part in parts]
+        exchange._work = [
+            _all_gather(out, ranks._padded(part), group=ranks.group, async_op=True)
+            for out, part in zip(gathered, parts, strict=True)
+        ]
+        exchange._powers = None if dtype is None else gathered[1]
+        return gathered[0]
 
     @staticmethod
     @once_differentiable
@@ -184,23 +195,34 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, leaving: Tensor, exchange: TextExchange) -> Tensor:
-        exchange._work.wait()
-        ctx.exchange, ranks = exchange, exchange.ranks
-        if ranks._equal:
+        for work in exchange._work:
+            work.wait()
+        ctx.exchange, ranks, ctx.dtype = exchange, exchange.ranks, leaving.dtype
+        if exchange._powers is not None:
+            leaving = widened(leaving, exchange._powers)
+        elif ranks._equal:
             return leaving.view_as(leaving)
-        return torch.cat([part[:size] for part, size in zip(leaving.split(max(ranks.sizes)), ranks.sizes, strict=True)])
+        if ranks._equal:
+            return leaving
+        return _joined([part[:size] for part, size in zip(leaving.split(max(ranks.sizes)), ranks.sizes, strict=True)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange, ranks = ctx.exchange, ctx.exchange.ranks
         if not ranks._equal:
-            grad = torch.cat([ranks._padded(grad[ranks.rows(rank)]) for rank in range(len(ranks.sizes))])
+            grad = _joined([ranks._padded(grad[ranks.rows(rank)]) for rank in range(len(ranks.sizes))])
         out = grad.new_empty(max(ranks.sizes), *grad.shape[1:])
         grad = grad.contiguous()
         exchange._returning = out, _reduce_scatter(out, grad, group=ranks.group, async_op=True)
         # what _Send returns comes from the exchange; this only tells autograd the way
-        return grad, None
+        return grad if grad.dtype == ctx.dtype else grad.new_zeros((), dtype=ctx.dtype).expand_as(grad), None
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Return ``torch.cat(parts)``, also of float16 under autocast to bfloat16, which has no place for it."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(parts)
 
 
 def meet(
@@ -232,7 +254,10 @@ def meet(
             raise problem
         return Ranks(group, (image.shape[0],) * world)
     code = ("groups" in given) + 2 * ("extra" in given)
-    facts = [-1] * 4 if problem is not None else [*image.shape, _DTYPES.index(image.dtype), code]
+    facts = [-1] * 4
+    if problem is None:
+        # the dtype that travels: on a rank without autocast it would be another
+        facts = [*image.shape, _DTYPES.index(tile_dtype(image) or image.dtype), code]
     mine = torch.tensor(facts, device=image.device)
     gathered = [torch.empty_like(mine) for _ in range(world)]
     dist.all_gather(gathered, mine, group=group)

@@ -316,7 +316,12 @@ def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
     for candidate in candidates:
         if candidate.backend == planned and candidate.refusal(*request) is None:
             return candidate
-    return next(c for c in candidates if c.refusal(*request) is None)
+    return next(c for c in candidates if not _is_interpreted(c, request) and c.refusal(*request) is None)
+
+
+def _is_interpreted(candidate: Implementation, request: tuple[Any, ...]) -> bool:
+    """Return whether an implementation would run in Triton's interpreter, which serves who asks for it alone."""
+    return candidate.backend == "triton" and any(x.is_cpu for x in request if isinstance(x, torch.Tensor))
 
 
 def leaves_clipfast() -> bool:

@@ -25,6 +25,7 @@ from clipfast.ops.contrastive_loss import (
     native_kernels,
     native_refusal,
 )
+from clipfast.ops.contrastive_plan import Plan
 from clipfast.ops.contrastive_ranks import Ranks, meet
 from clipfast.ops.contrastive_targets import joined_sum
 
@@ -163,7 +164,7 @@ def _tiled(
         dtype = image.dtype
         image, text = image.to(scale.dtype), text.to(scale.dtype)
     image, text = as_rows(image), as_rows(text)
-    plan = contrastive_autograd.Plan(kernels, ranks, options.comm == "ring", dtype=dtype)
+    plan = Plan(kernels, ranks, options.comm == "ring", dtype=dtype)
     losses, *_ = contrastive_autograd.contrastive_losses(image, text, scale, plan)
     contrastive = contrastive_autograd.joined_mean(losses, ranks)
     u, v = (as_rows(x.detach()) for x in (teacher.image, teacher.text))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from clipfast.ops.single_query_attention import single_query_attention
 
 # tokens that oneDNN's implementation takes at a time: what lies between two steps stays in reach of the caches
 _CHUNK = 2048
+
+# the least that the op library's own products need, on x86 and on Arm
+_INSTRUCTIONS = {torch.float32: ("AVX2", "NEON"), torch.bfloat16: ("AVX512_BF16", "BF16")}
 
 
 @dataclass(frozen=True)
@@ -216,7 +220,7 @@ def native_unable(dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"{dtype} is not served (float32 and bfloat16 are)"
     if not torch.ops.clipfast.can_encode(dtype == torch.bfloat16):
-        return f"this CPU lacks the instructions (AVX-512{'_BF16' if dtype == torch.bfloat16 else ''})"
+        return f"this CPU lacks the instructions ({_INSTRUCTIONS[dtype][platform.machine() == 'aarch64']})"
     return None
 
 

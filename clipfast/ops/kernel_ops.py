@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from clipfast.ops import capturing, fallback, trust
 from clipfast.ops.dispatch import constant_when_compiled
@@ -64,6 +65,14 @@ def define(
     for device in ("CUDA", "CPU"):
         _library.impl(name, run, device)
     torch.library.register_fake(f"clipfast::{name}", fake, lib=_library)
+
+
+def is_recorded() -> bool:
+    """Return whether a call may be derived, by whichever kind of differentiation, or is traced.
+
+    Elsewhere its operator is called as it is: an autograd function would take as long as the kernel's launch.
+    """
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch.compiler.is_compiling()
 
 
 @functools.cache

@@ -7,18 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from clipfast.ops import switches
-from clipfast.ops.rules import LARGE, LENGTHS, WIDTHS, Key, bound
+from clipfast.ops.rules import LARGE, LARGE_ON_HOST, LENGTHS, WIDTHS, Key, bound
 
 # devices on which a launch takes as long as a small call
 _SIZED = frozenset({"cuda"})
+# ops that take longer to be recorded for a backward pass by the op library than by PyTorch
+_BOOKKEPT = frozenset({"layer_norm", "add_layer_norm"})
 
 _is_grad_enabled = torch.is_grad_enabled
 _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 # os.environ encodes a name at every look-up, which takes as long as all the rest of a signature
 _environment: Any = getattr(os.environ, "_data", os.environ)
 _INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET") if _environment is not os.environ else "TRITON_INTERPRET"
+
+
+# what the op library takes: a subclass brings its own meaning of every operator
+PLAIN = (Tensor, torch.nn.Parameter)
+
+_functorch_level = torch._C._functorch.maybe_current_level
+
+
+def is_transformed() -> bool:
+    """Return whether ``torch.func`` or forward-mode differentiation is at work."""
+    return _functorch_level() is not None or forward_ad._current_level >= 0
 
 
 def moment(x: Tensor) -> tuple[Any, ...]:
@@ -31,13 +45,18 @@ def moment(x: Tensor) -> tuple[Any, ...]:
 
 
 def place(x: Tensor, elements: int, *others: Tensor) -> tuple[Any, ...]:
-    """Return where a call off the CPU runs, and whether it is a large one.
+    """Return where a call on rows runs, whether it is a large one, and on the CPU what the op library asks for.
 
     Args:
         x: A tensor of the call.
-        elements: How many of them make it large.
-        *others: The others, which may lie elsewhere. (On the CPU only PyTorch serves, which minds that itself.)
+        elements: How many of them make it large off the CPU.
+        *others: The others, which may lie elsewhere.
     """
+    if x.is_cpu:
+        return (
+            x.numel() >= LARGE_ON_HOST, type(x), *map(type, others), *[t.is_cpu for t in others], x.layout,
+            _functorch_level(), forward_ad._current_level,
+        )  # fmt: skip
     return x.device, x.numel() >= elements, tuple(t.get_device() for t in others)
 
 
@@ -59,6 +78,8 @@ def of_rows(op: str, x: Tensor, *others: Tensor | None, scale: int = 1, **more: 
     """
     dtypes = tuple(name_of(t.dtype) for t in (x, *others) if t is not None)
     large, compiled = is_large(x, LARGE * scale), torch.compiler.is_compiling()
+    if x.is_cpu and not sizes_count(x.device) and op in _BOOKKEPT and torch.is_grad_enabled():
+        large = is_large(x, LARGE_ON_HOST, sized=True)
     return Key(op, dtypes, **modes(x), compiled=compiled, large=large, width=bound(x.shape[-1], WIDTHS), **more)
 
 
@@ -76,12 +97,22 @@ def of_attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: fl
     )
 
 
-def is_large(x: Tensor, elements: int) -> bool | None:
-    """Return :attr:`Key.large` of a call with ``x``, which is large from so many elements on."""
-    if not sizes_count(x.device):
+def is_large(x: Tensor, elements: int, *, sized: bool | None = None) -> bool | None:
+    """Return :attr:`Key.large` of a call with ``x``, which is large from so many elements on.
+
+    Args:
+        x: A tensor of the call.
+        elements: How many.
+        sized: Whether sizes count; by default as :func:`sizes_count` says.
+    """
+    if not (sizes_count(x.device) if sized is None else sized):
         return None
     # A choice that depended on the batch would make its results depend on it, and a compiler compile for every batch
-    return switches.are_calls_large() or torch.compiler.is_compiling() or x.numel() >= elements
+    if switches.are_calls_large() or torch.compiler.is_compiling():
+        return True
+    size = x.numel()
+    # a symbol, where a call is traced for any batch
+    return not isinstance(size, int) or size >= elements
 
 
 def sizes_count(device: torch.device) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipfast.ops import dispatch, keys, layer_norm_torch, layer_norm_triton
+from clipfast.ops import dispatch, keys, layer_norm_native, layer_norm_torch, layer_norm_triton
 from clipfast.ops.rules import LARGE, Key
 
 
@@ -78,13 +78,13 @@ def kernel_sums_bias_gradient(
 
 
 def _signature_of_layer(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Any, ...]:
-    return "sums", x.dtype, *_signature_add(residual, residual, *rest)
+    return "sums", type(x), x.dtype, *_signature_add(residual, residual, *rest)
 
 
 def _kernel_sums(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor) -> bool:
     # what the layer's result will look like, without its memory
     result = residual.new_empty((), dtype=keys.autocast_dtype(x) or x.dtype).expand(residual.shape)
-    return dispatch.chosen("add_layer_norm", result, residual, weight, bias, eps, bias_of_x) == "triton"
+    return dispatch.chosen("add_layer_norm", result, residual, weight, bias, eps, bias_of_x) in ("triton", "native")
 
 
 def _prepare(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -129,7 +129,7 @@ def _signature(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Any
     # numbers, because sizes take longer to hash
     return (
         x.shape[-1], x.dtype, weight.dim(), weight.numel(), weight.dtype, bias.dim(), bias.numel(), bias.dtype,
-        None if x.is_cpu else keys.place(x, LARGE, weight, bias), keys.moment(x),
+        keys.place(x, LARGE, weight, bias), keys.moment(x),
     )  # fmt: skip
 
 
@@ -137,10 +137,10 @@ def _signature_add(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor | None = None
 ) -> tuple[Any, ...]:
     shape = x.shape
-    others = () if bias_of_x is None else (bias_of_x.shape, bias_of_x.dtype, bias_of_x.get_device())
+    others = () if bias_of_x is None else (bias_of_x.shape, bias_of_x.dtype, bias_of_x.get_device(), type(bias_of_x))
     return (
         shape == residual.shape, shape[-1], x.dtype, residual.dtype, weight.dim(), weight.numel(), weight.dtype,
-        bias.dim(), bias.numel(), bias.dtype, None if x.is_cpu else keys.place(x, LARGE, residual, weight, bias),
+        bias.dim(), bias.numel(), bias.dtype, keys.place(x, LARGE, residual, weight, bias),
         keys.moment(x), *others,
     )  # fmt: skip
 
@@ -148,6 +148,9 @@ def _signature_add(
 dispatch.register(
     "layer_norm",
     _prepare,
+    dispatch.Implementation(
+        "native", "one pass over the rows", layer_norm_native.layer_norm, layer_norm_native.refusal
+    ),
     dispatch.Implementation(
         "triton", "one pass over the rows", layer_norm_triton.layer_norm, layer_norm_triton.refusal
     ),
@@ -158,6 +161,12 @@ dispatch.register(
 dispatch.register(
     "add_layer_norm",
     _prepare_add,
+    dispatch.Implementation(
+        "native",
+        "addition and norm in one pass",
+        layer_norm_native.add_layer_norm,
+        layer_norm_native.add_refusal,
+    ),
     dispatch.Implementation(
         "triton",
         "addition and norm in one pass",

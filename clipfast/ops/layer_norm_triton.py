@@ -118,22 +118,22 @@ def _probe(
 
 
 def _forward_trials(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[trust.Trial]:
-    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, add=False, backward=False)]
+    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, False, False)]
 
 
 def _backward_trials(dy: Tensor, x: Tensor, weight: Tensor, *_: object) -> list[trust.Trial]:
-    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, add=False, backward=True)]
+    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, False, True)]
 
 
 def _add_forward_trials(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[trust.Trial]:
-    return [_trial(x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype, add=True, backward=False)]
+    return [_trial(x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype, True, False)]
 
 
 def _add_backward_trials(
     dy: Tensor, dstream: Tensor, stream: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, x: torch.dtype,
     residual: torch.dtype, total: torch.dtype | None = None,
 ) -> list[trust.Trial]:  # fmt: skip
-    return [_trial(stream.device, stream.shape[-1], x, residual, weight.dtype, add=True, backward=True, total=total)]
+    return [_trial(stream.device, stream.shape[-1], x, residual, weight.dtype, True, True, total)]
 
 
 kernel_ops.define(
@@ -177,16 +177,23 @@ kernel_ops.define(
 )
 
 
+# the overloads themselves: a name that may mean several is resolved at every call
+_forward = torch.ops.clipfast.layer_norm_forward.default
+_backward = torch.ops.clipfast.layer_norm_backward.default
+_add_forward = torch.ops.clipfast.add_layer_norm_forward.default
+_add_backward = torch.ops.clipfast.add_layer_norm_backward.default
+
+
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, mean, rstd = torch.ops.clipfast.layer_norm_forward(x, weight, bias, eps)
+        y, mean, rstd = _forward(x, weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         return y
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.clipfast.layer_norm_backward(dy, *ctx.saved_tensors), None
+        return *_backward(dy, *ctx.saved_tensors), None
 
 
 class _AddLayerNorm(torch.autograd.Function):
@@ -200,16 +207,14 @@ class _AddLayerNorm(torch.autograd.Function):
         eps: float,
         bias_of_x: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        y, stream, mean, rstd = torch.ops.clipfast.add_layer_norm_forward(x, residual, weight, bias, eps)
+        y, stream, mean, rstd = _add_forward(x, residual, weight, bias, eps)
         ctx.save_for_backward(stream, weight, mean, rstd)
         ctx.dtypes = x.dtype, residual.dtype, None if bias_of_x is None else bias_of_x.dtype
         return y, stream
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor, dstream: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dresidual, dweight, dbias, dsum = torch.ops.clipfast.add_layer_norm_backward(
-            dy, dstream, *ctx.saved_tensors, *ctx.dtypes
-        )
+        dx, dresidual, dweight, dbias, dsum = _add_backward(dy, dstream, *ctx.saved_tensors, *ctx.dtypes)
         # the gradient of a sum is that of both terms
         same = ctx.dtypes[0] == ctx.dtypes[1]
         return dx, dx if same else dresidual, dweight, dbias, None, None if ctx.dtypes[2] is None else dsum
@@ -217,14 +222,17 @@ class _AddLayerNorm(torch.autograd.Function):
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Return ``layer_norm(x)`` by the Triton kernels."""
-    return _LayerNorm.apply(x, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps) if kernel_ops.is_recorded() else _forward(x, weight, bias, eps)[0]
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float, bias_of_x: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return ``(layer_norm(x + residual), x + residual)`` by the Triton kernels, and the way back to ``bias_of_x``."""
-    return _AddLayerNorm.apply(x, residual, weight, bias, eps, bias_of_x)
+    if kernel_ops.is_recorded():
+        return _AddLayerNorm.apply(x, residual, weight, bias, eps, bias_of_x)
+    y, stream, _, _ = _add_forward(x, residual, weight, bias, eps)
+    return y, stream
 
 
 def refusal(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from clipfast.ops.dispatch import constant_when_compiled
+from clipfast.ops.switches import constant_when_compiled
 
 _PACKAGE = Path(__file__).parent.parent
 # Orin and Thor, for which NVIDIA promises nothing of code that was made for another number (CUDA C++ Programming Guide,
@@ -28,6 +28,7 @@ _OPS = (
     "contrastive_gradients",
     "siglip_statistics",
     "siglip_gradients",
+    "why_no_amx",
     "can_encode",
     "pack_weight",
     "packed_linear",
@@ -36,6 +37,13 @@ _OPS = (
     "missing_cuda_entry_points",
     "fingerprint",
     "changed_weight",
+    "row_vectors",
+    "native_layer_norm",
+    "native_layer_norm_backward",
+    "native_add_layer_norm",
+    "native_add_layer_norm_backward",
+    "native_bias_gelu",
+    "native_bias_gelu_backward",
 )
 
 
@@ -127,8 +135,9 @@ def _load(library: Path) -> str | None:
     missing = [name for name in _OPS if not hasattr(torch.ops.clipfast, name)]
     if missing:
         return f"{library} has no op {', '.join(missing)}: it is of another clipfast; install clipfast again"
-    # both are asked here, once: later, a caller's dispatch mode would see the operators
+    # all are asked here, once: later, a caller's dispatch mode would see the operators
     _missing_cuda_entry_points()
+    _why_no_amx()
     if "cuda" not in _fields():
         return f"{library} does not tell what it was built with; install clipfast again"
     return None
@@ -149,6 +158,17 @@ def build_info() -> dict[str, str]:
     if reason is not None:
         raise RuntimeError(reason)
     return dict(_fields())
+
+
+@functools.cache
+def _why_no_amx() -> str | None:
+    return torch.ops.clipfast.why_no_amx() or None
+
+
+@constant_when_compiled
+def why_no_amx() -> str | None:
+    """Return why the op library does not multiply bfloat16 by AMX in this process, or None where it does."""
+    return unavailable() or _why_no_amx()
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from clipfast.ops import measured, rules, tuned
+from clipfast.ops import library, measured, rules, tuned
 
 SCHEMA = 1
 
@@ -160,7 +161,9 @@ def machine_of(device: torch.device) -> rules.Machine:
     if device.type == "cuda" and torch.version.hip is None:
         return rules.Machine("cuda", _of_card(torch.cuda.get_device_capability, device))
     if device.type == "cpu":
-        return rules.Machine("cpu", amx=torch.cpu._is_amx_tile_supported())
+        amx = torch.cpu._is_amx_tile_supported()
+        arm = platform.machine() in ("aarch64", "arm64")
+        return rules.Machine("cpu", amx=amx, native_amx=amx and library.why_no_amx() is None, arm=arm)
     return rules.Machine(device.type)
 
 

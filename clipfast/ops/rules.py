@@ -25,6 +25,9 @@ KNOWN = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 # (7.0 million) keep the card busy; slower cards need fewer. From there on a launch costs nothing and a byte does.
 LARGE = 2**23
 
+# Elements from which on the CPU, in training, a LayerNorm's bytes outweigh its bookkeeping: see the rule about it.
+LARGE_ON_HOST = 2**17
+
 # bounds of classes
 WIDTHS = (256, 512, 1024, 2048, 4096, 8192)
 LENGTHS = (64, 80, 128, 256, 257, 577)
@@ -49,7 +52,8 @@ class Key(NamedTuple):
         compiled: Whether ``torch.compile`` traces the call. Ops that it does not look into leave it False.
         large: Whether the call is large enough for its bytes to outweigh its launches (``LARGE``). True for all sizes
             where the choice may not depend on the batch: under ``deterministic()``, and while a compiler traces. None
-            where sizes do not count: off the GPU, and for the losses, which all ranks have to serve alike.
+            where sizes do not count: off the GPU, but for LayerNorms with gradients on the CPU, and for the losses,
+            which all ranks have to serve alike.
         width: A bound of the width of rows, of an encoder, of features; 0 for wider ones, None where it does not count.
             Attention: the head_dim.
         form: The GELU.
@@ -101,11 +105,15 @@ class Machine(NamedTuple):
         kind: The type of device, such as ``cuda``.
         capability: An NVIDIA card's compute capability; None elsewhere.
         amx: Whether the CPU multiplies bfloat16 by AMX.
+        native_amx: Whether the op library does so, too.
+        arm: Whether the CPU is one of Arm's.
     """
 
     kind: str
     capability: tuple[int, int] | None = None
     amx: bool = False
+    native_amx: bool = False
+    arm: bool = False
 
 
 class Verdict(NamedTuple):
@@ -221,11 +229,10 @@ def _infers_shortest(key: Key, machine: Machine) -> bool:
 RULES: tuple[Rule, ...] = (
     Rule(
         _ROW_OPS,
-        lambda key, machine: machine.kind != "cuda",
+        lambda key, machine: machine.kind not in ("cuda", "cpu"),
         "reference",
-        "the kernels are for NVIDIA GPUs",
-        "0 bytes saved: PyTorch's operators are the only ones here. (Triton's interpreter on the CPU is for tests: "
-        "a call takes 0.2 s and more.)",
+        "the kernels are for NVIDIA GPUs and CPUs",
+        "0 bytes saved: PyTorch's operators are the only ones here.",
     ),
     Rule(
         _ROW_OPS,
@@ -235,6 +242,27 @@ RULES: tuple[Rule, ...] = (
         "Elementwise work fused into its neighbours moves 0 bytes of its own; an operator that the compiler cannot "
         "look into moves at least 2 values an element, and torch.compile's LayerNorm alone matches the best "
         "kernels.",
+    ),
+    Rule(
+        ("layer_norm", "add_layer_norm"),
+        lambda key, machine: machine.kind == "cpu" and key.large is False,
+        "reference",
+        "a small call's time is its bookkeeping, of which PyTorch's own operators have less",
+        "An autograd function takes 25 µs more than PyTorch's own operator, forward + backward; the library's "
+        "LayerNorm saves about 0.2 ns an element. 25 µs / 0.2 ns = 125,000 elements (LARGE_ON_HOST). Without gradients "
+        "there is no such function, and 4 rows of 64 take 8.4 µs against 11.0. GELU: PyTorch has two to six operators "
+        "and as many nodes to record, 150 µs against 270 at 4 rows of 64, forward + backward, on a busy machine.",
+    ),
+    Rule(
+        _ROW_OPS,
+        lambda key, machine: machine.kind == "cpu",
+        "native",
+        "it passes over memory once",
+        "Tensors read and written, PyTorch : library. bias + GELU: 4 : 2 forward (erf, tanh), 8 : 2 (quick), 8 : 3 and "
+        "15 : 3 backward with the bias' gradient; residual + LayerNorm: 5 : 4 forward, 7 : 4 backward. LayerNorm alone "
+        "moves the same: its gain, 1.0 to 1.4 times, is that gradients of weight and bias are summed while a row is in "
+        "the first-level cache. Fresh pages count too: each tensor that is not made is 0.25 µs a 4 KB page saved where "
+        "the C library gives pages back.",
     ),
     Rule(
         _ROW_OPS,
@@ -332,20 +360,39 @@ RULES: tuple[Rule, ...] = (
         lambda key, machine: True,
         "native",
         "its tiles stay on chip, where PyTorch's pass through memory about forty times",
-        "CUDA, D = 512, B = 8k / 32k / 64k, 16-bit: the op library's kernel 1.5 / 25 / 103 ms. Chunks through "
-        "torch.mm(out_dtype=float32), as PyTorch's tiles are, would take 0.9 / 14 / 56 if one kernel did all "
-        "between the products; there is none, and PyTorch's elementwise operators move 64 bytes a logit for the "
-        "statistics and 106 for the gradients: 170 · B² / 3.0 TB/s = 3.8 / 61 / 244 ms beside products of 8 at 32k "
-        "(the gradients' in two terms). float32 features: 102 ms at 32k by the kernel; 8·B²·D / 67 TFLOP/s = 66 and"
-        " 61 between them by PyTorch. CPU: 2.3 times open_clip's loss at B = 8,192 in bfloat16.",
+        "CUDA, D = 512, B = 8k / 32k / 64k, 16-bit (float32 under autocast too): the op library's kernels 0.8 / 13.3 / "
+        "53 ms, scripts/reckon_loss.py; SigLIP, whose gradients come with the loss, 0.6 / 9.3 / 37. Chunks through "
+        "torch.mm(out_dtype=float32), as PyTorch's tiles are, would take 0.7 / 12 / 47 if one kernel did all "
+        "between the products and nothing were lost; there is none, and PyTorch's elementwise operators move 64 bytes "
+        "a logit for the statistics and 106 for the gradients: 170 · B² / 3.0 TB/s = 3.8 / 61 / 244 ms beside products "
+        "of 8 at 32k (the gradients' in two terms). float32 features outside autocast: 102 ms at 32k by the kernel; "
+        "8·B²·D / 67 TFLOP/s = 66 and 61 between them by PyTorch. CPU: 2.3 times open_clip's loss at B = 8,192 in "
+        "bfloat16.",
+    ),
+    Rule(
+        ("encoder",),
+        lambda key, machine: machine.amx and machine.native_amx and key.dtypes[0] == "bfloat16",
+        "native",
+        "the op library multiplies by AMX, with bias, GELU, residual and norms in the products",
+        "Predicted. A Xeon core: tile loops with packed operands 1,040 to 1,230 GFLOP/s on ViT-B's shapes, oneDNN's "
+        "packed weights half of 590 to 2,000 on two cores for 50 to 1,600 rows. A whole encoder of such loops took 81 "
+        "ms where oneDNN's took 172 (B/32, 16 images), 242 where it took 284 (B/16, 12 images).",
     ),
     Rule(
         ("encoder",),
         lambda key, machine: machine.amx and key.dtypes[0] == "bfloat16",
         "torch",
-        "this CPU has AMX, which oneDNN uses",
+        "this CPU has AMX, which oneDNN uses and the op library cannot",
         "AMX multiplies bfloat16 at 1,000 to 1,200 GFLOP/s a core through oneDNN's packed weights; the library's "
-        "own products use AVX512-BF16 and took 3.8 to 7 times as long on such a CPU.",
+        "products on AVX512-BF16 took 3.8 to 7 times as long on such a CPU.",
+    ),
+    Rule(
+        ("encoder",),
+        lambda key, machine: machine.arm,
+        "torch",
+        "no CPU of Arm was measured, and its oneDNN has Arm's own products",
+        "Both multiply at the same rate. The library's own tiles load 14 registers for 24 products, which a core that "
+        "loads two a clock may not keep up with: `clipfast tune` finds out.",
     ),
     Rule(
         ("encoder",),

@@ -16,6 +16,12 @@ from clipfast.train.limits import MOST_STEPS, RULES, RUN_RULES, check_together
 Precision = Literal["fp32", "bf16", "pure_bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 Strategy = Literal["ddp", "fsdp"]
+Compile = Literal["no", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+def compile_mode(value: Any) -> Any:
+    """Return the mode that True and False stand for, which is what ``compile`` once was; others as they are."""
+    return {True: "default", False: "no"}[value] if isinstance(value, bool) else value
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,9 @@ class TrainConfig:
             takes the whole batch.
         ema_decay: Of an exponential moving average of the weights; 0 keeps none.
         grad_checkpointing: Whether blocks' activations are computed again in the backward pass.
-        compile: Whether blocks are compiled by ``torch.compile``.
+        compile: The mode in which ``torch.compile`` compiles the blocks, or ``"no"``. Of those that capture CUDA graphs
+            the image tower's blocks alone get graphs: packed captions are of another length in every batch. True and
+            False are ``"default"`` and ``"no"``.
         strategy: How ranks share the model: ``"ddp"``, or ``"fsdp"`` (FSDP2).
         seed: Of all random numbers in the towers.
         label_smoothing: The share of every target that is spread evenly over its row; see
@@ -59,7 +67,7 @@ class TrainConfig:
     micro_batch_size: Annotated[int | None, "Pairs a rank encodes at once: same gradients, less memory."] = None
     ema_decay: Annotated[float, "Of a moving average of the weights; 0 keeps none."] = 0.0
     grad_checkpointing: Annotated[bool, "Compute activations again in the backward pass."] = False
-    compile: Annotated[bool, "Compile the blocks with torch.compile."] = False
+    compile: Annotated[Compile, "The blocks, by torch.compile: no, default, reduce-overhead, max-autotune, ..."] = "no"
     strategy: Annotated[Strategy, "How ranks share the model: ddp, or fsdp."] = "ddp"
     seed: Annotated[int, "Of the data's order, crops and dropout."] = 0
     label_smoothing: Annotated[float, "The share of every target that is spread over its row."] = 0.0
@@ -70,6 +78,7 @@ class TrainConfig:
     lock_text_unlocked_layers: Annotated[int, "Its last groups of layers that still learn."] = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "compile", compile_mode(self.compile))
         values = {name: getattr(self, name) for name in TrainConfig.__dataclass_fields__}
         check_settings(values, get_type_hints(TrainConfig), RULES)
         check_together(values, TrainConfig.warmup_steps)
@@ -130,6 +139,7 @@ class RunConfig(TrainConfig, DataOptions):
     tensorboard: Annotated[bool, "Write TensorBoard's logs too."] = True
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "compile", compile_mode(self.compile))
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         check_settings(values, get_type_hints(RunConfig), RUN_RULES)
         if (self.steps > 0) == (self.epochs > 0):

@@ -11,6 +11,9 @@ from clipfast.settings import ANY, SOME_TEXT, Rule, above, at_least, between, sh
 # folders of checkpoints are sorted by names of nine digits
 MOST_STEPS = 999_999_999
 
+# torch.compile's modes that capture CUDA graphs, and the nearest that does not
+GRAPH_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+
 RULES: dict[str, Rule] = {
     "steps": at_least(1),
     "learning_rate": above(0),
@@ -92,6 +95,17 @@ def check_together(values: dict[str, Any], usual_warmup: int) -> None:
         )
     if values["precision"] == "fp16" and values["strategy"] == "fsdp":
         raise ValueError("precision: got 'fp16' with fsdp, expected 'bf16': the scale of fp16 is not shared by ranks")
+    graphs = values["compile"] in GRAPH_MODES
+    for name, usual, why in (
+        ("strategy", "ddp", "a graph keeps the addresses of the weights, which FSDP2 gathers anew"),
+        ("micro_batch_size", None, "gradients that add up over parts would lie where the next part's graph writes"),
+        ("grad_checkpointing", False, "nobody has shown that a graph can be replayed inside a backward pass"),
+    ):
+        if graphs and values[name] != usual:
+            raise ValueError(
+                f"compile: got {values['compile']!r} with {name} = {values[name]!r}, expected a mode without CUDA "
+                f"graphs ('default', 'max-autotune-no-cudagraphs'): {why}"
+            )
     for lock, names in (
         ("lock_image", ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats")),
         ("lock_text", ("lock_text_unlocked_layers",)),

@@ -75,9 +75,56 @@ def clip_gradients(gradients: Sequence[Tensor], max_norm: float | None) -> Tenso
     norm = gradient_norm(gradients)
     if max_norm is not None:
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        by_device: dict[torch.device, list[Tensor]] = {}
         for gradient in gradients:
-            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(factor.to(gradient.device))
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            by_device.setdefault(local.device, []).append(local)
+        for device, group in by_device.items():
+            torch._foreach_mul_(group, factor.to(device))
     return norm
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors, in as few launches as the device can do with."""
+    if targets:
+        torch._foreach_copy_(list(targets), list(sources))
+
+
+def move_towards(averages: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:
+    """Move averages towards weights by a share of the way, each as ``lerp_`` does."""
+    # shards of FSDP2 and whole tensors are two lists
+    for sharded in (False, True):
+        pairs = [(a, w) for a, w in zip(averages, weights, strict=True) if isinstance(a, DTensor) is sharded]
+        if pairs:
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), share)
+
+
+def step_if(optimizer: torch.optim.Optimizer, sound: Tensor, scaler: torch.amp.GradScaler) -> None:
+    """Take a step if ``sound`` holds, which nobody waits for: otherwise weights and moments stay, bit for bit.
+
+    A fused optimizer leaves everything as it is where it is told that gradients were not finite. It is told the same of
+    whatever else makes a step unsound.
+
+    Args:
+        optimizer: A fused one.
+        sound: A bool, a scalar on the optimizer's device.
+        scaler: Of fp16, or one that is not enabled. The first skips steps for reasons of its own, and knows of
+            ``sound`` by :func:`mark_unsound`.
+    """
+    if scaler.is_enabled():
+        scaler.step(optimizer)
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, torch.where(sound, 0.0, 1.0)
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.grad_scale, optimizer.found_inf
+
+
+def mark_unsound(gradients: Sequence[Tensor], sound: Tensor) -> None:
+    """Make a gradient NaN unless ``sound`` holds, so that fp16's scaler skips the step; else all stay, bit for bit."""
+    whole = next(g for g in gradients if not isinstance(g, DTensor))
+    whole.mul_(torch.where(sound, 1.0, torch.nan).to(whole.device))
 
 
 def learning_rate_share(schedule: Schedule, step: int, steps: int, warmup_steps: int) -> float:

@@ -28,7 +28,7 @@ from clipfast.models.config import CLIPConfig, get_config
 from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
 from clipfast.train.checkpoint import Checkpoints
-from clipfast.train.config import RunConfig, TrainConfig
+from clipfast.train.config import RunConfig, TrainConfig, compile_mode
 from clipfast.train.engine import StepRecord, TrainResult, train_on
 from clipfast.train.interrupt import StopRequest, stop_on_interrupt
 from clipfast.train.limits import check_output
@@ -275,6 +275,8 @@ class _Run:
     def _compare(self, before: dict[str, Any]) -> None:
         """Warn of settings that make the rest of the run another one; a run may be made longer, for instance."""
         now = self._settings()
+        # a bool in checkpoints from before it named a mode
+        before = before | ({"compile": compile_mode(before["compile"])} if "compile" in before else {})
         changed = [f"{k} = {now.get(k)!r} and not {v!r}" for k, v in before.items() if now.get(k) != v]
         if changed and self.place.leads:
             warnings.warn(f"the run goes on with other settings: {', '.join(changed)}", stacklevel=2)

@@ -13,9 +13,18 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.models.clip import CLIP
 from clipfast.models.warm_up import warm_up
-from clipfast.train.config import TrainConfig
+from clipfast.train.config import Compile, TrainConfig
 from clipfast.train.gradients import StepSeeds, compute_gradients
-from clipfast.train.optimizer import clip_gradients, learning_rate_share, make_optimizer
+from clipfast.train.limits import GRAPH_MODES
+from clipfast.train.optimizer import (
+    clip_gradients,
+    copy_each,
+    learning_rate_share,
+    make_optimizer,
+    mark_unsound,
+    move_towards,
+    step_if,
+)
 from clipfast.train.plan import share_plan
 from clipfast.train.token_gradient import TokenGradient
 from clipfast.train.towers import Towers, autocast_of, halve, share_towers
@@ -102,10 +111,7 @@ class Trainer:
                 warm_up(model, training=True)
             # kernels have been checked
             self.plan = share_plan(self.workplace)
-        if config.compile:
-            for tower in (model.visual, model):
-                for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
-                    block.compile()
+        _compile_blocks(model, config.compile)
         self.teacher = None
         if teacher is not None:
             teacher = teacher.to(self.workplace.device).eval().requires_grad_(False)
@@ -129,12 +135,16 @@ class Trainer:
         """Train on one batch: this rank's ``[b, 3, H, W]`` and ``[b, L]``.
 
         Raises:
-            FloatingPointError: The loss is not finite. The weights are those before this batch.
+            FloatingPointError: The loss is not finite, or without fp16's scale the norm of the gradients. The weights,
+                moments and averages are those before this batch.
         """
         config, device = self.config, self.workplace.device
         rate = config.learning_rate * learning_rate_share(config.schedule, self.step, config.steps, config.warmup_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        if config.compile in GRAPH_MODES:
+            # what the last step's graphs gave is not looked at any more: this step may write over it
+            torch.compiler.cudagraph_mark_step_begin()
         # DDP and FSDP2 bring inputs to the card; otherwise captions in host memory have lengths that nothing waits for
         tokens = tokens if self.workplace.group is None else tokens.to(device, non_blocking=True)
         with self._token_gradient.kept():
@@ -151,22 +161,29 @@ class Trainer:
             )
         self._average_scalars()
         self._hand_gradients_over()
-        self.scaler.unscale_(self.optimizer)
-        norm = clip_gradients([w.grad for w in self.weights.values() if w.grad is not None], config.max_grad_norm)
-        # one wait for the device, after all its work is queued
+        gradients = [w.grad for w in self.weights.values() if w.grad is not None]
+        sound = found.loss.isfinite()
+        if self.scaler.is_enabled():
+            mark_unsound(gradients, sound)
+            self.scaler.unscale_(self.optimizer)
+        norm = clip_gradients(gradients, config.max_grad_norm)
+        if not self.scaler.is_enabled():
+            # fp16's scaler expects some that are not finite, and skips their steps
+            sound = sound & norm.isfinite()
+        step_if(self.optimizer, sound, self.scaler)
+        # the one wait for the device, after all its work is queued
         loss, scale, norm = torch.stack([x.to(device, torch.float64) for x in (*found, norm)]).tolist()
-        if not math.isfinite(loss):
-            self.optimizer.zero_grad()
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step + 1} (logit scale {scale:.4g}, learning rate {rate:.3g}), "
-                f"expected a finite number: look for NaN in the batch or the weights, or train with a lower learning "
-                f"rate or a longer warm-up"
-            )
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
         self.model.zero_grad()
         for weight in self._copies.values():
             weight.grad = None
+        self.scaler.update()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or self.scaler.is_enabled()):
+            what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradients' norm is {norm}"
+            raise FloatingPointError(
+                f"{what} at step {self.step + 1} (logit scale {scale:.4g}, learning rate {rate:.3g}), expected a "
+                f"finite number: look for NaN in the batch or the weights, or train with a lower learning rate or a "
+                f"longer warm-up"
+            )
         self._hand_weights_back()
         self.model.clamp_logit_scale()
         self._update_ema()
@@ -186,20 +203,24 @@ class Trainer:
                 dist.all_reduce(parameter.grad, group=self.workplace.group)
                 parameter.grad /= self.workplace.world_size
 
+    @torch.no_grad()
     def _hand_gradients_over(self) -> None:
+        handed: list[Tensor] = []
         for name, weight in self._copies.items():
             gradient = self._parameters[name].grad
-            weight.grad = None if gradient is None else gradient.to(weight.dtype)
+            weight.grad = None if gradient is None else torch.empty_like(weight)
+            handed += [] if gradient is None else [gradient]
+        copy_each([w.grad for w in self._copies.values() if w.grad is not None], handed)
 
     @torch.no_grad()
     def _hand_weights_back(self) -> None:
-        for name, weight in self._copies.items():
-            self._parameters[name].copy_(weight)
+        copies = self._copies
+        copy_each([self._parameters[name] for name in copies], list(copies.values()))
 
     @torch.no_grad()
     def _update_ema(self) -> None:
-        for name, average in self.ema.items():
-            average.lerp_(self.weights[name].detach(), 1 - self.config.ema_decay)
+        weights = [self.weights[name].detach() for name in self.ema]
+        move_towards(list(self.ema.values()), weights, 1 - self.config.ema_decay)
 
     # --- state --------------------------------------------------------------------------------------------
 
@@ -243,6 +264,15 @@ class Trainer:
             state["exp_avg"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
         return state
+
+
+def _compile_blocks(model: CLIP, mode: Compile) -> None:
+    if mode == "no":
+        return
+    # a graph is for one shape, and the packed captions of every batch are of another
+    for tower, of_tower in ((model.visual, mode), (model, GRAPH_MODES.get(mode, mode))):
+        for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
+            block.compile(mode=of_tower)
 
 
 def _lock(model: CLIP, config: TrainConfig) -> None:

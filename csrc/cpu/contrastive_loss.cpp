@@ -6,20 +6,10 @@
 // the same number of threads.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
-#include <exception>
-#include <mutex>
-#include <optional>
-#include <string>
 #include <tuple>
-#include <vector>
 
-#include "products.h"
-#include "tile.h"
+#include "contrastive_walk.h"
 
 namespace clipfast::cpu {
 
@@ -39,168 +29,14 @@ namespace clipfast::cpu {
         sigmoid_statistics_(t, s, b, f, g, row_loss);                                                                \
     }                                                                                                                \
     CLIPFAST_VECTORISED double sigmoid_gradient(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,   \
-                                                const Real* u, Sum* d_bias) {                                        \
-        return sigmoid_gradient_(t, s, b, f, g, u, d_bias);                                                          \
+                                                const Real* u, double* row_loss, Sum* d_bias) {                      \
+        return sigmoid_gradient_(t, s, b, f, g, u, row_loss, d_bias);                                                \
     }
 CLIPFAST_INSTANCES(float)
 CLIPFAST_INSTANCES(double)
 #undef CLIPFAST_INSTANCES
 
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// ---------------------------------------------------------------------------------------------------------------
-// arguments
-
-Matrix matrix_of(const char* op, const char* name, const Tensor& t) {
-    STD_TORCH_CHECK(t.dim() == 2 && (t.stride(1) == 1 || t.size(1) <= 1) &&
-                        (t.stride(0) >= t.size(1) || t.size(0) <= 1),
-                    op, "(", name, "): expected two dimensions, the last contiguous, and rows that do not overlap");
-    Dtype dtype;
-    switch (t.scalar_type()) {
-        case ScalarType::Double: dtype = Dtype::float64; break;
-        case ScalarType::Float: dtype = Dtype::float32; break;
-        case ScalarType::BFloat16: dtype = Dtype::bfloat16; break;
-        case ScalarType::Half: dtype = Dtype::float16; break;
-        default:
-            STD_TORCH_CHECK(false, op, "(", name, "): expected float64, float32, bfloat16 or float16");
-            __builtin_unreachable();
-    }
-    // a single row may have any stride; BLAS wants one that is at least the width
-    return {t.const_data_ptr(), t.size(0), t.size(1), std::max(t.stride(0), t.size(1)), dtype};
-}
-
-template <class Real>
-constexpr ScalarType scalar_type = sizeof(Real) == 8 ? ScalarType::Double : ScalarType::Float;
-
-// `size` numbers of a vector argument; ones where it is absent
-template <class Real>
-std::vector<Real> vector_of(const char* op, const char* name, const std::optional<Tensor>& t, int64_t size) {
-    if (!t) return std::vector<Real>(size, Real(1));
-    STD_TORCH_CHECK(t->scalar_type() == scalar_type<Real> && t->numel() == size && t->dim() <= 1, op, "(", name,
-                    "): expected ", size, " numbers in the precision of the sums");
-    const Real* data = t->const_data_ptr<Real>();
-    const int64_t stride = t->dim() == 1 ? t->stride(0) : 1;
-    std::vector<Real> values(size);
-    for (int64_t i = 0; i < size; ++i) values[i] = data[i * stride];
-    return values;
-}
-
-template <class Real>
-struct Problem {
-    const char* op;
-    Matrix image, text;
-    Real scale;
-    std::vector<Real> f, g;
-    int64_t first_label;
-
-    Problem(const char* op, const Tensor& images, const Tensor& texts, const Tensor& logit_scale,
-            const std::optional<Tensor>& image_factor, const std::optional<Tensor>& text_factor, int64_t first_label)
-        : op(op),
-          image(matrix_of(op, "image", images)),
-          text(matrix_of(op, "text", texts)),
-          scale(vector_of<Real>(op, "logit_scale", logit_scale, 1)[0]),
-          f(vector_of<Real>(op, "image_factor", image_factor, image.rows)),
-          g(vector_of<Real>(op, "text_factor", text_factor, text.rows)),
-          first_label(first_label) {
-        STD_TORCH_CHECK(image.width == text.width && image.dtype == text.dtype, op,
-                        "(text): expected the width and dtype of image");
-    }
-};
-
-template <class Real>
-Tensor vector_like(const Tensor& t, int64_t size) {
-    return torch::stable::new_empty(t, {size}, std::make_optional(scalar_type<Real>));
-}
-
-template <class Real>
-Tensor lse_like(const Tensor& t, int64_t size) {
-    return torch::stable::new_empty(t, {2, size}, std::make_optional(scalar_type<Real>));
-}
-
-template <class Real>
-Lse<Real> lse_of(const char* op, const char* name, const Tensor& t, int64_t size) {
-    STD_TORCH_CHECK(t.scalar_type() == scalar_type<Real> && t.dim() == 2 && t.size(0) == 2 && t.size(1) == size &&
-                        t.is_contiguous(),
-                    op, "(", name, "): expected contiguous [2, ", size, "] in the precision of the sums");
-    const Real* data = t.const_data_ptr<Real>();
-    return {data, data + size};
-}
-
-template <class Real>
-Tensor scalar_like(const Tensor& t, double value) {
-    Tensor out = torch::stable::new_empty(t, {}, std::make_optional(scalar_type<Real>));
-    *out.mutable_data_ptr<Real>() = Real(value);
-    return out;
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// the walk over tiles
-
-// An exception must not leave a thread of the pool: the first one's message is kept, and thrown by the caller.
-template <class F>
-void on_threads(int64_t parts, const F& f) {
-    std::string message;
-    std::mutex mutex;
-    torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-        try {
-            for (int64_t i = begin; i < end; ++i) f(i);
-        } catch (const std::exception& error) {
-            std::lock_guard<std::mutex> lock(mutex);
-            if (message.empty()) message = error.what();
-        }
-    });
-    STD_TORCH_CHECK(message.empty(), message);
-}
-
-struct Place {
-    int64_t part;             // the thread's number
-    int64_t block, row;       // the block's first row; this tile's first row within the block
-    int64_t tile, column;     // the column tile's number and first column
-};
-
-// Calls at_tile(place, tile, products) for every tile of raw products, and after_block(first row, rows) once a block.
-template <class Real, class AtTile, class AfterBlock>
-void walk(const Problem<Real>& p, int64_t parts, const AtTile& at_tile, const AfterBlock& after_block) {
-    const Gemm<Real>& gemm = choose_gemm<Real>(p.image.dtype);
-    const int64_t tiles = (p.text.rows + gemm.tile_columns - 1) / gemm.tile_columns;
-    const auto rows = gemm.row_block(p.image, gemm.block_rows);
-    std::vector<std::unique_ptr<Products<Real>>> products(parts);
-    std::vector<std::vector<Real>> logits(parts);
-    for (int64_t block = 0; block < p.image.rows; block += gemm.block_rows) {
-        const int64_t in_block = std::min(gemm.block_rows, p.image.rows - block);
-        on_threads(parts, [&](int64_t part) { rows->fill(block, in_block, part, parts); });
-        on_threads(parts, [&](int64_t part) {
-            if (!products[part]) {
-                products[part] = gemm.products(*rows, p.text);
-                logits[part].resize(sub_rows * gemm.tile_columns);
-            }
-            for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile) {
-                const int64_t column = tile * gemm.tile_columns;
-                const int64_t columns = std::min(gemm.tile_columns, p.text.rows - column);
-                products[part]->columns(column, columns);
-                for (int64_t row = 0; row < in_block; row += sub_rows) {
-                    const int64_t count = std::min(sub_rows, in_block - row);
-                    products[part]->logits(row, count, logits[part].data());
-                    at_tile(Place{part, block, row, tile, column},
-                            Tile<Real>{logits[part].data(), count, columns, gemm.tile_columns,
-                                       p.first_label + block + row - column},
-                            *products[part]);
-                }
-            }
-        });
-        after_block(block, in_block);
-    }
-}
-
-template <class Real>
-int64_t parts_for(const Problem<Real>& p) {
-    const int64_t columns = choose_gemm<Real>(p.image.dtype).tile_columns;
-    const int64_t tiles = (p.text.rows + columns - 1) / columns;
-    return std::max<int64_t>(1, std::min<int64_t>(tiles, torch::stable::get_num_threads()));
-}
 
 // ---------------------------------------------------------------------------------------------------------------
 // statistics
@@ -252,28 +88,43 @@ auto contrastive_statistics_(const Tensor& image, const Problem<Real>& p) {
     return std::make_tuple(row_lse, col_lse, positive, row_rival, col_rival);
 }
 
+// Every row's loss, from what each thread added up over its tiles of a block.
+template <class Real>
+struct RowLosses {
+    int64_t parts, block_rows;
+    std::vector<double> sums;
+    Tensor losses;
+
+    RowLosses(const Tensor& image, const Problem<Real>& p, int64_t parts)
+        : parts(parts),
+          block_rows(std::min(choose_gemm<Real>(p.image.dtype).block_rows, p.image.rows)),
+          sums(parts * block_rows),
+          losses(vector_like<Real>(image, p.image.rows)) {}
+
+    double* at(const Place& place) { return sums.data() + place.part * block_rows + place.row; }
+
+    void put(int64_t block, int64_t rows) {
+        Real* out = losses.template mutable_data_ptr<Real>() + block;
+        for (int64_t r = 0; r < rows; ++r) {
+            double sum = 0;
+            for (int64_t part = 0; part < parts; ++part) sum += sums[part * block_rows + r];
+            out[r] = Real(sum);
+        }
+        std::fill(sums.begin(), sums.end(), 0.0);
+    }
+};
+
 template <class Real>
 Tensor siglip_statistics_(const Tensor& image, const Problem<Real>& p, Real bias) {
-    const int64_t m = p.image.rows, parts = parts_for(p);
-    const int64_t block_rows = std::min(choose_gemm<Real>(p.image.dtype).block_rows, m);
-    Tensor row_loss = vector_like<Real>(image, m);
-    std::vector<double> sums(parts * block_rows);
+    const int64_t parts = parts_for(p);
+    RowLosses<Real> rows(image, p, parts);
     walk(
         p, parts,
         [&](const Place& at, const Tile<Real>& tile, Products<Real>&) {
-            sigmoid_statistics(tile, p.scale, bias, p.f.data() + at.block + at.row, p.g.data() + at.column,
-                               sums.data() + at.part * block_rows + at.row);
+            sigmoid_statistics(tile, p.scale, bias, p.f.data() + at.block + at.row, p.g.data() + at.column, rows.at(at));
         },
-        [&](int64_t block, int64_t rows) {
-            Real* out = row_loss.template mutable_data_ptr<Real>() + block;
-            for (int64_t r = 0; r < rows; ++r) {
-                double sum = 0;
-                for (int64_t part = 0; part < parts; ++part) sum += sums[part * block_rows + r];
-                out[r] = Real(sum);
-            }
-            std::fill(sums.begin(), sums.end(), 0.0);
-        });
-    return row_loss;
+        [&](int64_t block, int64_t count) { rows.put(block, count); });
+    return rows.losses;
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -301,13 +152,16 @@ double total_of(const std::vector<Sum>& parts) {
     return total.value();
 }
 
-// Both losses' gradients: `at_tile` turns a tile of products into G, and returns its part of d_scale.
-template <class Real, class MakeG>
-std::tuple<Tensor, Tensor, double> gradients_(const Tensor& image, const Problem<Real>& p, int64_t parts,
-                                              const MakeG& make_g) {
+// Both losses' gradients: `make_g` turns a tile of products into G, and returns its part of d_scale; after_block(first
+// row, rows) comes once a block. `wide` ones are in the precision of the sums, others in the features' dtype.
+template <class Real, class MakeG, class AfterBlock>
+std::tuple<Tensor, Tensor, double> gradients_(const Tensor& image, const Problem<Real>& p, int64_t parts, bool wide,
+                                              const MakeG& make_g, const AfterBlock& after_block) {
     const int64_t m = p.image.rows, n = p.text.rows, width = p.image.width;
     const int64_t block_rows = std::min(choose_gemm<Real>(p.image.dtype).block_rows, m);
-    Tensor d_image = torch::stable::new_empty(image, {m, width});
+    const Dtype of_sums = sizeof(Real) == 8 ? Dtype::float64 : Dtype::float32, dtype = wide ? of_sums : p.image.dtype;
+    const ScalarType of_results = wide ? scalar_type<Real> : image.scalar_type();
+    Tensor d_image = torch::stable::new_empty(image, {m, width}, std::make_optional(of_results));
     // texts' gradients grow in the precision of the sums, in place where they are returned in it
     Tensor sums = torch::stable::new_zeros(image, {n, width}, std::make_optional(scalar_type<Real>));
     Real* of_text = sums.template mutable_data_ptr<Real>();
@@ -323,6 +177,7 @@ std::tuple<Tensor, Tensor, double> gradients_(const Tensor& image, const Problem
                                of_text + at.column * width);
         },
         [&](int64_t block, int64_t rows) {
+            after_block(block, rows);
             on_threads(parts, [&](int64_t share) {
                 const int64_t begin = rows * share / parts * width, end = rows * (share + 1) / parts * width;
                 Real* total = of_rows[0].data();
@@ -331,48 +186,52 @@ std::tuple<Tensor, Tensor, double> gradients_(const Tensor& image, const Problem
                     for (int64_t i = begin; i < end; ++i) total[i] += more[i];
                     std::fill(more + begin, more + end, Real(0));
                 }
-                store(total + begin, end - begin, p.scale, p.image.dtype, out, block * width + begin);
+                store(total + begin, end - begin, p.scale, dtype, out, block * width + begin);
                 std::fill(total + begin, total + end, Real(0));
             });
         });
-    const bool in_place = p.text.dtype == Dtype::float32 || p.text.dtype == Dtype::float64;
-    Tensor d_text = in_place ? sums : torch::stable::new_empty(image, {n, width});
+    Tensor d_text = dtype == of_sums ? sums : torch::stable::new_empty(image, {n, width});
     void* to = d_text.mutable_data_ptr();
     on_threads(parts, [&](int64_t share) {
         const int64_t begin = n * share / parts * width, end = n * (share + 1) / parts * width;
-        store(of_text + begin, end - begin, p.scale, p.text.dtype, to, begin);
+        store(of_text + begin, end - begin, p.scale, dtype, to, begin);
     });
     return std::make_tuple(d_image, d_text, total_of(d_scale));
 }
 
 template <class Real>
 auto contrastive_gradients_(const Tensor& image, const Problem<Real>& p, const Tensor& row_lse, const Tensor& col_lse,
-                            const Tensor& row_weight, const Tensor& col_weight) {
+                            const Tensor& row_weight, const Tensor& col_weight, bool wide) {
     const int64_t m = p.image.rows, n = p.text.rows;
     const auto row = lse_of<Real>(p.op, "row_lse", row_lse, m), col = lse_of<Real>(p.op, "col_lse", col_lse, n);
     const auto u = vector_of<Real>(p.op, "row_weight", row_weight, m);
     const auto v = vector_of<Real>(p.op, "col_weight", col_weight, n);
     const int64_t parts = parts_for(p), columns = choose_gemm<Real>(p.image.dtype).tile_columns;
     std::vector<Real> logits(parts * columns);
-    auto [d_image, d_text, d_scale] = gradients_(image, p, parts, [&](const Place& at, const Tile<Real>& tile) {
+    const auto make_g = [&](const Place& at, const Tile<Real>& tile) {
         const int64_t i = at.block + at.row, j = at.column;
         return gradient(tile, p.scale, p.f.data() + i, p.g.data() + j, row + i, col + j, u.data() + i, v.data() + j,
                         logits.data() + at.part * columns);
-    });
+    };
+    auto [d_image, d_text, d_scale] = gradients_(image, p, parts, wide, make_g, [](int64_t, int64_t) {});
     return std::make_tuple(d_image, d_text, scalar_like<Real>(image, d_scale));
 }
 
 template <class Real>
-auto siglip_gradients_(const Tensor& image, const Problem<Real>& p, Real bias, const Tensor& row_weight) {
+auto siglip_gradients_(const Tensor& image, const Problem<Real>& p, Real bias, const Tensor& row_weight, bool wide) {
     const auto u = vector_of<Real>(p.op, "row_weight", row_weight, p.image.rows);
     const int64_t parts = parts_for(p);
     std::vector<Sum> of_bias(parts);
-    auto [d_image, d_text, d_scale] = gradients_(image, p, parts, [&](const Place& at, const Tile<Real>& tile) {
+    RowLosses<Real> rows(image, p, parts);
+    const auto make_g = [&](const Place& at, const Tile<Real>& tile) {
         const int64_t i = at.block + at.row;
-        return sigmoid_gradient(tile, p.scale, bias, p.f.data() + i, p.g.data() + at.column, u.data() + i,
+        return sigmoid_gradient(tile, p.scale, bias, p.f.data() + i, p.g.data() + at.column, u.data() + i, rows.at(at),
                                 &of_bias[at.part]);
-    });
-    return std::make_tuple(d_image, d_text, scalar_like<Real>(image, d_scale), scalar_like<Real>(image, total_of(of_bias)));
+    };
+    auto [d_image, d_text, d_scale] = gradients_(
+        image, p, parts, wide, make_g, [&](int64_t block, int64_t count) { rows.put(block, count); });
+    return std::make_tuple(rows.losses, d_image, d_text, scalar_like<Real>(image, d_scale),
+                           scalar_like<Real>(image, total_of(of_bias)));
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -397,12 +256,48 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_gradients(const Tensor& image, co
                                                          const Tensor& logit_scale, std::optional<Tensor> image_factor,
                                                          std::optional<Tensor> text_factor, const Tensor& row_lse,
                                                          const Tensor& col_lse, const Tensor& row_weight,
-                                                         const Tensor& col_weight, int64_t first_label) {
+                                                         const Tensor& col_weight, int64_t first_label, bool wide) {
     const auto run = [&](auto real) {
         using Real = decltype(real);
         return contrastive_gradients_<Real>(image, Problem<Real>("contrastive_gradients", image, text, logit_scale,
                                                                  image_factor, text_factor, first_label),
-                                            row_lse, col_lse, row_weight, col_weight);
+                                            row_lse, col_lse, row_weight, col_weight, wide);
+    };
+    return in_double(image) ? run(double()) : run(float());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics_and_products(
+    const Tensor& image, const Tensor& text, const Tensor& logit_scale, std::optional<Tensor> image_factor,
+    std::optional<Tensor> text_factor, int64_t first_label) {
+    const auto run = [&](auto real) {
+        using Real = decltype(real);
+        Problem<Real> p("contrastive_statistics_and_products", image, text, logit_scale, image_factor, text_factor,
+                        first_label);
+        Tensor products = torch::stable::new_empty(image, {p.image.rows, p.text.rows},
+                                                   std::make_optional(scalar_type<Real>));
+        p.kept = products.template mutable_data_ptr<Real>();
+        return std::tuple_cat(contrastive_statistics_<Real>(image, p), std::make_tuple(products));
+    };
+    return in_double(image) ? run(double()) : run(float());
+}
+
+std::tuple<Tensor, Tensor, Tensor> contrastive_gradients_of_products(
+    const Tensor& products, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+    std::optional<Tensor> image_factor, std::optional<Tensor> text_factor, const Tensor& row_lse, const Tensor& col_lse,
+    const Tensor& row_weight, const Tensor& col_weight, int64_t first_label, bool wide) {
+    const auto run = [&](auto real) {
+        using Real = decltype(real);
+        Problem<Real> p("contrastive_gradients_of_products", image, text, logit_scale, image_factor, text_factor,
+                        first_label);
+        STD_TORCH_CHECK(products.scalar_type() == scalar_type<Real> && products.dim() == 2 &&
+                            products.size(0) == p.image.rows && products.size(1) == p.text.rows &&
+                            products.is_contiguous(),
+                        p.op, "(products): expected contiguous [", p.image.rows, ", ", p.text.rows,
+                        "] in the precision of the sums");
+        // read alone, since `left` is set
+        p.kept = const_cast<Real*>(products.template const_data_ptr<Real>());
+        p.left = true;
+        return contrastive_gradients_<Real>(image, p, row_lse, col_lse, row_weight, col_weight, wide);
     };
     return in_double(image) ? run(double()) : run(float());
 }
@@ -417,15 +312,14 @@ Tensor siglip_statistics(const Tensor& image, const Tensor& text, const Tensor& 
     return in_double(image) ? run(double()) : run(float());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_gradients(const Tensor& image, const Tensor& text,
-                                                            const Tensor& logit_scale, const Tensor& logit_bias,
-                                                            std::optional<Tensor> image_factor,
-                                                            std::optional<Tensor> text_factor, const Tensor& row_weight,
-                                                            int64_t first_label) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_gradients(
+    const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
+    std::optional<Tensor> image_factor, std::optional<Tensor> text_factor, const Tensor& row_weight, int64_t first_label,
+    bool wide) {
     const auto run = [&](auto real) {
         using Real = decltype(real);
         const Problem<Real> p("siglip_gradients", image, text, logit_scale, image_factor, text_factor, first_label);
-        return siglip_gradients_<Real>(image, p, vector_of<Real>(p.op, "logit_bias", logit_bias, 1)[0], row_weight);
+        return siglip_gradients_<Real>(image, p, vector_of<Real>(p.op, "logit_bias", logit_bias, 1)[0], row_weight, wide);
     };
     return in_double(image) ? run(double()) : run(float());
 }
@@ -436,6 +330,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_gradients(const Tensor& image,
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CPU, m) {
     m.impl("contrastive_statistics", TORCH_BOX(&clipfast::cpu::contrastive_statistics));
     m.impl("contrastive_gradients", TORCH_BOX(&clipfast::cpu::contrastive_gradients));
+    m.impl("contrastive_statistics_and_products", TORCH_BOX(&clipfast::cpu::contrastive_statistics_and_products));
+    m.impl("contrastive_gradients_of_products", TORCH_BOX(&clipfast::cpu::contrastive_gradients_of_products));
     m.impl("siglip_statistics", TORCH_BOX(&clipfast::cpu::siglip_statistics));
     m.impl("siglip_gradients", TORCH_BOX(&clipfast::cpu::siglip_gradients));
 }

@@ -1,11 +1,9 @@
 // A transformer's forward pass on the CPU, from embedded tokens to the tokens that are read.
 //
 // Sequences go through all blocks a chunk at a time, so that what passes between two steps stays in the cache and the
-// memory in use does not grow with the batch. Within a step the threads share tiles. The residual stream is float32;
-// what products read is in the weights' dtype. A token's result depends on its own sequence alone: every sum over terms
-// has one order.
-
-#include "encoder.h"
+// memory in use does not grow with the batch. Threads share the tiles of a step, or take sequences of their own. The
+// residual stream is float32; what products read is in the weights' dtype. A token's result depends on its own sequence
+// alone: every sum over terms has one order.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,13 +11,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <atomic>
-#include <cmath>
-#include <cstring>
+#include <algorithm>
+#include <initializer_list>
 #include <optional>
+#include <string>
 #include <vector>
 
-#include "workspace.h"
+#include "encoder_blocks.h"
 
 namespace clipfast::cpu {
 namespace {
@@ -27,16 +25,28 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t chunk_rows = 512;       // tokens a chunk, unless one sequence has more
+constexpr int64_t rows_apart = 256;      // fewer tokens are not worth a thread that reads all weights for them
 constexpr int64_t tensors_a_block = 12;  // see clipfast::encode
-constexpr int64_t read_last = -1, read_all = -2;
 
 // ---------------------------------------------------------------------------------------------------------------
 // arguments
 
+// the widest that this CPU has, or nullptr
+const EncoderKernels* widest(std::initializer_list<const EncoderKernels*> kernels) {
+    for (const EncoderKernels* k : kernels)
+        if (k) return k;
+    return nullptr;
+}
+const EncoderKernels* float32_kernels() {
+    return widest({encoder_float32_avx512(), encoder_float32_avx2(), encoder_float32_neon()});
+}
+const EncoderKernels* bfloat16_kernels() {
+    return widest({encoder_bfloat16_amx(), encoder_bfloat16_avx512(), encoder_bfloat16_neon()});
+}
+
 const EncoderKernels& kernels_for(const char* op, ScalarType dtype) {
-    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? encoder_kernels_bfloat16()
-                                    : dtype == ScalarType::Float  ? encoder_kernels_float32()
+    const EncoderKernels* kernels = dtype == ScalarType::BFloat16 ? bfloat16_kernels()
+                                    : dtype == ScalarType::Float  ? float32_kernels()
                                                                   : nullptr;
     STD_TORCH_CHECK(kernels, op, ": this CPU has no kernels for the dtype of the input");
     return *kernels;
@@ -49,121 +59,33 @@ void check(const char* op, const char* name, const Tensor& t, ScalarType dtype, 
 
 const void* data(const Tensor& t) { return t.const_data_ptr(); }
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
-char* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
-const char* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
-
-template <class F>
-void share(int64_t count, const F& f) {
-    torch::stable::parallel_for(0, count, 1, f);
-}
-
-void multiply(const EncoderKernels& k, const Product& p) {
-    share(k.tiles(p), [&](int64_t begin, int64_t end) { k.product(p, begin, end); });
-}
 
 // ---------------------------------------------------------------------------------------------------------------
-// the encoder
+// threads with sequences of their own
 
-struct Block {
-    const float *ln_1_weight, *ln_1_bias;
-    const void* qkv;
-    const float* qkv_bias;
-    const void* out;
-    const float* out_bias;
-    const float *ln_2_weight, *ln_2_bias;
-    const void* fc;
-    const float* fc_bias;
-    const void* proj;
-    const float* proj_bias;
-};
-
-struct Encoder {
-    const EncoderKernels& k;
-    int64_t width, hidden, heads;
-    bool causal;
-    Gelu gelu;
-    float eps;
-    std::vector<Block> blocks;
-};
-
-// What one chunk's steps hand to each other
-struct Buffers {
-    float* stream;  // [rows, width]
-    void* normed;   // [rows, width], then attention's output
-    void* wide;     // [rows, max(3 width, hidden)]: queries, keys and values, then the MLP's hidden layer
-    float* read;    // [sequences, width]: the stream of the tokens that are read
-    void* query;    // [sequences, width]
-    char* scratch;  // attention's, one for each thread
-    int64_t scratch_bytes;
-};
-
-void layer_norm(const Encoder& e, const float* x, int64_t rows, const float* weight, const float* bias, void* y) {
-    share(rows, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r)
-            e.k.layer_norm(x + r * e.width, weight, bias, e.eps, e.width, at(y, r * e.width * e.k.element));
-    });
-}
-
-// the step after attention: projection and residual, LayerNorm, MLP and residual
-void finish_block(const Encoder& e, const Block& b, const void* attended, float* stream, int64_t rows, void* normed,
-                  void* hidden) {
-    using Then = Product::Then;
-    multiply(e.k, {attended, rows, e.width, e.width, b.out, b.out_bias, stream, e.width, Then::add, e.gelu});
-    layer_norm(e, stream, rows, b.ln_2_weight, b.ln_2_bias, normed);
-    multiply(e.k, {normed, rows, e.width, e.hidden, b.fc, b.fc_bias, hidden, e.hidden, Then::gelu, e.gelu});
-    multiply(e.k, {hidden, rows, e.hidden, e.width, b.proj, b.proj_bias, stream, e.width, Then::add, e.gelu});
-}
-
-// Attention of every head of the sequences that lie between `offsets`; `one` for the token at `read` alone
-void attend(const Encoder& e, const int64_t* offsets, int64_t sequences, const Buffers& w, bool one, int64_t row) {
-    const int64_t head_dim = e.width / e.heads, size = e.k.element;
-    std::atomic<int64_t> threads{0};
-    share(sequences * e.heads, [&](int64_t begin, int64_t end) {
-        void* scratch = w.scratch + threads.fetch_add(1) * w.scratch_bytes;
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t s = i / e.heads, column = i % e.heads * head_dim * size;
-            const int64_t start = offsets[s] - offsets[0];
-            const char* first = at(w.wide, start * row * size) + column;
-            // keys and values come behind the queries, or alone
-            const char* keys = one ? first : first + e.width * size;
-            Head h{one ? at(w.query, s * e.width * size) + column : first, keys, keys + e.width * size, row,
-                   offsets[s + 1] - offsets[s], head_dim, 1 / std::sqrt(float(head_dim)), e.causal, nullptr, e.width};
-            h.out = one ? at(w.query, s * e.width * size) + column : at(w.normed, start * e.width * size) + column;
-            (one ? e.k.attention_of_one : e.k.attention)(h, scratch);
-        }
-    });
-}
-
-// One chunk through all blocks; returns where its result lies: the stream, or the tokens that are read
-const float* run(const Encoder& e, const int64_t* offsets, int64_t sequences, int64_t read, const Buffers& w) {
-    using Then = Product::Then;
-    const int64_t rows = offsets[sequences] - offsets[0], width = e.width, size = e.k.element;
-    for (size_t i = 0; i < e.blocks.size(); ++i) {
-        const Block& b = e.blocks[i];
-        layer_norm(e, w.stream, rows, b.ln_1_weight, b.ln_1_bias, w.normed);
-        if (i + 1 < e.blocks.size() || read == read_all) {
-            multiply(e.k, {w.normed, rows, width, 3 * width, b.qkv, b.qkv_bias, w.wide, 3 * width, Then::store, e.gelu});
-            attend(e, offsets, sequences, w, false, 3 * width);
-            finish_block(e, b, w.normed, w.stream, rows, w.normed, w.wide);
-            continue;
-        }
-        // the last block of a tower that is read at one token: keys and values of all, the rest of one
-        for (int64_t s = 0; s < sequences; ++s) {
-            const int64_t row = (read == read_last ? offsets[s + 1] - 1 : offsets[s] + read) - offsets[0];
-            std::memcpy(w.read + s * width, w.stream + row * width, width * sizeof(float));
-            // what is attended to is packed behind what asks: gather first, as both lie in `normed`
-            std::memcpy(at(w.query, (sequences + s) * width * size), at(w.normed, row * width * size), width * size);
-        }
-        const void* asking = at(w.query, sequences * width * size);
-        // panels are whole, so those of keys and values start behind the queries'
-        const void* kv = at(b.qkv, width * width * size);
-        multiply(e.k, {w.normed, rows, width, 2 * width, kv, b.qkv_bias + width, w.wide, 2 * width, Then::store, e.gelu});
-        multiply(e.k, {asking, sequences, width, width, b.qkv, b.qkv_bias, w.query, width, Then::store, e.gelu});
-        attend(e, offsets, sequences, w, true, 2 * width);
-        finish_block(e, b, w.query, w.read, sequences, w.normed, w.wide);
-        return w.read;
+// The first sequence of each of `parts` shares of about as many tokens, and the end
+std::vector<int64_t> shares_of(const int64_t* offsets, int64_t sequences, int64_t parts) {
+    std::vector<int64_t> first{0};
+    for (int64_t part = 1; part < parts; ++part) {
+        const int64_t* nearest =
+            std::lower_bound(offsets + first.back(), offsets + sequences, offsets[sequences] * part / parts);
+        const int64_t wanted = offsets[sequences] * part / parts;
+        if (nearest > offsets + first.back() && wanted - nearest[-1] < nearest[0] - wanted) --nearest;
+        first.push_back(nearest - offsets);
     }
-    return w.stream;
+    first.push_back(sequences);
+    return first;
+}
+
+// Whether every thread gets enough sequences of its own, and none waits long for another
+bool worth_apart(const int64_t* offsets, const std::vector<int64_t>& first) {
+    int64_t least = offsets[first[1]] - offsets[first[0]], most = least;
+    for (size_t i = 1; i + 1 < first.size(); ++i) {
+        const int64_t rows = offsets[first[i + 1]] - offsets[first[i]];
+        least = std::min(least, rows);
+        most = std::max(most, rows);
+    }
+    return first.size() == 2 || (least >= rows_apart && most * 8 <= least * 9);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -185,8 +107,26 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, const std::optional<
     check("packed_linear", "packed", packed, x.scalar_type(), k.packed_elements(columns, x.size(1)));
     if (bias) check("packed_linear", "bias", *bias, ScalarType::Float, columns);
     Tensor y = torch::stable::new_empty(x, {x.size(0), columns});
-    multiply(k, {data(x), x.size(0), x.size(1), columns, data(packed), bias ? floats(*bias) : nullptr,
-                 y.mutable_data_ptr(), columns, Product::Then::store, Gelu::none});
+    const int64_t rows = x.size(0), terms = x.size(1);
+    Product p{data(x),  rows,    terms, columns, data(packed), bias ? floats(*bias) : nullptr, y.mutable_data_ptr(),
+              columns, Product::Then::store, Gelu::none};
+    if (!k.arrange) {
+        multiply(Team::all, k, p);
+        return y;
+    }
+    // activations a chunk at a time: all of them might not stay in the cache
+    const int64_t most = std::min(k.chunk_rows(terms), rows);
+    Workspace memory(Workspace::rounded(k.activation_elements(most, terms) * k.element));
+    void* arranged = memory.piece(k.activation_elements(most, terms) * k.element);
+    for (int64_t first = 0; first < rows; first += most) {
+        p.rows = std::min(most, rows - first);
+        p.a = arranged;
+        p.c = at(y.mutable_data_ptr(), first * columns * k.element);
+        const void* from = at(data(x), first * terms * k.element);
+        share(Team::all, p.rows,
+              [&](int64_t begin, int64_t end) { k.arrange(from, begin, end, terms, arranged); });
+        multiply(Team::all, k, p);
+    }
     return y;
 }
 
@@ -235,39 +175,57 @@ Tensor encode(const Tensor& x, const Tensor& cu_seqlens, const std::vector<Tenso
                     x.size(0), " and leave no sequence without the token that is read (", read, ")");
 
     Tensor out = torch::stable::new_empty(x, {read == read_all ? x.size(0) : sequences, width});
-    const int64_t rows = std::min(std::max(chunk_rows, longest), x.size(0)), threads = torch::stable::get_num_threads();
-    Buffers w;
-    w.scratch_bytes = Workspace::rounded(e.k.attention_scratch(longest, width / heads));
-    const int64_t bytes[] = {rows * width * int64_t(sizeof(float)), rows * width * size,
-                             rows * std::max(3 * width, e.hidden) * size, rows * width * int64_t(sizeof(float)),
-                             2 * rows * width * size, threads * w.scratch_bytes};
-    size_t sum = 0;
-    for (int64_t b : bytes) sum += Workspace::rounded(b);
-    Workspace memory(sum);
-    w.stream = static_cast<float*>(memory.piece(bytes[0]));
-    w.normed = memory.piece(bytes[1]);
-    w.wide = memory.piece(bytes[2]);
-    w.read = static_cast<float*>(memory.piece(bytes[3]));
-    w.query = memory.piece(bytes[4]);
-    w.scratch = static_cast<char*>(memory.piece(bytes[5]));
+    if (sequences == 0) return out;
+    void* const to = out.mutable_data_ptr();
 
-    for (int64_t first = 0, last; first < sequences; first = last) {
-        for (last = first + 1; last < sequences && offsets[last + 1] - offsets[first] <= rows;) ++last;
-        const int64_t start = offsets[first], count = offsets[last] - start;
-        share(count, [&](int64_t begin, int64_t end) {
-            e.k.to_float(at(data(x), (start + begin) * width * size), (end - begin) * width, w.stream + begin * width);
-        });
-        const float* result = run(e, offsets + first, last - first, read, w);
-        const int64_t row = read == read_all ? start : first, results = read == read_all ? count : last - first;
-        share(results, [&](int64_t begin, int64_t end) {
-            e.k.from_float(result + begin * width, (end - begin) * width,
-                           at(out.mutable_data_ptr(), (row + begin) * width * size));
-        });
+    // sequences begin..end-1, a chunk of at most `rows` tokens at a time
+    const auto run_chunks = [&](int64_t begin, int64_t end, int64_t rows, const Buffers& w) {
+        for (int64_t first = begin, last; first < end; first = last) {
+            for (last = first + 1; last < end && offsets[last + 1] - offsets[first] <= rows;) ++last;
+            const int64_t start = offsets[first], count = offsets[last] - start;
+            share(w.team, count, [&](int64_t from, int64_t until) {
+                e.k.to_float(at(data(x), (start + from) * width * size), (until - from) * width,
+                             w.stream + from * width);
+            });
+            const float* result = run(e, offsets + first, last - first, read, w);
+            const int64_t row = read == read_all ? start : first, results = read == read_all ? count : last - first;
+            share(w.team, results, [&](int64_t from, int64_t until) {
+                e.k.from_float(result + from * width, (until - from) * width, at(to, (row + from) * width * size));
+            });
+        }
+    };
+    const int64_t threads = torch::stable::get_num_threads(), limit = std::max(e.k.chunk_rows(width), longest);
+    const int64_t scratch = Workspace::rounded(e.k.attention_scratch(longest, width / heads));
+    const std::vector<int64_t> first = shares_of(offsets, sequences, e.k.apart ? threads : 1);
+    const bool apart = e.k.apart && worth_apart(offsets, first);
+    const int64_t teams = apart ? threads : 1, rows = std::min(limit, x.size(0));
+    const std::vector<int64_t> bytes = buffer_bytes(e, rows, apart ? 1 : threads, scratch);
+    size_t sum = 0;
+    for (int64_t b : bytes) sum += teams * Workspace::rounded(b);
+    Workspace memory(sum);
+    std::vector<Buffers> w;
+    for (int64_t team = 0; team < teams; ++team)
+        w.push_back(buffers_in(memory, apart ? Team::alone : Team::all, bytes, scratch));
+    if (!apart) {
+        run_chunks(0, sequences, limit, w[0]);
+        return out;
     }
+    torch::stable::parallel_for(0, teams, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t team = begin; team < end; ++team) {
+            // chunks of about one size: a small last one would read all weights for little
+            const int64_t mine = offsets[first[team + 1]] - offsets[first[team]], chunks = (mine + limit - 1) / limit;
+            run_chunks(first[team], first[team + 1], std::min(limit, mine / chunks + longest / 2), w[team]);
+        }
+    });
     return out;
 }
 
-bool can_encode(bool bfloat16) { return (bfloat16 ? encoder_kernels_bfloat16() : encoder_kernels_float32()) != nullptr; }
+bool can_encode(bool bfloat16) { return (bfloat16 ? bfloat16_kernels() : float32_kernels()) != nullptr; }
+
+std::string why_no_amx() {
+    const char* reason = amx_unavailable();
+    return reason ? reason : encoder_bfloat16_amx() ? "" : "AVX512-BF16, which goes with it, is not there or not to be used";
+}
 
 int64_t release_workspace() { return int64_t(workspace_pool().release()); }
 
@@ -281,6 +239,7 @@ STABLE_TORCH_LIBRARY_IMPL(clipfast, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(clipfast, CompositeExplicitAutograd, m) {
+    m.impl("why_no_amx", TORCH_BOX(&clipfast::cpu::why_no_amx));
     m.impl("can_encode", TORCH_BOX(&clipfast::cpu::can_encode));
     m.impl("release_workspace", TORCH_BOX(&clipfast::cpu::release_workspace));
 }

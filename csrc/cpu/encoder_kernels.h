@@ -1,60 +1,46 @@
-// The kernels of encoder.h for one dtype on AVX-512: float32, or bfloat16 where CLIPFAST_BFLOAT16 is 1. Each dtype's
-// file sets it, includes this and names the result.
+// The kernels of encoder.h for one dtype and one set of instructions. A file for each pair says what it may use, includes
+// this and names the result:
+//
+//     CLIPFAST_LANES         16 on AVX-512, 8 on AVX2, 4 on NEON
+//     CLIPFAST_BFLOAT16      1 for bfloat16, 0 for float32
+//     CLIPFAST_INSTRUCTIONS  what the compiler may take beyond the build's, as its target attribute has it
+//     CLIPFAST_HAS           whether this CPU has them
 
 #include "encoder.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-
 // before the pragmas: what these bring is for every CPU
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstring>
-
-// only what follows is compiled for these instructions, and all of it is local to the file that includes it
-#if defined(__clang__) && CLIPFAST_BFLOAT16
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
-#elif defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), apply_to = function)
-#elif CLIPFAST_BFLOAT16
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#if CLIPFAST_LANES == 4
+#include <arm_neon.h>
 #else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
+#include <immintrin.h>
 #endif
 
-#include "avx512.h"
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "instructions.h"
+
+// only what follows is compiled for these instructions, and all of it is local to the file that includes it
+#define CLIPFAST_PRAGMA(text) _Pragma(#text)
+#define CLIPFAST_ALLOW_CLANG(names) \
+    CLIPFAST_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
+#define CLIPFAST_ALLOW_GCC(names) CLIPFAST_PRAGMA(GCC target(names))
+#if defined(__clang__)
+CLIPFAST_ALLOW_CLANG(CLIPFAST_INSTRUCTIONS)
+#else
+#pragma GCC push_options
+CLIPFAST_ALLOW_GCC(CLIPFAST_INSTRUCTIONS)
+#endif
+
+#include "register_tile.h"
+// behind it
+#include "encoder_rows.h"
 
 namespace clipfast::cpu {
 namespace {
 
-#if CLIPFAST_BFLOAT16
-using Element = uint16_t;
-#else
-using Element = float;
-#endif
-constexpr int64_t terms_a_unit = sizeof(uint32_t) / sizeof(Element);
 constexpr int64_t tile_rows = 96;  // at most: their activations and a panel stay in the second-level cache
-
-const uint32_t* units_at(const void* p, int64_t element) {
-    return reinterpret_cast<const uint32_t*>(static_cast<const Element*>(p) + element);
-}
-
-inline __m512 load(__mmask16 mask, const Element* p) {
-#if CLIPFAST_BFLOAT16
-    return (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, p)), 16);
-#else
-    return _mm512_maskz_loadu_ps(mask, p);
-#endif
-}
-inline void store(Element* p, __mmask16 mask, __m512 x) {
-#if CLIPFAST_BFLOAT16
-    _mm256_mask_storeu_epi16(p, mask, (__m256i)_mm512_cvtneps_pbh(x));
-#else
-    _mm512_mask_storeu_ps(p, mask, x);
-#endif
-}
 
 // ---------------------------------------------------------------------------------------------------------------
 // products
@@ -62,18 +48,17 @@ inline void store(Element* p, __mmask16 mask, __m512 x) {
 template <Product::Then then, Gelu gelu, int rows>
 void tile(const Product& p, int64_t row, int64_t column) {
     const int64_t units = p.terms / terms_a_unit;
-    const __mmask16 masks[2] = {first_lanes(p.columns - column), first_lanes(p.columns - column - 16)};
-    __m512 bias[2];
+    const Mask masks[2] = {first_lanes(p.columns - column), first_lanes(p.columns - column - lanes)};
+    Lanes bias[2];
     for (int half = 0; half < 2; ++half)
-        bias[half] = p.bias ? _mm512_maskz_loadu_ps(masks[half], p.bias + column + 16 * half) : _mm512_setzero_ps();
+        bias[half] = p.bias ? load(masks[half], p.bias + column + lanes * half) : all(0.f);
     register_tile<rows>(units, units_at(p.a, row * p.terms), units,
-                        static_cast<const uint32_t*>(p.b) + column * units, [&](int r, int half, __m512 sum) {
-                            const int64_t at = (row + r) * p.c_row + column + 16 * half;
-                            sum = _mm512_add_ps(sum, bias[half]);
+                        static_cast<const uint32_t*>(p.b) + column * units, [&](int r, int half, Lanes sum) {
+                            const int64_t at = (row + r) * p.c_row + column + lanes * half;
+                            sum = sum + bias[half];
                             if constexpr (then == Product::Then::add) {
                                 float* c = static_cast<float*>(p.c) + at;
-                                sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(masks[half], c));
-                                _mm512_mask_storeu_ps(c, masks[half], sum);
+                                store(c, masks[half], sum + load(masks[half], c));
                                 return;
                             }
                             if constexpr (then == Product::Then::gelu)
@@ -84,18 +69,17 @@ void tile(const Product& p, int64_t row, int64_t column) {
                         });
 }
 
+// what is left of a block of rows, less than a tile's height
+template <Product::Then then, Gelu gelu, int rows>
+void last_rows(const Product& p, int64_t row, int64_t count, int64_t column) {
+    if (count == rows) return tile<then, gelu, rows>(p, row, column);
+    if constexpr (rows > 1) last_rows<then, gelu, rows - 1>(p, row, count, column);
+}
+
 template <Product::Then then, Gelu gelu>
 void rows_of_tile(const Product& p, int64_t row, int64_t end, int64_t column) {
     for (; row + height <= end; row += height) tile<then, gelu, height>(p, row, column);
-    switch (end - row) {
-        case 7: return tile<then, gelu, 7>(p, row, column);
-        case 6: return tile<then, gelu, 6>(p, row, column);
-        case 5: return tile<then, gelu, 5>(p, row, column);
-        case 4: return tile<then, gelu, 4>(p, row, column);
-        case 3: return tile<then, gelu, 3>(p, row, column);
-        case 2: return tile<then, gelu, 2>(p, row, column);
-        case 1: return tile<then, gelu, 1>(p, row, column);
-    }
+    last_rows<then, gelu, height - 1>(p, row, end - row, column);
 }
 
 int64_t blocks_of_rows(const Product& p) { return (p.rows + tile_rows - 1) / tile_rows; }
@@ -123,68 +107,22 @@ void product(const Product& p, int64_t begin, int64_t end) {
     }
 }
 
-// `count` rows of units, `row` units apart, to panels: to[p][unit][32], zeros beyond the last row
-void pack_rows(const uint32_t* from, int64_t count, int64_t row, int64_t units, uint32_t* to) {
-    for (int64_t c = 0; c < round_up(count, panel); c += 16) {
-        const uint32_t* rows[16];
-        for (int64_t i = 0; i < 16; ++i) rows[i] = c + i < count ? from + (c + i) * row : nullptr;
-        uint32_t* at = to + c / panel * units * panel + c % panel;
-        for (int64_t k = 0; k < units; k += 16) transpose_16(rows, k, units, at);
-    }
-}
-
 int64_t packed_elements(int64_t columns, int64_t terms) { return round_up(columns, panel) * terms; }
 
 void pack(const void* weights, int64_t columns, int64_t terms, void* to) {
     const int64_t units = terms / terms_a_unit;
-    pack_rows(static_cast<const uint32_t*>(weights), columns, units, units, static_cast<uint32_t*>(to));
+    pack_rows(static_cast<const uint32_t*>(weights), columns, units, units, static_cast<uint32_t*>(to), units);
 }
 
 // ---------------------------------------------------------------------------------------------------------------
-// LayerNorm and conversions
-
-void layer_norm(const float* x, const float* weight, const float* bias, float eps, int64_t width, void* y) {
-    __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-    for (int64_t i = 0; i < width; i += 16) sum = _mm512_add_ps(sum, _mm512_loadu_ps(x + i));
-    const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum) / float(width));
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 d = _mm512_sub_ps(_mm512_loadu_ps(x + i), mean);
-        squares = _mm512_fmadd_ps(d, d, squares);
-    }
-    const float variance = _mm512_reduce_add_ps(squares) / float(width);
-    const __m512 rstd = _mm512_div_ps(_mm512_set1_ps(1.f), _mm512_sqrt_ps(_mm512_set1_ps(variance + eps)));
-    for (int64_t i = 0; i < width; i += 16) {
-        const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(x + i), mean), rstd);
-        store(static_cast<Element*>(y) + i, 0xffff,
-              _mm512_fmadd_ps(normed, _mm512_loadu_ps(weight + i), _mm512_loadu_ps(bias + i)));
-    }
-}
-
-void to_float(const void* from, int64_t count, float* to) {
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = first_lanes(count - i);
-        _mm512_mask_storeu_ps(to + i, mask, load(mask, static_cast<const Element*>(from) + i));
-    }
-}
-
-void from_float(const float* from, int64_t count, void* to) {
-    for (int64_t i = 0; i < count; i += 16) {
-        const __mmask16 mask = first_lanes(count - i);
-        store(static_cast<Element*>(to) + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
-    }
-}
-
-// ---------------------------------------------------------------------------------------------------------------
-// attention: eight queries at a time against all keys, whose scores fit the first-level cache
+// attention: a few queries at a time against all keys, whose scores fit the first-level cache
 
 struct Scratch {
-    uint32_t* keys;    // panels of keys: [keys / 32][head_dim units][32]
-    uint32_t* values;  // panels of columns: [head_dim / 32][keys units][32]
-    float* scores;     // [8][keys]
-    Element* weights;  // [8][keys]
+    uint32_t* keys;    // panels of keys: [keys / panel][head_dim units][panel]
+    uint32_t* values;  // panels of columns: [head_dim / panel][keys units][panel]
+    float* scores;     // [height][keys]
+    Element* weights;  // [height][keys]
 };
-
-int64_t padded(int64_t tokens) { return round_up(tokens, panel); }
 
 int64_t attention_scratch(int64_t tokens, int64_t head_dim) {
     const int64_t keys = padded(tokens);
@@ -202,43 +140,6 @@ Scratch scratch_at(void* memory, int64_t tokens, int64_t head_dim) {
     return s;
 }
 
-// values [tokens, head_dim] to panels of columns whose units are neighbouring tokens
-void pack_values(const Head& h, uint32_t* to) {
-    const int64_t units = padded(h.tokens) / terms_a_unit;
-    for (int64_t u = 0; u < units; ++u)
-        for (int64_t d = 0; d < round_up(h.head_dim, panel); d += 16) {
-            const int64_t t = u * terms_a_unit;
-            const Element* at = static_cast<const Element*>(h.v) + t * h.row + d;
-            const __mmask16 mask = first_lanes(h.head_dim - d);
-#if CLIPFAST_BFLOAT16
-            const __m256i even = _mm256_maskz_loadu_epi16(t < h.tokens ? mask : 0, at);
-            const __m256i odd = _mm256_maskz_loadu_epi16(t + 1 < h.tokens ? mask : 0, at + h.row);
-            const __m512i unit =
-                _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
-#else
-            const __m512i unit = _mm512_maskz_loadu_epi32(t < h.tokens ? mask : 0, at);
-#endif
-            _mm512_storeu_si512(to + (d / panel * units + u) * panel + d % panel, unit);
-        }
-}
-
-// softmax numerators of one row over its first `visible` keys, in the dtype, with zeros up to `keys`; returns their sum
-float exponentials(const float* scores, int64_t visible, int64_t keys, float scale, Element* weights) {
-    __m512 most = _mm512_set1_ps(-__builtin_inff());
-    for (int64_t j = 0; j < visible; j += 16)
-        most = _mm512_mask_max_ps(most, first_lanes(visible - j), most, _mm512_loadu_ps(scores + j));
-    const __m512 shift = _mm512_set1_ps(_mm512_reduce_max_ps(most)), s = _mm512_set1_ps(scale);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t j = 0; j < keys; j += 16) {
-        const __mmask16 mask = first_lanes(visible - j);
-        const __m512 e = _mm512_maskz_mov_ps(
-            mask, exponential(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(scores + j), shift), s)));
-        sum = _mm512_add_ps(sum, e);
-        store(weights + j, 0xffff, e);
-    }
-    return _mm512_reduce_add_ps(sum);
-}
-
 template <int rows>
 void attend(const Head& h, const Scratch& s, int64_t query) {
     const int64_t keys = padded(h.tokens), units = h.head_dim / terms_a_unit;
@@ -246,77 +147,43 @@ void attend(const Head& h, const Scratch& s, int64_t query) {
     const int64_t end = h.causal ? padded(query + rows) : keys;
     for (int64_t j = 0; j < end; j += panel)
         register_tile<rows>(units, units_at(h.q, query * h.row), h.row / terms_a_unit, s.keys + j * units,
-                            [&](int r, int half, __m512 sum) {
-                                _mm512_storeu_ps(s.scores + r * keys + j + 16 * half, sum);
-                            });
-    __m512 rescale[rows];
+                            [&](int r, int half, Lanes sum) { store(s.scores + r * keys + j + lanes * half, sum); });
+    Lanes rescale[rows];
     for (int r = 0; r < rows; ++r) {
         const int64_t visible = h.causal ? query + r + 1 : h.tokens;
         const float sum = exponentials(s.scores + r * keys, visible, end, h.scale, s.weights + r * keys);
-        rescale[r] = reciprocal(_mm512_set1_ps(sum));
+        rescale[r] = reciprocal(all(sum));
     }
-    Element* out = static_cast<Element*>(h.out) + query * h.out_row;
     for (int64_t d = 0; d < h.head_dim; d += panel)
         register_tile<rows>(end / terms_a_unit, units_at(s.weights, 0), keys / terms_a_unit,
-                            s.values + d * (keys / terms_a_unit), [&](int r, int half, __m512 sum) {
-                                store(out + r * h.out_row + d + 16 * half, first_lanes(h.head_dim - d - 16 * half),
-                                      _mm512_mul_ps(sum, rescale[r]));
+                            s.values + d * (keys / terms_a_unit), [&](int r, int half, Lanes sum) {
+                                put(h.out, h.width, h.first + query + r, h.column + d + lanes * half,
+                                    first_lanes(h.head_dim - d - lanes * half), sum * rescale[r]);
                             });
 }
 
-void attend_rest(const Head& h, const Scratch& s, int64_t query) {
-    switch (h.tokens - query) {
-        case 7: return attend<7>(h, s, query);
-        case 6: return attend<6>(h, s, query);
-        case 5: return attend<5>(h, s, query);
-        case 4: return attend<4>(h, s, query);
-        case 3: return attend<3>(h, s, query);
-        case 2: return attend<2>(h, s, query);
-        case 1: return attend<1>(h, s, query);
-    }
+// the last queries, fewer than a tile's height
+template <int rows>
+void attend_last(const Head& h, const Scratch& s, int64_t query) {
+    if (h.tokens - query == rows) return attend<rows>(h, s, query);
+    if constexpr (rows > 1) attend_last<rows - 1>(h, s, query);
 }
 
 void attention(const Head& h, void* scratch) {
     const Scratch s = scratch_at(scratch, h.tokens, h.head_dim);
-    pack_rows(units_at(h.k, 0), h.tokens, h.row / terms_a_unit, h.head_dim / terms_a_unit, s.keys);
+    pack_rows(units_at(h.k, 0), h.tokens, h.row / terms_a_unit, h.head_dim / terms_a_unit, s.keys,
+              h.head_dim / terms_a_unit);
     pack_values(h, s.values);
     int64_t query = 0;
     for (; query + height <= h.tokens; query += height) attend<height>(h, s, query);
-    attend_rest(h, s, query);
+    attend_last<height - 1>(h, s, query);
 }
 
-void attention_of_one(const Head& h, void* scratch) {
-    const int64_t keys = padded(h.tokens);
-    float* scores = static_cast<float*>(scratch);
-    Element* weights = reinterpret_cast<Element*>(scores + keys);
-    const Element *q = static_cast<const Element*>(h.q), *k = static_cast<const Element*>(h.k);
-    for (int64_t j = 0; j < h.tokens; ++j) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t d = 0; d < h.head_dim; d += 16) {
-            const __mmask16 mask = first_lanes(h.head_dim - d);
-            sum = _mm512_fmadd_ps(load(mask, q + d), load(mask, k + j * h.row + d), sum);
-        }
-        scores[j] = _mm512_reduce_add_ps(sum);
-    }
-    const __m512 rescale = reciprocal(_mm512_set1_ps(exponentials(scores, h.tokens, keys, h.scale, weights)));
-    for (int64_t d = 0; d < h.head_dim; d += 16) {
-        const __mmask16 mask = first_lanes(h.head_dim - d);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t j = 0; j < h.tokens; ++j) {
-            const __m512 value = load(mask, static_cast<const Element*>(h.v) + j * h.row + d);
-#if CLIPFAST_BFLOAT16
-            const __m512 weight = (__m512)_mm512_set1_epi32(int(uint32_t(weights[j]) << 16));
-#else
-            const __m512 weight = _mm512_set1_ps(weights[j]);
-#endif
-            sum = _mm512_fmadd_ps(weight, value, sum);
-        }
-        store(static_cast<Element*>(h.out) + d, mask, _mm512_mul_ps(sum, rescale));
-    }
-}
+int64_t chunk_rows(int64_t) { return 512; }
 
-const EncoderKernels kernels{sizeof(Element), tiles,     product,          packed_elements, pack,      layer_norm,
-                             attention_scratch, attention, attention_of_one, to_float,        from_float};
+const EncoderKernels kernels{sizeof(Element), false,   chunk_rows,      activation_elements, nullptr,    copy_row,
+                             tiles,           product, packed_elements, pack,                layer_norm, attention_scratch,
+                             attention,       attention_of_one, to_float, from_float};
 
 }  // namespace
 }  // namespace clipfast::cpu
@@ -330,28 +197,7 @@ const EncoderKernels kernels{sizeof(Element), tiles,     product,          packe
 namespace clipfast::cpu {
 namespace {
 
-const EncoderKernels* kernels_of_this_cpu() {
-#if CLIPFAST_BFLOAT16
-    static const bool multiplies = __builtin_cpu_supports("avx512bf16");
-#else
-    static const bool multiplies = __builtin_cpu_supports("avx512f");
-#endif
-    static const bool can = multiplies && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl");
-    return can ? &kernels : nullptr;
-}
+const EncoderKernels* kernels_of_this_cpu() { return CLIPFAST_HAS ? &kernels : nullptr; }
 
 }  // namespace
 }  // namespace clipfast::cpu
-
-#else
-
-namespace clipfast::cpu {
-namespace {
-
-const EncoderKernels* kernels_of_this_cpu() { return nullptr; }
-
-}  // namespace
-}  // namespace clipfast::cpu
-
-#endif

@@ -237,6 +237,9 @@ const Gemm<Real>& choose_gemm(Dtype dtype) {
         static const Gemm<float> of_mkl_bf16{"mkl_bf16", blas_columns, blas_block, bf16_rows_in_place,
                                              mkl_bf16_products};
         if (dtype == Dtype::bfloat16) {
+            const Gemm<float>* amx = amx_bf16_gemm();
+            if (amx && (wanted == "amx_bf16" || wanted.empty())) return *amx;
+            // a library that was built without AMX
             if (mkl_bf16() && (wanted == "mkl_bf16" || (wanted.empty() && has_amx_bf16()))) return of_mkl_bf16;
             const Gemm<float>* own = avx512_bf16_gemm();
             if (own && (wanted == "avx512_bf16" || wanted.empty())) return *own;
@@ -244,7 +247,7 @@ const Gemm<Real>& choose_gemm(Dtype dtype) {
     }
     if (has_blas && (wanted == "blas" || wanted.empty())) return of_blas;
     STD_TORCH_CHECK(wanted == "portable" || wanted.empty(), "CLIPFAST_CPU_GEMM: got ", wanted,
-                    ", expected one that this CPU and dtype can have of portable, blas, avx512_bf16, mkl_bf16");
+                    ", expected one that this CPU and dtype can have of portable, blas, avx512_bf16, amx_bf16, mkl_bf16");
     return portable;
 }
 

@@ -53,12 +53,13 @@ struct Gemm {
     std::unique_ptr<Products<Real>> (*products)(const RowBlock&, const Matrix& text);
 };
 
-// The GEMM for features of this dtype. CLIPFAST_CPU_GEMM = portable | blas | avx512_bf16 | mkl_bf16 asks for one of them,
-// for tests and comparisons; one that this CPU or dtype cannot have is an error.
+// The GEMM for features of this dtype. CLIPFAST_CPU_GEMM = portable | blas | avx512_bf16 | amx_bf16 | mkl_bf16 asks for one
+// of them, for tests and comparisons; one that this CPU or dtype cannot have is an error.
 template <class Real>
 const Gemm<Real>& choose_gemm(Dtype dtype);
 
-// nullptr where the CPU has no AVX512-BF16 (products_bf16.cpp)
+// nullptr where the CPU has no AVX512-BF16 (products_bf16.cpp), or no AMX beside it (products_amx.cpp)
 const Gemm<float>* avx512_bf16_gemm();
+const Gemm<float>* amx_bf16_gemm();
 
 }  // namespace clipfast::cpu

@@ -17,6 +17,8 @@
 #include <cstring>
 #include <vector>
 
+#include "instructions.h"
+
 // only what follows is compiled for these instructions, and nothing of it is inline: no other CPU ever meets it
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
@@ -26,7 +28,8 @@
 #endif
 
 #define CLIPFAST_BFLOAT16 1
-#include "avx512.h"
+#define CLIPFAST_LANES 16
+#include "register_tile.h"
 
 namespace clipfast::cpu {
 namespace {
@@ -142,7 +145,7 @@ public:
             const uint32_t* from[16];
             for (int64_t i = 0; i < 16; ++i) from[i] = c + i < count ? even_row(first + c + i, i) : nullptr;
             uint32_t* to = columns_panels_.data() + c / panel * terms_ * panel + c % panel;
-            for (int64_t k = 0; k < terms_; k += 16) transpose_16(from, k, terms_, to);
+            for (int64_t k = 0; k < terms_; k += 16) transpose(from, k, terms_, to);
         }
         for (int64_t i = 0; i < (count + 1) / 2; ++i)
             pack_row_pair(text_, first, count, i, tile_columns / 2, rows_panels_.data());
@@ -222,9 +225,7 @@ namespace clipfast::cpu {
 
 const Gemm<float>* avx512_bf16_gemm() {
     static const Gemm<float> gemm{"avx512_bf16", tile_columns, block_rows, packed_rows, bf16_products};
-    static const bool can = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") &&
-                            __builtin_cpu_supports("avx512vl");
-    return can ? &gemm : nullptr;
+    return has_avx512_bf16() ? &gemm : nullptr;
 }
 
 }  // namespace clipfast::cpu

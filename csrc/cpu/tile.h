@@ -232,36 +232,42 @@ CLIPFAST_INLINE void sigmoid_statistics_(const Tile<Real>& t, Real s, Real b, co
     }
 }
 
-// The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product and adds Σ G_ij to d_bias.
+// The tile becomes G_ij · f_i · g_j; returns Σ G_ij · f_i · g_j · product, adds Σ G_ij to d_bias and to row_loss what
+// sigmoid_statistics_ does.
 template <class Real>
 CLIPFAST_INLINE double sigmoid_gradient_(const Tile<Real>& t, Real s, Real b, const Real* f, const Real* g,
-                                         const Real* u, Sum* d_bias) {
+                                         const Real* u, double* row_loss, Sum* d_bias) {
     Sum total;
     for (int64_t r = 0; r < t.rows; ++r) {
         Real* x = t.x + r * t.stride;
         const Real a = s * f[r], of_row = f[r], weight = u[r];
         const int64_t label = t.label(r);
+        double losses = 0;
         if (label >= 0) {
             const Real product = x[label], y = product * (a * g[label]) + b, e = std::exp(y < 0 ? y : -y);
+            losses = double(y < 0 ? -y : Real(0)) + std::log1p(e);
             const Real p = -weight * ((y < 0 ? Real(1) : e) / (1 + e)), d = p * (of_row * g[label]);
             d_bias->add(p);
             total.add(double(d) * product);
             x[label] = d;
         }
         beside(label, t.columns, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
-            double sum = 0, bias = 0;
-#pragma omp simd reduction(+ : sum, bias)
+            double sum = 0, bias = 0, loss = 0;
+#pragma omp simd reduction(+ : sum, bias, loss)
             for (int64_t c = begin; c < end; ++c) {
                 // σ by the exponential that cannot overflow
                 const Real y = x[c] * (a * g[c]) + b, e = exp_(y < 0 ? y : -y);
                 const Real p = weight * ((y < 0 ? e : Real(1)) / (1 + e)), d = p * (of_row * g[c]);
+                loss += (y > 0 ? y : Real(0)) + log1p_(e);
                 bias += p;
                 sum += d * x[c];
                 x[c] = d;
             }
             total.add(sum);
             d_bias->add(bias);
+            losses += loss;
         });
+        row_loss[r] += losses;
     }
     return total.value();
 }

@@ -105,11 +105,6 @@ Features<T> features_of(
     f.rows = static_cast<int>(image.size(0)), f.columns = static_cast<int>(text.size(0));
     f.width = static_cast<int>(image.size(1));
     f.image_stride = image.stride(0), f.text_stride = text.stride(0);
-    const auto aligned = [](const void* p, int64_t stride, int64_t rows) {
-        return reinterpret_cast<uintptr_t>(p) % kChunk == 0 &&
-               (rows == 1 || stride * static_cast<int64_t>(sizeof(T)) % kChunk == 0);
-    };
-    f.vectors = aligned(f.image, f.image_stride, f.rows) && aligned(f.text, f.text_stride, f.columns);
     f.scale = numbers<T>(op, "logit_scale", image, logit_scale, 0);
     f.image_factor = image_factor ? numbers<T>(op, "image_factor", image, *image_factor, f.rows) : nullptr;
     f.text_factor = text_factor ? numbers<T>(op, "text_factor", image, *text_factor, f.columns) : nullptr;
@@ -161,6 +156,27 @@ Tensor rows_of(Tensor x, int64_t first, int64_t count) {
     return torch::stable::narrow(x, 0, first, count);
 }
 
+// The features as the kernels read them, and the memory of what had to be copied for that.
+template <typename T>
+struct Padded {
+    Features<T> features;
+    std::optional<Tensor> image, text;
+
+    Padded(const Features<T>& f, const Tensor& like, cudaStream_t stream) : features(f) {
+        const int width = Padding<T>::width(f.width);
+        const auto pad = [&](const T*& matrix, int64_t& stride, int rows, std::optional<Tensor>& memory) {
+            memory = empty<T>(like, {rows, width});
+            launch_pad_rows<T>(data<T>(*memory), width, matrix, stride, f.width, rows, stream);
+            matrix = data<T>(*memory), stride = width;
+        };
+        if (Padding<T>::is_needed(f.image, f.rows, f.width, f.image_stride))
+            pad(features.image, features.image_stride, f.rows, image);
+        if (Padding<T>::is_needed(f.text, f.columns, f.width, f.text_stride))
+            pad(features.text, features.text_stride, f.columns, text);
+        features.width = width;
+    }
+};
+
 // out = a · b. 16-bit features take the overload with a float32 result. Only out= overloads are called: autocast leaves
 // them alone.
 template <typename T>
@@ -202,8 +218,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics(
     return by_dtype(op, image, [&](auto element) {
         using T = decltype(element);
         using A = Sum<T>;
-        const Features<T> f = features_of<T>(op, image, text, logit_scale, image_factor, text_factor, first_label);
+        const Features<T> given = features_of<T>(op, image, text, logit_scale, image_factor, text_factor, first_label);
         const Device device(op, image);
+        const Padded<T> padded(given, image, device.stream);
+        const Features<T>& f = padded.features;
         const auto plan = StatisticsPlan::make(f, device.multiprocessors, device.shared);
         Tensor scratch = empty<A>(image, {plan.softmax_numbers(f)});
         Tensor row_lse = empty<A>(image, {2, f.rows}), row_rival = empty<A>(image, {f.rows});
@@ -227,9 +245,11 @@ Tensor siglip_statistics(
     return by_dtype(op, image, [&](auto element) {
         using T = decltype(element);
         using A = Sum<T>;
-        const Features<T> f = features_of<T>(op, image, text, logit_scale, image_factor, text_factor, first_label);
+        const Features<T> given = features_of<T>(op, image, text, logit_scale, image_factor, text_factor, first_label);
         const A* bias = numbers<T>(op, "logit_bias", image, logit_bias, 0);
         const Device device(op, image);
+        const Padded<T> padded(given, image, device.stream);
+        const Features<T>& f = padded.features;
         const auto plan = StatisticsPlan::make(f, device.multiprocessors, device.shared);
         Tensor scratch = empty<A>(image, {plan.template row_numbers<T>()});
         Tensor row_loss = empty<A>(image, {f.rows});
@@ -239,40 +259,49 @@ Tensor siglip_statistics(
     });
 }
 
-// d_image, d_text, d_scale and d_bias of either loss: a chunk of rows of the logits' gradient at a time, which two
-// matrix products use up before the next takes its place.
-template <typename T, bool kSigmoid>
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
-    const char* op, const Tensor& image, const Tensor& text, const Features<T>& f, LogitGradient<Sum<T>> g) {
+struct Gradients {
+    Tensor row_loss, d_image, d_text, d_scale, d_bias;
+};
+
+// The gradients of either loss, and the rows' losses of the sigmoid one: a chunk of rows of the logits' gradient at a
+// time, which two matrix products use up before the next takes its place. Features' gradients are in the dtype Out.
+template <typename T, typename Out, bool kSigmoid>
+Gradients gradients(
+    const char* op, const Tensor& image, const Tensor& text, const Features<T>& given, LogitGradient<Sum<T>> g) {
     using A = Sum<T>;
     const Device device(op, image);
+    const Padded<T> padded(given, image, device.stream);
+    const Features<T>& f = padded.features;
     const auto plan = GradientPlan::make(f, device.multiprocessors, device.shared);
-    Tensor d_image = empty<T>(image, {f.rows, f.width}), d_text = empty<T>(image, {f.columns, f.width});
+    const int64_t width = given.width;
+    Tensor d_image = empty<Out>(image, {f.rows, width}), d_text = empty<Out>(image, {f.columns, width});
     Tensor d_scale = empty<A>(image, {}), d_bias = empty<A>(image, {}), unit = empty<A>(image, {});
-    Tensor scale_sums = empty<A>(image, {plan.sums(f)});
+    Tensor scale_sums = empty<A>(image, {plan.sums(f)}), row_loss = empty<A>(image, {kSigmoid ? f.rows : 0});
     Tensor bias_sums = empty<A>(image, {kSigmoid ? plan.sums(f) : 0});
+    Tensor row_scratch = empty<A>(image, {kSigmoid ? plan.row_numbers() : 0});
+    const GradientPartials<A> partials{
+        data<A>(scale_sums), kSigmoid ? data<A>(bias_sums) : nullptr, data<A>(row_scratch)};
     // sums of 16-bit features' gradients are float32 until the end; others add up where they are returned
-    constexpr bool kSame = std::is_same_v<T, A>;
-    Tensor text_sum = kSame ? d_text : empty<A>(image, {f.columns, f.width});
+    constexpr bool kSame = std::is_same_v<Out, A>;
+    Tensor text_sum = kSame ? d_text : empty<A>(image, {f.columns, width});
 
     launch_unit<T>(f, g.row_weight, g.column_weight, data<A>(unit), device.stream);
     g.unit = data<A>(unit);
     const bool several = plan.chunk < f.rows;
     const Tensor chunk = empty<T>(image, {several ? plan.chunk : f.rows, plan.pitch});
-    const Tensor image_sum = empty<A>(image, {kSame ? 0 : chunk.size(0), f.width});
-    const Tensor text_part = empty<A>(image, {several ? plan.text_block : 0, f.width});
+    const Tensor image_sum = empty<A>(image, {kSame ? 0 : chunk.size(0), width});
+    const Tensor text_part = empty<A>(image, {several ? plan.text_block : 0, width});
     for (int64_t row = 0; row < f.rows; row += plan.chunk) {
         const int64_t rows = f.rows - row < plan.chunk ? f.rows - row : plan.chunk;
         launch_logit_gradient<T, kSigmoid>(
-            f, g, plan, row, rows, data<T>(chunk), data<A>(scale_sums), kSigmoid ? data<A>(bias_sums) : nullptr,
-            device.stream);
+            f, g, plan, row, rows, data<T>(chunk), partials, data<A>(row_loss), device.stream);
         check_launch(op, cudaGetLastError());
         Tensor chunk_rows = rows_of(chunk, 0, rows);
         const Tensor gradient = torch::stable::narrow(chunk_rows, 1, 0, f.columns);
 
         const Tensor d_rows = rows_of(d_image, row, rows), sum = kSame ? d_rows : rows_of(image_sum, 0, rows);
         multiply<T>(gradient, text, sum);
-        launch_finish_gradient<T>(data<T>(d_rows), data<A>(sum), rows * f.width, f.scale, g.unit, device.stream);
+        launch_finish_gradient(data<Out>(d_rows), data<const A>(sum), rows * width, f.scale, g.unit, device.stream);
 
         const Tensor own = rows_of(image, row, rows);
         if (row == 0) {
@@ -285,22 +314,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients(
             const Tensor part = rows_of(text_part, 0, count);
             const Tensor block = torch::stable::narrow(chunk_rows, 1, first, count);
             multiply<T>(torch::stable::transpose(block, 0, 1), own, part);
-            launch_accumulate<A>(
-                data<A>(text_sum) + first * f.width, data<A>(part), count * f.width, device.stream);
+            launch_accumulate<A>(data<A>(text_sum) + first * width, data<A>(part), count * width, device.stream);
         }
     }
-    launch_finish_gradient<T>(
-        data<T>(d_text), data<A>(text_sum), static_cast<int64_t>(f.columns) * f.width, f.scale, g.unit, device.stream);
+    launch_finish_gradient(
+        data<Out>(d_text), data<const A>(text_sum), static_cast<int64_t>(f.columns) * width, f.scale, g.unit,
+        device.stream);
     launch_add_up<A>(data<A>(scale_sums), plan.sums(f), data<A>(d_scale), device.stream);
     if (kSigmoid) launch_add_up<A>(data<A>(bias_sums), plan.sums(f), data<A>(d_bias), device.stream);
     check_launch(op, cudaGetLastError());
-    return {d_image, d_text, d_scale, d_bias};
+    return {row_loss, d_image, d_text, d_scale, d_bias};
+}
+
+template <typename T, bool kSigmoid>
+Gradients gradients(
+    const char* op, const Tensor& image, const Tensor& text, const Features<T>& f, const LogitGradient<Sum<T>>& g,
+    bool wide) {
+    if constexpr (!std::is_same_v<T, Sum<T>>) {
+        if (!wide) return gradients<T, T, kSigmoid>(op, image, text, f, g);
+    }
+    return gradients<T, Sum<T>, kSigmoid>(op, image, text, f, g);
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_gradients(
     const Tensor& image, const Tensor& text, const Tensor& logit_scale, const OptionalTensor& image_factor,
     const OptionalTensor& text_factor, const Tensor& row_lse, const Tensor& col_lse, const Tensor& row_weight,
-    const Tensor& col_weight, int64_t first_label) {
+    const Tensor& col_weight, int64_t first_label, bool wide) {
     const char* op = "contrastive_gradients";
     check_features(op, image, text);
     return by_dtype(op, image, [&](auto element) {
@@ -311,15 +350,15 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_gradients(
         g.column_weight = numbers<T>(op, "col_weight", image, col_weight, f.columns);
         g.row_lse = two_parts<T>(op, "row_lse", image, row_lse, f.rows);
         g.column_lse = two_parts<T>(op, "col_lse", image, col_lse, f.columns);
-        auto [d_image, d_text, d_scale, d_bias] = gradients<T, false>(op, image, text, f, g);
-        return std::make_tuple(d_image, d_text, d_scale);
+        const Gradients found = gradients<T, false>(op, image, text, f, g, wide);
+        return std::make_tuple(found.d_image, found.d_text, found.d_scale);
     });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_gradients(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_gradients(
     const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
     const OptionalTensor& image_factor, const OptionalTensor& text_factor, const Tensor& row_weight,
-    int64_t first_label) {
+    int64_t first_label, bool wide) {
     const char* op = "siglip_gradients";
     check_features(op, image, text);
     return by_dtype(op, image, [&](auto element) {
@@ -328,7 +367,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> siglip_gradients(
         LogitGradient<Sum<T>> g{};
         g.row_weight = numbers<T>(op, "row_weight", image, row_weight, f.rows);
         g.bias = numbers<T>(op, "logit_bias", image, logit_bias, 0);
-        return gradients<T, true>(op, image, text, f, g);
+        const Gradients found = gradients<T, true>(op, image, text, f, g, wide);
+        return std::make_tuple(found.row_loss, found.d_image, found.d_text, found.d_scale, found.d_bias);
     });
 }
 

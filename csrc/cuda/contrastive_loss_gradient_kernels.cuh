@@ -19,73 +19,176 @@ struct LogitGradient {
     const A* unit;  // a power of two that brings the largest possible entry near the top of float16's range
 };
 
-// Writes unit · G_ij f_i g_j for the rows from `first_row`, row by row `pitch` apart, and leaves the block's sum of
-// G_ij f_i g_j (image_i · text_j), and for the sigmoid loss of G_ij, at sums[row of tiles, blockIdx.x].
+// What a block keeps in shared memory beside the ring of slabs: the numbers that belong to the rows of its tiles, read
+// once, and to the columns of this tile.
+template <typename T>
+struct alignas(16) GradientShared {
+    Sum<T> row_most[kTileRows<T>], row_rest[kTileRows<T>], row_weight[kTileRows<T>], row_factor[kTileRows<T>];
+    Sum<T> column_most[kTileColumns], column_rest[kTileColumns], column_weight[kTileColumns], column_factor[kTileColumns];
+    Sum<T> row_loss[kWarpColumns * kTileRows<T>];  // the sigmoid loss's
+    Sum<T> sums[2 * kThreads / 32];
+};
+
+// What a thread adds up over its tiles.
+template <typename A>
+struct GradientSums {
+    A scale = 0, bias = 0;
+};
+
+// One tile: products become unit · G_ij f_i g_j at `out`, where the thread's first entry lies. `kCareful` tiles have a
+// label in them, or rows or columns outside the matrix; the others are spared the questions.
+template <typename T, bool kSigmoid, bool kCareful>
+__device__ inline void put_gradients(
+    const Product<T>& dots, const Features<T>& f, const LogitGradient<Sum<T>>& g, GradientShared<T>& shared,
+    const Place<T>& place, int tile_row, int first_column, T* out, int64_t pitch, GradientSums<Sum<T>>& sums) {
+    using A = Sum<T>;
+    constexpr int kRows = kThreadRows<T>;
+    const A scale = *f.scale, unit = *g.unit, bias = kSigmoid ? *g.bias : A(0);
+    const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
+    A most[kRows], rest[kRows], weight[kRows], factor[kRows], loss[kRows], excess[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+        const int row = place.row_of(r);
+        weight[r] = shared.row_weight[row], factor[r] = shared.row_factor[row];
+        if constexpr (kSigmoid) {
+            loss[r] = 0, excess[r] = 0;
+        } else {
+            most[r] = shared.row_most[row], rest[r] = shared.row_rest[row];
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < kThreadColumns; c += 2) {
+        const int column = place.column_of(c);
+        // entries of neighbouring columns, which are stored together
+        Pair<A> column_most{}, column_rest{}, column_weight{};
+        const Pair<A> column_factor = pair_at(shared.column_factor + column);
+        if constexpr (!kSigmoid) {
+            column_most = pair_at(shared.column_most + column), column_rest = pair_at(shared.column_rest + column);
+            column_weight = pair_at(shared.column_weight + column);
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            A entries[2];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                entries[i] = 0;
+                const bool is_label = kCareful && ahead + 8 * r == (c + i) / 2 * 8 + (c + i) % 2;
+                if (kCareful && (tile_row + place.row_of(r) >= f.rows || first_column + column + i >= f.columns)) continue;
+                const A product = dots.entries[r][c + i], of_column = column_factor.at[i];
+                // in the very bits of the statistics, or a learned pair's difference from its maximum is lost
+                const A logit = times(product, (scale * of_column) * factor[r]);
+                A gradient;
+                if constexpr (kSigmoid) {
+                    // σ of the wrong sign by the exponential of a number ≤ 0, which cannot overflow; and
+                    // log(1 + e^w) = max(w, 0) + log(1 + e^-|w|), with one logarithm for a thread's columns, as in the
+                    // statistics
+                    const A wrong = is_label ? -(logit + bias) : logit + bias;
+                    const A small = exponential(-larger(wrong, -wrong));
+                    const A probability = quotient(wrong > 0 ? A(1) : small, A(1) + small);
+                    loss[r] += larger(wrong, A(0));
+                    excess[r] += small + excess[r] * small;
+                    gradient = weight[r] * (is_label ? -probability : probability);
+                    sums.bias += gradient;
+                } else {
+                    const A of_row = exponential(logit - most[r] - rest[r]);
+                    const A of_both = exponential(logit - column_most.at[i] - column_rest.at[i]);
+                    const A label = is_label ? A(1) : A(0);
+                    gradient = weight[r] * (of_row - label) + column_weight.at[i] * (of_both - label);
+                }
+                entries[i] = gradient * (of_column * factor[r]);
+                sums.scale += entries[i] * product;
+            }
+            T* to = out + 8 * r * pitch + c / 2 * 8;
+            if (!kCareful || (tile_row + place.row_of(r) < f.rows && first_column + column + 1 < f.columns)) {
+                put_pair(to, entries[0] * unit, entries[1] * unit);
+            } else if (tile_row + place.row_of(r) < f.rows && first_column + column < f.columns) {
+                *to = rounded<T>(entries[0] * unit);
+            }
+        }
+    }
+    if constexpr (kSigmoid) {
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+            A sum = loss[r] + log_one_plus(excess[r]);
+            sum += __shfl_xor_sync(~0u, sum, 1);
+            sum += __shfl_xor_sync(~0u, sum, 2);
+            if (place.lane() % 4 == 0) shared.row_loss[place.warp_column() * kTileRows<T> + place.row_of(r)] += sum;
+        }
+    }
+}
+
+// What a gradient's kernel leaves beside the logits' gradients: a block's sums at [row of tiles, blockIdx.x], and the
+// sigmoid loss's rows [gridDim.x, gridDim.y · tile rows].
+template <typename A>
+struct GradientPartials {
+    A *scale_sums, *bias_sums, *row_loss;
+};
+
+// Writes unit · G_ij f_i g_j for the rows from `first_row`, row by row `pitch` apart, and adds up
+// G_ij f_i g_j (image_i · text_j), and for the sigmoid loss G_ij and the rows' losses.
 template <typename T, bool kSigmoid>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) logit_gradient_kernel(
-    Features<T> f, int stages, LogitGradient<Sum<T>> g, int first_row, T* out, int64_t pitch, Sum<T>* scale_sums,
-    Sum<T>* bias_sums) {
+__global__ void __launch_bounds__(kThreads, kBlocks) logit_gradient_kernel(
+    Features<T> f, int stages, LogitGradient<Sum<T>> g, int first_row, T* out, int64_t pitch,
+    GradientPartials<Sum<T>> partials) {
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
-    auto& shared = *reinterpret_cast<SumsShared<T>*>(shared_bytes);
+    auto& shared = *reinterpret_cast<GradientShared<T>*>(shared_bytes);
     const Ring ring{shared_bytes + sizeof(shared), stages};
     const int local_row = blockIdx.y * kTileRows<T>, tile_row = first_row + local_row;
     const Share share(f.columns);
-    const A scale = *f.scale, unit = *g.unit;
-    A scale_sum = 0, bias_sum = 0;
+    GradientSums<A> sums;
+    // the barriers of the first tile come before what they are read for
+    load_rows<T>(shared.row_weight, g.row_weight, tile_row, f.rows, A(0));
+    load_rows<T>(shared.row_factor, f.image_factor, tile_row, f.rows, A(1));
+    if constexpr (kSigmoid) {
+        for (int i = threadIdx.x; i < kWarpColumns * kTileRows<T>; i += kThreads) shared.row_loss[i] = 0;
+    } else {
+        load_rows<T>(shared.row_most, g.row_lse.most, tile_row, f.rows, A(0));
+        load_rows<T>(shared.row_rest, g.row_lse.rest, tile_row, f.rows, A(0));
+    }
 
     for_each_tile<T>(ring, f, tile_row, share, [&](int first_column, Product<T>& dots) {
-        const Place<T> place;
-        const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
-#pragma unroll
-        for (int c = 0; c < kThreadColumns; ++c) {
-            const int column = first_column + place.column_of(c);
-            if (column >= f.columns) continue;
-            const A text_factor = f.text_factor ? f.text_factor[column] : A(1);
-            const A column_weight = kSigmoid ? A(0) : g.column_weight[column];
-            const A column_most = kSigmoid ? A(0) : g.column_lse.most[column];
-            const A column_rest = kSigmoid ? A(0) : g.column_lse.rest[column];
-#pragma unroll
-            for (int r = 0; r < kThreadRows<T>; ++r) {
-                const int row = tile_row + place.row_of(r);
-                if (row >= f.rows) continue;
-                const bool is_label = ahead + 8 * r == c / 2 * 8 + c % 2;
-                const A own = f.image_factor ? f.image_factor[row] : A(1), factor = text_factor * own;
-                const A product = dots.entries[r][c], cosine = product * factor;
-                // in the very bits of the statistics, or a learned pair's difference from its maximum is lost
-                const A logit = times(product, scale * text_factor * own);
-                A gradient;
-                if constexpr (kSigmoid) {
-                    // σ of the wrong sign by the exponential of a number ≤ 0, which cannot overflow
-                    const A wrong = is_label ? -(logit + *g.bias) : logit + *g.bias;
-                    const A small = exponential(-larger(wrong, -wrong));
-                    const A probability = (wrong > 0 ? A(1) : small) / (A(1) + small);
-                    gradient = g.row_weight[row] * (is_label ? -probability : probability);
-                    bias_sum += gradient;
-                } else {
-                    const A label = is_label ? A(1) : A(0);
-                    const A of_row = exponential(logit - g.row_lse.most[row] - g.row_lse.rest[row]);
-                    const A of_column = exponential(logit - column_most - column_rest);
-                    gradient = g.row_weight[row] * (of_row - label) + column_weight * (of_column - label);
-                }
-                scale_sum += gradient * cosine;
-                out[(local_row + place.row_of(r)) * pitch + column] = rounded<T>(gradient * factor * unit);
+        for (int i = threadIdx.x; i < kTileColumns; i += kThreads) {
+            const int column = first_column + i < f.columns ? first_column + i : f.columns - 1;
+            shared.column_factor[i] = f.text_factor ? f.text_factor[column] : A(1);
+            if constexpr (!kSigmoid) {
+                shared.column_most[i] = g.column_lse.most[column], shared.column_rest[i] = g.column_lse.rest[column];
+                shared.column_weight[i] = g.column_weight[column];
             }
+        }
+        __syncthreads();
+        const Place<T> place;
+        const int tile_ahead = f.first_label + tile_row - first_column;
+        const bool label_near = tile_ahead > -kTileRows<T> && tile_ahead < kTileColumns;
+        T* to = out + (local_row + place.row) * pitch + first_column + place.column;
+        // products by FMA take so long that questions do not count, and with both loops registers run out
+        if (!Element<T>::tensor_cores || label_near || over_the_edge(f, tile_row, first_column)) {
+            put_gradients<T, kSigmoid, true>(dots, f, g, shared, place, tile_row, first_column, to, pitch, sums);
+        } else {
+            put_gradients<T, kSigmoid, false>(dots, f, g, shared, place, tile_row, first_column, to, pitch, sums);
         }
     });
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) {
-        scale_sum += __shfl_xor_sync(~0u, scale_sum, bit);
-        bias_sum += __shfl_xor_sync(~0u, bias_sum, bit);
+        sums.scale += __shfl_xor_sync(~0u, sums.scale, bit);
+        sums.bias += __shfl_xor_sync(~0u, sums.bias, bit);
     }
     const int warp = threadIdx.x / 32;
-    if (threadIdx.x % 32 == 0) shared.rows[warp] = scale_sum, shared.rows[kThreads / 32 + warp] = bias_sum;
+    if (threadIdx.x % 32 == 0) shared.sums[warp] = sums.scale, shared.sums[kThreads / 32 + warp] = sums.bias;
     __syncthreads();
     if (threadIdx.x < 2) {
         A sum = 0;
-        for (int w = 0; w < kThreads / 32; ++w) sum += shared.rows[threadIdx.x * (kThreads / 32) + w];
-        A* sums = threadIdx.x == 0 ? scale_sums : bias_sums;
-        if (sums) sums[static_cast<int64_t>(tile_row / kTileRows<T>) * gridDim.x + blockIdx.x] = sum;
+        for (int w = 0; w < kThreads / 32; ++w) sum += shared.sums[threadIdx.x * (kThreads / 32) + w];
+        A* all = threadIdx.x == 0 ? partials.scale_sums : partials.bias_sums;
+        if (all) all[static_cast<int64_t>(tile_row / kTileRows<T>) * gridDim.x + blockIdx.x] = sum;
+    }
+    if constexpr (kSigmoid) {
+        for (int row = threadIdx.x; row < kTileRows<T>; row += kThreads) {
+            A sum = 0;
+            for (int w = 0; w < kWarpColumns; ++w) sum += shared.row_loss[w * kTileRows<T> + row];
+            const int64_t line = (static_cast<int64_t>(blockIdx.x) * gridDim.y + blockIdx.y) * kTileRows<T> + row;
+            partials.row_loss[line] = sum;
+        }
     }
 }
 
@@ -147,13 +250,24 @@ __global__ void accumulate_kernel(A* sum, const A* part, int64_t count) {
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride) sum[i] += part[i];
 }
 
-// out = scale / unit · sum; both may be the same memory
-template <typename T>
-__global__ void finish_gradient_kernel(T* out, const Sum<T>* sum, int64_t count, const Sum<T>* scale, const Sum<T>* unit) {
-    const Sum<T> factor = *scale / *unit;
+// out = scale / unit · sum, in the features' dtype or that of sums; both may be the same memory
+template <typename Out, typename A>
+__global__ void finish_gradient_kernel(Out* out, const A* sum, int64_t count, const A* scale, const A* unit) {
+    const A factor = *scale / *unit;
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += stride)
-        out[i] = rounded<T>(sum[i] * factor);
+        out[i] = rounded<Out>(sum[i] * factor);
+}
+
+// out [rows, width] = in [rows, in_width], `stride` elements apart, and zeros behind
+template <typename T>
+__global__ void pad_rows_kernel(T* out, int width, const T* in, int64_t stride, int in_width, int64_t rows) {
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x, count = rows * width;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count; i += step) {
+        const int64_t row = i / width;
+        const int k = static_cast<int>(i - row * width);
+        out[i] = k < in_width ? in[row * stride + k] : rounded<T>(0);
+    }
 }
 
 }  // namespace clipfast

@@ -40,30 +40,51 @@ template <typename T>
 struct alignas(16) StatisticsShared {
     Sum<T> rows[3 * kWarpColumns * kTileRows<T>];
     Sum<T> columns[3 * kWarpRows * kTileColumns];
+    Sum<T> row_factor[kTileRows<T>];
 };
 
 template <typename T>
 struct alignas(16) SumsShared {
-    Sum<T> rows[kWarpColumns * kTileRows<T>];  // or one sum a warp, twice
+    Sum<T> rows[kWarpColumns * kTileRows<T>];
+    Sum<T> row_factor[kTileRows<T>];
 };
+
+// One number a row of the tile, or `otherwise` where there is none. The barrier is the caller's.
+template <typename T>
+__device__ inline void load_rows(Sum<T>* shared, const Sum<T>* values, int first_row, int rows, Sum<T> otherwise) {
+    for (int i = threadIdx.x; i < kTileRows<T>; i += kThreads)
+        shared[i] = values && first_row + i < rows ? values[first_row + i] : otherwise;
+}
+
+// Whether a tile has rows or columns outside the matrix.
+template <typename T>
+__device__ inline bool over_the_edge(const Features<T>& f, int first_row, int first_column) {
+    return first_row + kTileRows<T> > f.rows || first_column + kTileColumns > f.columns;
+}
 
 // -inf marks what lies outside the matrix
 template <typename T>
 __device__ inline void product_to_logits(
-    Product<T>& product, const Features<T>& f, const Place<T>& place, int first_row, int first_column) {
+    Product<T>& product, const Features<T>& f, const Sum<T>* row_factor, const Place<T>& place, int first_row,
+    int first_column) {
     const Sum<T> scale = *f.scale;
+    Sum<T> own[kThreadRows<T>];
+#pragma unroll
+    for (int r = 0; r < kThreadRows<T>; ++r) own[r] = row_factor[place.row_of(r)];
 #pragma unroll
     for (int c = 0; c < kThreadColumns; ++c) {
         const int column = first_column + place.column_of(c);
-        const bool inside = column < f.columns;
-        const Sum<T> factor = scale * (f.text_factor && inside ? f.text_factor[column] : Sum<T>(1));
+        const Sum<T> factor = scale * (f.text_factor && column < f.columns ? f.text_factor[column] : Sum<T>(1));
 #pragma unroll
-        for (int r = 0; r < kThreadRows<T>; ++r) {
-            const int row = first_row + place.row_of(r);
-            const bool present = inside && row < f.rows;
-            const Sum<T> own = f.image_factor && present ? f.image_factor[row] : Sum<T>(1);
-            product.entries[r][c] = present ? times(product.entries[r][c], factor * own) : minus_infinity<Sum<T>>();
-        }
+        for (int r = 0; r < kThreadRows<T>; ++r) product.entries[r][c] = times(product.entries[r][c], factor * own[r]);
+    }
+    if (over_the_edge(f, first_row, first_column)) {
+#pragma unroll
+        for (int c = 0; c < kThreadColumns; ++c)
+#pragma unroll
+            for (int r = 0; r < kThreadRows<T>; ++r)
+                if (first_column + place.column_of(c) >= f.columns || first_row + place.row_of(r) >= f.rows)
+                    product.entries[r][c] = minus_infinity<Sum<T>>();
     }
 }
 
@@ -99,7 +120,7 @@ __device__ inline Statistics<A> line_statistics(Entry entry, IsLabel is_label, b
 
 // Row partials [3, gridDim.x, gridDim.y · tile rows], column partials [3, gridDim.y, columns], and positives.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     softmax_statistics_kernel(
         Features<T> f, int stages, int first_row, Sum<T>* row_partials, Sum<T>* column_partials, Sum<T>* positive) {
     using A = Sum<T>;
@@ -113,10 +134,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     const Statistics<A> empty{minus_infinity<A>(), 0, minus_infinity<A>()};
     for (int slot = threadIdx.x; slot < kRowSlots; slot += kThreads)
         put_statistics(shared.rows, kRowSlots, slot, empty);
+    // the barriers of the first tile come before what they are read for
+    load_rows<T>(shared.row_factor, f.image_factor, tile_row, f.rows, A(1));
 
     for_each_tile<T>(ring, f, tile_row, share, [&](int first_column, Product<T>& logits) {
         const Place<T> place;
-        product_to_logits<T>(logits, f, place, tile_row, first_column);
+        product_to_logits<T>(logits, f, shared.row_factor, place, tile_row, first_column);
         // entry (r, c) holds a label where its place beside the thread's first entry makes up that one's distance
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
         const int tile_ahead = f.first_label + tile_row - first_column;
@@ -131,15 +154,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
                     if (is_label(r, c) && logits.entries[r][c] > minus_infinity<A>())
                         positive[tile_row + place.row_of(r)] = logits.entries[r][c];
         }
-        // a warp's rows have slots of its own, kept by the lane that comes first: no barrier is needed
+        // a warp's rows have slots of its own, so no barrier is needed; each of the four lanes that share rows keeps a
+        // quarter of them
+        constexpr int kKept = kThreadRows<T> / 4;
+        Statistics<A> kept[kKept];
+        const int quarter = place.lane() % 4;
 #pragma unroll
         for (int r = 0; r < kThreadRows<T>; ++r) {
             const auto tile = line_statistics<kThreadColumns, 1, 4, A>(
                 [&](int c) { return logits.entries[r][c]; }, [&](int c) { return is_label(r, c); }, label_near);
-            if (place.lane() % 4 == 0) {
-                const int slot = place.warp_column() * kTileRows<T> + place.row_of(r);
-                put_statistics(shared.rows, kRowSlots, slot, joined(statistics_at(shared.rows, kRowSlots, slot), tile));
-            }
+            if (quarter == r / kKept) kept[r % kKept] = tile;
+        }
+#pragma unroll
+        for (int k = 0; k < kKept; ++k) {
+            const int slot = place.warp_column() * kTileRows<T> + place.row_of(quarter * kKept + k);
+            put_statistics(shared.rows, kRowSlots, slot, joined(statistics_at(shared.rows, kRowSlots, slot), kept[k]));
         }
 #pragma unroll
         for (int c = 0; c < kThreadColumns; ++c) {
@@ -192,7 +221,7 @@ __global__ void join_statistics_kernel(
 
 // Row partials [gridDim.x, gridDim.y · tile rows].
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sigmoid_statistics_kernel(Features<T> f, int stages, const Sum<T>* bias, int first_row, Sum<T>* row_partials) {
     using A = Sum<T>;
     CLIPFAST_DYNAMIC_SHARED(shared_bytes);
@@ -201,10 +230,11 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     const int tile_row = first_row + blockIdx.y * kTileRows<T>;
     const Share share(f.columns);
     for (int slot = threadIdx.x; slot < kWarpColumns * kTileRows<T>; slot += kThreads) shared.rows[slot] = 0;
+    load_rows<T>(shared.row_factor, f.image_factor, tile_row, f.rows, A(1));
 
     for_each_tile<T>(ring, f, tile_row, share, [&](int first_column, Product<T>& logits) {
         const Place<T> place;
-        product_to_logits<T>(logits, f, place, tile_row, first_column);
+        product_to_logits<T>(logits, f, shared.row_factor, place, tile_row, first_column);
         const int ahead = f.first_label + tile_row + place.row - (first_column + place.column);
         const A offset = *bias;
 #pragma unroll
@@ -218,7 +248,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 #pragma unroll
         for (int r = 0; r < kThreadRows<T>; ++r) {
             // log(1 + e^w) = max(w, 0) + log(1 + e^-|w|), with one logarithm for a thread's columns: excess is the
-            // product of their (1 + e^-|w|) less 1, at most 255, and adds up positive terms alone
+            // product of their (1 + e^-|w|) less 1, at most 65535, and adds up positive terms alone
             A sum = 0, excess = 0;
 #pragma unroll
             for (int c = 0; c < kThreadColumns; ++c) {

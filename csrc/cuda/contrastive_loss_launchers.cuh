@@ -10,13 +10,32 @@ namespace clipfast {
 constexpr int kMaxShares = 64;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Blocks that share the columns of one row of tiles: enough of them to give each multiprocessor four.
+// Blocks that share the columns of one row of tiles: the number with which a launch is over soonest, when all blocks of a
+// wave run as long as the longest, and the fewest of those. Four blocks for each multiprocessor, rounded up, were 576
+// where 264 find room: three waves, the last almost empty.
 inline int shares_of(int64_t row_tiles, int64_t columns, int multiprocessors) {
-    const int64_t wanted = ceil_div(4 * static_cast<int64_t>(multiprocessors), row_tiles);
-    const int64_t most = ceil_div(columns, kTileColumns) < kMaxShares ? ceil_div(columns, kTileColumns) : kMaxShares;
-    return static_cast<int>(wanted < most ? wanted : most);
+    const int64_t room = static_cast<int64_t>(kBlocks) * multiprocessors, tiles = ceil_div(columns, kTileColumns);
+    const int64_t most = smaller(tiles, kMaxShares);
+    int64_t best = 1, least = INT64_MAX;
+    for (int64_t shares = 1; shares <= most; ++shares) {
+        const int64_t time = ceil_div(row_tiles * shares, room) * ceil_div(tiles, shares);
+        if (time < least) best = shares, least = time;
+    }
+    return static_cast<int>(best);
 }
+
+// Rows go to the kernels as they are where each starts on 16 bytes and holds whole slabs. Others are copied once, with
+// zeros behind them: so no load asks where a row ends.
+template <typename T>
+struct Padding {
+    static int width(int64_t width) { return static_cast<int>(ceil_div(width, kSlab<T>) * kSlab<T>); }
+    static bool is_needed(const T* matrix, int64_t rows, int64_t width, int64_t stride) {
+        return width % kSlab<T> != 0 || reinterpret_cast<uintptr_t>(matrix) % kChunk != 0 ||
+               (rows > 1 && stride * static_cast<int64_t>(sizeof(T)) % kChunk != 0);
+    }
+};
 
 // A device's shared memory in bytes: a multiprocessor's, the most that a block may ask for, and what the system takes of
 // each block's.
@@ -30,7 +49,7 @@ struct SharedMemory {
 template <typename T>
 int ring_stages(int64_t kept, SharedMemory shared) {
     const int64_t bytes = kept + kStages * kStageBytes<T>;
-    const bool fits = bytes <= shared.block && kBlocks<T> * (bytes + shared.reserved) <= shared.multiprocessor;
+    const bool fits = bytes <= shared.block && kBlocks * (bytes + shared.reserved) <= shared.multiprocessor;
     return fits ? kStages : kFewStages;
 }
 
@@ -46,7 +65,7 @@ struct StatisticsPlan {
         const int64_t tiles = ceil_div(f.rows, kTileRows<T>);
         const int64_t fit = (32 << 20) / (3 * static_cast<int64_t>(sizeof(Sum<T>)) * f.columns);
         const int64_t most = fit < 8 ? 8 : fit > 64 ? 64 : fit;
-        const int group = static_cast<int>(tiles < most ? tiles : most);
+        const int group = static_cast<int>(ceil_div(tiles, ceil_div(tiles, most)));
         // the sigmoid loss's kernel keeps less and runs with the same ring
         const int stages = ring_stages<T>(sizeof(StatisticsShared<T>), shared);
         return {group, shares_of(group, f.columns, multiprocessors), stages};
@@ -119,8 +138,9 @@ void launch_sigmoid_statistics(
     }
 }
 
-// Gradients go by chunks of rows, whose logits' gradients [chunk, columns] are handed to matrix products: about as many
-// bytes of them as a float32 gradient of the text has, or 32 MB.
+// Gradients go by chunks of rows, whose logits' gradients [chunk, columns] are handed to matrix products. A chunk has as
+// many bytes as a float32 gradient of the text or 32 MB, and at least 4,096 rows in 16 bits: every further chunk reads
+// and writes the sums of d_text once more, 12 · columns · width bytes, and shorter products run at a lower rate.
 struct GradientPlan {
     int64_t chunk;  // rows, a multiple of the tile's
     int64_t pitch;  // elements between rows: products run best where rows start on 16 bytes
@@ -130,20 +150,26 @@ struct GradientPlan {
 
     template <typename T>
     static GradientPlan make(const Features<T>& f, int multiprocessors, SharedMemory shared) {
-        const int64_t pitch = ceil_div(f.columns, kChunk / sizeof(T)) * (kChunk / sizeof(T));
+        constexpr int64_t size = sizeof(T);
+        const int64_t pitch = ceil_div(f.columns, kChunk / size) * (kChunk / size);
         const int64_t floor = 32 << 20, wide = 4 * static_cast<int64_t>(f.columns) * f.width;
-        const int64_t fit = (wide > floor ? wide : floor) / (pitch * static_cast<int64_t>(sizeof(T)));
-        const int64_t tiles = ceil_div(f.rows, kTileRows<T>), fit_tiles = fit / kTileRows<T> > 1 ? fit / kTileRows<T> : 1;
-        const int64_t chunk_tiles = tiles < fit_tiles ? tiles : fit_tiles;
+        const int64_t fit = (wide > floor ? wide : floor) / (pitch * size), least = 4096 * 2 / size;
+        const int64_t tiles = ceil_div(f.rows, kTileRows<T>), most = (fit > least ? fit : least) / kTileRows<T>;
+        // chunks of one length
+        const int64_t chunk_tiles = ceil_div(tiles, ceil_div(tiles, most));
+        // 16 MB, which stay in a cache of 40 and more
+        const int64_t fit_text = (16 << 20) / (static_cast<int64_t>(sizeof(Sum<T>)) * f.width);
         return {
             chunk_tiles * kTileRows<T>, pitch, shares_of(chunk_tiles, f.columns, multiprocessors),
-            f.columns < 4096 ? f.columns : 4096, ring_stages<T>(sizeof(SumsShared<T>), shared)};
+            smaller(f.columns, fit_text > 4096 ? fit_text : 4096), ring_stages<T>(sizeof(GradientShared<T>), shared)};
     }
 
     template <typename T>
     int64_t sums(const Features<T>& f) const {
         return ceil_div(f.rows, kTileRows<T>) * shares;
     }
+    // scratch of the sigmoid loss's rows, in numbers
+    int64_t row_numbers() const { return chunk * shares; }
 };
 
 template <typename T>
@@ -156,17 +182,24 @@ void launch_unit(
     CLIPFAST_LAUNCH(unit_kernel<A>, dim3(1), 1024, 4 * 1024 * sizeof(A), stream, bounds, unit);
 }
 
-// The rows [row, row + rows) of the logits' gradient; sums are [rows of tiles in all, shares].
+// The rows [row, row + rows) of the logits' gradient; sums are [rows of tiles in all, shares]. The sigmoid loss of these
+// rows goes to row_loss; the partials' has room for plan.row_numbers().
 template <typename T, bool kSigmoid>
 void launch_logit_gradient(
     const Features<T>& f, const LogitGradient<Sum<T>>& g, const GradientPlan& plan, int64_t row, int64_t rows, T* out,
-    Sum<T>* scale_sums, Sum<T>* bias_sums, cudaStream_t stream) {
+    GradientPartials<Sum<T>> partials, Sum<T>* row_loss, cudaStream_t stream) {
     auto kernel = logit_gradient_kernel<T, kSigmoid>;
-    const int shared = sizeof(SumsShared<T>) + plan.stages * kStageBytes<T>;
+    const int shared = sizeof(GradientShared<T>) + plan.stages * kStageBytes<T>;
     allow_shared(kernel, "logit_gradient_kernel", shared);
+    const int64_t tiles = ceil_div(rows, kTileRows<T>);
     CLIPFAST_LAUNCH(
-        kernel, dim3(plan.shares, ceil_div(rows, kTileRows<T>)), kThreads, shared, stream, f, plan.stages, g,
-        static_cast<int>(row), out, plan.pitch, scale_sums, bias_sums);
+        kernel, dim3(plan.shares, tiles), kThreads, shared, stream, f, plan.stages, g, static_cast<int>(row), out,
+        plan.pitch, partials);
+    if constexpr (kSigmoid) {
+        CLIPFAST_LAUNCH(
+            join_sums_kernel<Sum<T>>, dim3(ceil_div(rows, kThreads)), kThreads, 0, stream, partials.row_loss, plan.shares,
+            tiles * kTileRows<T>, static_cast<int>(rows), row_loss + row);
+    }
 }
 
 template <typename A>
@@ -175,8 +208,7 @@ void launch_add_up(const A* numbers, int64_t count, A* sum, cudaStream_t stream)
 }
 
 inline dim3 grid_for(int64_t count) {
-    const int64_t blocks = ceil_div(count, kThreads);
-    return dim3(static_cast<unsigned>(blocks < 4096 ? blocks : 4096));
+    return dim3(static_cast<unsigned>(smaller(ceil_div(count, kThreads), 8192)));
 }
 
 template <typename A>
@@ -184,10 +216,17 @@ void launch_accumulate(A* sum, const A* part, int64_t count, cudaStream_t stream
     CLIPFAST_LAUNCH(accumulate_kernel<A>, grid_for(count), kThreads, 0, stream, sum, part, count);
 }
 
+template <typename Out, typename A>
+void launch_finish_gradient(Out* out, const A* sum, int64_t count, const A* scale, const A* unit, cudaStream_t stream) {
+    auto kernel = finish_gradient_kernel<Out, A>;
+    CLIPFAST_LAUNCH(kernel, grid_for(count), kThreads, 0, stream, out, sum, count, scale, unit);
+}
+
 template <typename T>
-void launch_finish_gradient(
-    T* out, const Sum<T>* sum, int64_t count, const Sum<T>* scale, const Sum<T>* unit, cudaStream_t stream) {
-    CLIPFAST_LAUNCH(finish_gradient_kernel<T>, grid_for(count), kThreads, 0, stream, out, sum, count, scale, unit);
+void launch_pad_rows(
+    T* out, int width, const T* in, int64_t stride, int in_width, int64_t rows, cudaStream_t stream) {
+    CLIPFAST_LAUNCH(
+        pad_rows_kernel<T>, grid_for(rows * width), kThreads, 0, stream, out, width, in, stride, in_width, rows);
 }
 
 }  // namespace clipfast

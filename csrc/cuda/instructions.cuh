@@ -34,10 +34,9 @@ __device__ inline unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// copies 16 bytes to shared memory behind the program's back; those from `bytes` on are zeros and are not read
-__device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
-                 : "memory");
+// copies 16 bytes to shared memory behind the program's back
+__device__ inline void cp_async_16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -100,8 +99,27 @@ struct Element<double> {
 template <typename T>
 using Sum = typename Element<T>::Sum;
 
+// 2^x, 0 where it would be under 2^-126: exp2f spends three instructions more on those numbers, which no sum beside a 1
+// would see
+#ifdef CLIPFAST_FIBRE_SHIM
+__device__ inline float power_of_two(float x) {
+    const float power = exp2f(x);
+    return power < 1.17549435e-38f ? 0.0f : power;
+}
+__device__ inline float quotient(float a, float b) { return a / b; }
+#else
+__device__ inline float power_of_two(float x) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+}
+// within two units of rounding, for b within 2^-126 ... 2^126
+__device__ inline float quotient(float a, float b) { return __fdividef(a, b); }
+#endif
+__device__ inline double quotient(double a, double b) { return a / b; }
+
 // exp of a difference that was taken first: x · log2(e) alone would lose what digits are left of logits past 1e4
-__device__ inline float exponential(float x) { return exp2f(x * 1.4426950408889634f); }
+__device__ inline float exponential(float x) { return power_of_two(x * 1.4426950408889634f); }
 __device__ inline double exponential(double x) { return exp(x); }
 
 // a product that is rounded before it meets a sum: the same bits wherever it is worked out
@@ -139,5 +157,34 @@ template <>
 __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float x) {
     return __float2bfloat16_rn(x);
 }
+
+// --------------------------------------------------------------------------------------------------------------------
+// two neighbours in memory at once; the first lies on a multiple of both
+
+template <typename T>
+struct alignas(2 * sizeof(T)) Pair {
+    T at[2];
+};
+
+template <typename T>
+__device__ inline Pair<T> pair_at(const T* from) {
+    return *reinterpret_cast<const Pair<T>*>(from);
+}
+
+template <typename T>
+__device__ inline void put_pair(T* to, Sum<T> a, Sum<T> b) {
+    *reinterpret_cast<Pair<T>*>(to) = {{rounded<T>(a), rounded<T>(b)}};
+}
+#ifndef CLIPFAST_FIBRE_SHIM
+// one conversion for both
+template <>
+__device__ inline void put_pair<__half>(__half* to, float a, float b) {
+    *reinterpret_cast<__half2*>(to) = __floats2half2_rn(a, b);
+}
+template <>
+__device__ inline void put_pair<__nv_bfloat16>(__nv_bfloat16* to, float a, float b) {
+    *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(a, b);
+}
+#endif
 
 }  // namespace clipfast

@@ -1,8 +1,11 @@
 // A tile of image · textᵀ at a time: the loads, the product and who holds which entry of it.
 //
-// A block of 256 threads walks along one row of tiles. Both operands come in slabs of 64 bytes a row through a ring of
+// A block of 128 threads walks along one row of tiles. Both operands come in slabs of 64 bytes a row through a ring of
 // two or three places in shared memory that cp.async fills ahead, also across the end of a tile, so that the next tile's
 // first slabs travel while the entries of this one are worked on.
+//
+// A warp has 64 × 64 entries: what it reads from shared memory for a slab, 8 KB, feeds 64 tensor-core steps. With 64 × 32
+// it would be 6 KB for 32 of them, and shared memory would be the bound.
 //
 // Rows lie 80 bytes apart, so that eight of them in a row, or every second of eight, start in different groups of four
 // banks: what ldmatrix and the FMA path read is free of conflicts without a swizzle. What cp.async writes is not quite:
@@ -13,11 +16,12 @@
 
 namespace clipfast {
 
-constexpr int kThreads = 256;
-constexpr int kWarpRows = 2, kWarpColumns = 4;  // the warps of a block, over the tile
-constexpr int kThreadColumns = 8;
+constexpr int kThreads = 128;
+constexpr int kWarpRows = 2, kWarpColumns = 2;  // the warps of a block, over the tile
+constexpr int kThreadColumns = 16;
 constexpr int kTileColumns = kWarpColumns * 4 * kThreadColumns;
 constexpr int kStages = 3, kFewStages = 2;    // places of the ring: where two blocks find room with three, and elsewhere
+constexpr int kBlocks = 2;                    // blocks whose registers fit a multiprocessor
 constexpr int kChunk = 16;                    // bytes of one copy
 constexpr int kChunks = 4;                    // copies a row and slab
 constexpr int kPitch = kChunk * kChunks + 16;  // bytes between rows in shared memory
@@ -28,9 +32,6 @@ template <typename T>
 constexpr int kTileRows = kWarpRows * 8 * kThreadRows<T>;
 template <typename T>
 constexpr int kSlab = kChunk * kChunks / static_cast<int>(sizeof(T));
-// blocks whose registers fit a multiprocessor
-template <typename T>
-constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
 template <typename T>
 constexpr int kStageBytes = (kTileRows<T> + kTileColumns) * kPitch;
 
@@ -41,14 +42,13 @@ inline int label_offset(int64_t first_label) {
     return static_cast<int>(first_label > kMaxRows ? kMaxRows : first_label < -kMaxRows ? -kMaxRows : first_label);
 }
 
-// What every kernel reads. Rows are `stride` elements apart; `vectors` says that each starts on 16 bytes.
+// What every kernel reads. Rows start on 16 bytes, `stride` elements apart, and hold whole slabs: see Padding.
 template <typename T>
 struct Features {
     const T* image;  // [rows, width]
     const T* text;   // [columns, width]
     int rows, columns, width;
     int64_t image_stride, text_stride;
-    bool vectors;
     const Sum<T>* scale;         // on the device: reading it on the host would wait for the device
     const Sum<T>* image_factor;  // [rows] or null
     const Sum<T>* text_factor;   // [columns] or null
@@ -78,28 +78,28 @@ struct Place {
 // --------------------------------------------------------------------------------------------------------------------
 // loads
 
-// one slab of both operands; rows and elements outside the matrices are zeros
-template <typename T>
-__device__ inline void load_slab(char* stage, const Features<T>& f, int first_row, int first_column, int first_k) {
-    constexpr int kElements = kChunk / static_cast<int>(sizeof(T));
-    for (int copy = threadIdx.x; copy < (kTileRows<T> + kTileColumns) * kChunks; copy += kThreads) {
-        const int slot = copy / kChunks, chunk = copy % kChunks, k = first_k + chunk * kElements;
-        const bool of_image = slot < kTileRows<T>;
-        const int row = of_image ? first_row + slot : first_column + slot - kTileRows<T>;
-        const bool inside = row < (of_image ? f.rows : f.columns) && k < f.width;
-        const int elements = !inside ? 0 : f.width - k < kElements ? f.width - k : kElements;
-        const T* matrix = of_image ? f.image : f.text;
-        const T* source = inside ? matrix + row * (of_image ? f.image_stride : f.text_stride) + k : matrix;
-        char* target = stage + slot * kPitch + chunk * kChunk;
-        if (f.vectors) {
-            cp_async_16(target, source, elements * static_cast<int>(sizeof(T)));
-        } else {
-            T* out = reinterpret_cast<T*>(target);
-#pragma unroll 1
-            for (int e = 0; e < kElements; ++e) out[e] = e < elements ? source[e] : rounded<T>(0);
+// What a thread copies of one operand: a chunk of every 32nd of its rows. Addresses are worked out once a tile, and move
+// on by a slab. Past the matrix the last row is copied again: no entry of it is used.
+template <typename T, int kRows>
+struct Copies {
+    static constexpr int kStep = kThreads / kChunks, kCount = kRows / kStep;
+    const char* sources[kCount];
+
+    __device__ void start(const T* matrix, int64_t stride, int first_row, int rows) {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+            const int row = first_row + static_cast<int>(threadIdx.x) / kChunks + i * kStep;
+            const int64_t inside = row < rows ? row : rows - 1;
+            sources[i] = reinterpret_cast<const char*>(matrix + inside * stride) + threadIdx.x % kChunks * kChunk;
         }
     }
-}
+    // `offset` in bytes from where rows start
+    __device__ void copy(char* target, int offset) const {
+        char* first = target + threadIdx.x / kChunks * kPitch + threadIdx.x % kChunks * kChunk;
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) cp_async_16(first + i * kStep * kPitch, sources[i] + offset);
+    }
+};
 
 // --------------------------------------------------------------------------------------------------------------------
 // products
@@ -150,21 +150,18 @@ private:
     __device__ void add_by_fma(const char* stage) {
         const Place<T> place;
         // two elements at a time: four would not leave registers enough for two blocks on a processor
-        struct alignas(2 * sizeof(T)) Pair {
-            T at[2];
-        };
         constexpr int kPairs = kSlab<T> / 2;
         const char* image = stage + place.row * kPitch;
         const char* text = stage + (kTileRows<T> + place.column) * kPitch;
 #pragma unroll 1
         for (int k = 0; k < kPairs; ++k) {
-            Pair a[kThreadRows<T>];
+            Pair<T> a[kThreadRows<T>];
 #pragma unroll
             for (int r = 0; r < kThreadRows<T>; ++r)
-                a[r] = reinterpret_cast<const Pair*>(image + 8 * r * kPitch)[k];
+                a[r] = reinterpret_cast<const Pair<T>*>(image + 8 * r * kPitch)[k];
 #pragma unroll
             for (int c = 0; c < kThreadColumns; ++c) {
-                const Pair b = reinterpret_cast<const Pair*>(text + (c / 2 * 8 + c % 2) * kPitch)[k];
+                const Pair<T> b = reinterpret_cast<const Pair<T>*>(text + (c / 2 * 8 + c % 2) * kPitch)[k];
 #pragma unroll
                 for (int r = 0; r < kThreadRows<T>; ++r) {
                     entries[r][c] += a[r].at[0] * b.at[0];
@@ -199,24 +196,33 @@ struct Ring {
 // stage that is filled next. It also separates what two visits leave in shared memory.
 template <typename T, typename Visit>
 __device__ inline void for_each_tile(Ring ring, const Features<T>& f, int first_row, Share share, Visit visit) {
+    constexpr int kSlabBytes = kChunk * kChunks;
+    const int row_bytes = f.width * static_cast<int>(sizeof(T)), ring_bytes = ring.stages * kStageBytes<T>;
     Product<T> product;
     product.clear();
-    int load_column = share.first_column, load_k = 0;
+    Copies<T, kTileRows<T>> of_image;
+    Copies<T, kTileColumns> of_text;
+    of_image.start(f.image, f.image_stride, first_row, f.rows);
+    of_text.start(f.text, f.text_stride, share.first_column, f.columns);
+    int load_column = share.first_column, load_offset = 0;
     const auto load_next = [&](int stage) {
         if (load_column < share.last_column) {
-            load_slab<T>(ring.slabs + stage * kStageBytes<T>, f, first_row, load_column, load_k);
-            load_k += kSlab<T>;
-            if (load_k >= f.width) load_k = 0, load_column += kTileColumns;
+            of_image.copy(ring.slabs + stage, load_offset);
+            of_text.copy(ring.slabs + stage + kTileRows<T> * kPitch, load_offset);
+            load_offset += kSlabBytes;
+            if (load_offset == row_bytes) {
+                load_offset = 0, load_column += kTileColumns;
+                of_text.start(f.text, f.text_stride, load_column, f.columns);
+            }
         }
         // an empty group still counts, so that the wait below can count groups instead of slabs
         cp_async_commit();
     };
     load_next(0);
-    // spelt out, because a loop up to ring.stages spills on sm_120
-    if (ring.stages > kFewStages) load_next(1);
-    int stage = 0;
+    if (ring.stages > kFewStages) load_next(kStageBytes<T>);
+    int stage = 0;  // in bytes from where the ring starts
     for (int column = share.first_column; column < share.last_column; column += kTileColumns) {
-        for (int k = 0; k < f.width; k += kSlab<T>) {
+        for (int offset = 0; offset < row_bytes; offset += kSlabBytes) {
             // for all groups but those of the slabs behind this one, of which there are two fewer than places
             if (ring.stages == kFewStages) {
                 cp_async_wait<kFewStages - 2>();
@@ -224,9 +230,10 @@ __device__ inline void for_each_tile(Ring ring, const Features<T>& f, int first_
                 cp_async_wait<kStages - 2>();
             }
             __syncthreads();
-            load_next(stage == 0 ? ring.stages - 1 : stage - 1);
-            product.add(ring.slabs + stage * kStageBytes<T>);
-            stage = stage + 1 == ring.stages ? 0 : stage + 1;
+            load_next((stage == 0 ? ring_bytes : stage) - kStageBytes<T>);
+            product.add(ring.slabs + stage);
+            stage += kStageBytes<T>;
+            if (stage == ring_bytes) stage = 0;
         }
         visit(column, product);
         product.clear();

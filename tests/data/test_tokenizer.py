@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import pickle
 import random
 import re
@@ -11,12 +10,9 @@ import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
 
-import ftfy
 import pytest
 import torch
-from ftfy.badness import BADNESS_RE
-from ftfy.chardata import UTF8_DETECTOR_RE
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clipfast
@@ -178,44 +174,6 @@ def test_truncation_keeps_eos(ours):
     assert tokens[0, -1] == ours.eos_id
     assert (tokens[0, :-1] != ours.eos_id).all()
     assert tokens[0, 1:-1].tolist() == ours.encode(AWKWARD["300 words"])[:75]
-
-
-# --- cleaning: the shortcuts around ftfy are exact --------------------------------------------------------
-
-
-def cleaned_the_long_way(text: str) -> list[str]:
-    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).strip().split()).lower().split()
-
-
-mojibake = st.text(
-    "aZ .,?!'&;<#1ÃÂâàÐÑГРВвОã€™œ“”’‘\x9d\x80\x85\xa0\xad¤¥©éñüøßŠžŒ„…–½Ωλжя√≈∞╗ðŸ\ufffd\n\r犬😀", max_size=12
-)
-almost_clean = st.text(st.characters(codec="ascii"), max_size=12) | mojibake | st.text(max_size=8)
-
-
-@settings(max_examples=6000, deadline=None)
-@given(almost_clean)
-@example("a\x1cb")
-@example("x\nÂ y")
-@example("&#9;a &amp;#x41;")
-@example("Ｋ Å ﬁ e\u0301 \u1100\u1161")
-def test_cleaning(text):
-    assert module.clean_words(text) == cleaned_the_long_way(text)
-
-
-@settings(max_examples=1000, deadline=None)
-@given(mojibake)
-def test_clean_texts_are_clean(text):
-    if module._is_clean(text):
-        assert ftfy.fix_text(text).split() == text.split()
-        assert html.unescape(text) == text
-
-
-def test_mojibake_is_made_of_8bit_characters():
-    """The characters that ftfy's heuristics name, all of them, are among those that we ask it about."""
-    named = {c for pattern in (BADNESS_RE, UTF8_DETECTOR_RE) for c in pattern.pattern if not c.isascii()}
-    assert len(named) > 200
-    assert all(module._has_8bit_character(c) for c in named)
 
 
 # --- processes and threads --------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -97,7 +99,7 @@ def test_every_combination(dtype: torch.dtype, tokens: int, head_dim: int, causa
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a card has one architecture")
-@pytest.mark.parametrize("architecture", [80, 100])
+@pytest.mark.parametrize("architecture", [80, 86, 100])
 @pytest.mark.parametrize(
     ("tokens", "causal", "head_dim"),
     [(77, True, 64), (77, False, 128), (197, False, 64), (257, False, 64), (257, True, 64), (257, False, 128)],
@@ -128,10 +130,46 @@ def test_plans_are_of_the_kinds_they_should_be() -> None:
     assert isinstance(policy.forward_plan(90, None, 64, 2, True), policy.Streaming)
 
 
-@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0, 2.0])
-def test_scale(scale: float, tensor_core_plans: None) -> None:
-    check(drawn(1, 33), scale=scale)
-    check(drawn(1, 257, heads=1), scale=scale)
+@pytest.mark.parametrize("architecture", [80, 86, 90, 100])
+def test_every_class_of_calls_has_a_plan(architecture: int) -> None:
+    for head_dim, size, causal in itertools.product(policy.HEAD_DIMS, (2, 4), (False, True)):
+        for tokens in (None, *range(1, 300), 577, 5000):
+            forward = policy.forward_plan(architecture, tokens, head_dim, size, causal)
+            backward = policy.backward_plan(architecture, tokens, head_dim, size, causal)
+            for plan in (forward, *(backward if isinstance(backward, tuple) else (backward,))):
+                if isinstance(plan, policy.Whole):
+                    assert plan.holds(tokens, causal)
+                elif plan.class_token:
+                    assert not causal
+                    assert (tokens - 1) % plan.keys == (tokens - 1) % plan.queries == 0
+
+
+def test_cards_get_the_tables_that_fit_their_shared_memory() -> None:
+    with_99_kb = [(8, 6), (8, 9), (12, 0), (12, 1)]
+    assert {policy.architecture(capability) for capability in with_99_kb} == {86}
+    # nothing is known of these, or nothing that more than 99 KB would be needed for
+    assert {policy.architecture(capability) for capability in [(8, 8), (11, 0), (13, 0)]} == {86}
+    known = {(8, 0): 80, (8, 7): 80, (9, 0): 90, (10, 0): 100, (10, 3): 100}
+    assert all(policy.architecture(capability) == name for capability, name in known.items())
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0, -0.0, 2.0])
+@pytest.mark.parametrize("tiles", ["of float32", "of half precision"])
+def test_scale(scale: float, tiles: str, request: pytest.FixtureRequest) -> None:
+    if tiles == "of half precision":
+        request.getfixturevalue("tensor_core_plans")
+        check(drawn(1, 257, heads=1), scale=scale)
+    qkv = drawn(1, 77, heads=1, head_dim=32)
+    check(qkv, scale=scale)
+    check(qkv, causal=True, scale=scale)
+    check(qkv[0], causal=True, cu_seqlens=torch.tensor([0, 9, 77], dtype=torch.int32, device=DEVICE), scale=scale)
+    # scores of both signs up to 3,000: the largest of a row must be found before any exponent is taken
+    grad = torch.ones(1, 77, 32, device=DEVICE)
+    assert all(value.isfinite().all() for value in results(10 * qkv, grad, causal=True, scale=scale).values())
+
+
+def test_a_scale_that_is_no_number() -> None:
+    assert ops.attention(drawn(1, 9), 2, scale=math.nan).isnan().all()
 
 
 def test_scores_far_from_zero(tensor_core_plans: None) -> None:

@@ -149,6 +149,27 @@ def test_bitwise_the_same_twice_and_in_any_batch(dtype: torch.dtype) -> None:
         assert torch.equal(alone[name], first[name][5:6]), name
 
 
+@pytest.mark.parametrize(("rows", "width"), [(1, 320), (37, 512), (130, 768), (0, 320)])
+def test_column_sums_are_the_gradient_of_a_bias_before(rows: int, width: int) -> None:
+    # of a bias that was added to every row of x, as a projection does: in fp64 the sum of the gradient of x
+    x, residual, weight, bias = drawn(rows, width, dtype=torch.float32)
+    dy, dstream = drawn(rows, width, dtype=torch.float32, seed=1)[:2]
+    oracle = [t.double().requires_grad_() for t in (torch.zeros(width, device=DEVICE), x, residual, weight, bias)]
+    with clipfast.backend("reference"):
+        outputs = ops.add_layer_norm(oracle[0] + oracle[1], *oracle[2:], EPS)
+        plain = [t.detach().float().requires_grad_() for t in oracle]
+        plainly = ops.add_layer_norm(plain[0] + plain[1], *plain[2:], EPS)
+    (expected,) = torch.autograd.grad(outputs, oracle[:1], [dy.double(), dstream.double()])
+    (reference,) = torch.autograd.grad(plainly, plain[:1], [dy, dstream])
+    _, stream, mean, rstd = kernels.add_forward(x, residual, weight, bias, EPS)
+    arguments = (dy, dstream, stream, weight, mean, rstd, x.dtype, x.dtype)
+    *without, sums = kernels.add_backward(*arguments, torch.float32)
+    assert_as_exact_as_reference(sums, reference, expected, "column sums")
+    # nothing else changes, and every dtype is a rounding of one sum
+    assert all(torch.equal(a, b) for a, b in zip(without, kernels.add_backward(*arguments)[:4], strict=True))
+    assert torch.equal(kernels.add_backward(*arguments, torch.float16)[-1], sums.half())
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="takes the memory between the rows on a GPU")
 def test_offsets_beyond_32_bits() -> None:
     x, residual, weight, bias = drawn(3, 256, dtype=torch.float16)

@@ -42,7 +42,7 @@ def gelu_trial(backward: bool, bias: bool = True) -> trust.Trial:
 def attention_trial(backward: bool, packed: bool = False) -> trust.Trial:
     qkv = torch.empty(*((40,) if packed else (2, 17)), 3, 2, 32)
     offsets = torch.tensor([0, 40]) if packed else None
-    return attention_triton._trials(qkv, offsets, True, backward=backward)[-1]
+    return attention_triton._trials(qkv, offsets, True, 0.2, backward=backward)[-1]
 
 
 TRIALS: dict[str, Callable[[], trust.Trial]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import contrastive_cuda, contrastive_kernels, contrastive_loss, fallback, trust
+from clipfast.ops import contrastive_cuda, contrastive_kernels, contrastive_loss, contrastive_narrow, fallback, trust
 from clipfast.ops.contrastive_kernels import Kernels
 from clipfast.ops.fallback import KernelFallbackWarning
 
@@ -21,7 +21,13 @@ pytestmark = [
     pytest.mark.skipif(contrastive_kernels.native is None, reason=str(contrastive_kernels.native_unavailable)),
 ]
 
-LOSSES = {"contrastive_loss": ops.contrastive_loss, "siglip_loss": ops.siglip_loss}
+
+def two_passes(*inputs: Any) -> Tensor:
+    """SigLIP's loss by both of its kernels: with a mean, training needs one of them alone."""
+    return ops.siglip_loss(*inputs, reduction="none").mean()
+
+
+LOSSES = {"contrastive_loss": ops.contrastive_loss, "siglip_loss": two_passes}
 PASSES = ("statistics", "gradients")
 NOT_LAUNCHED = "contrastive: a kernel could not be launched: cudaErrorNoKernelImageForDevice: no kernel image"
 
@@ -81,6 +87,13 @@ def test_a_kernel_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch, op: s
     assert len(calls) == 1
 
 
+def test_siglips_one_pass_that_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = let_fail(monkeypatch, "siglip_loss", "gradients", RuntimeError(NOT_LAUNCHED))
+    monkeypatch.setitem(LOSSES, "siglip_loss", ops.siglip_loss)
+    assert_right_with_one_warning("siglip_loss")
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("which", PASSES)
 def test_in_a_compiled_loss(monkeypatch: pytest.MonkeyPatch, which: str) -> None:
     compiled = torch.compile(ops.contrastive_loss, fullgraph=True, backend="aot_eager")
@@ -120,8 +133,9 @@ def scaled(by: float, index: int) -> Any:
     return edit
 
 
-@pytest.mark.parametrize("index", [0, 1, 2])
-@pytest.mark.parametrize("op", LOSSES)
+@pytest.mark.parametrize(
+    ("op", "index"), [*(("contrastive_loss", i) for i in range(3)), *(("siglip_loss", i) for i in range(5))]
+)
 def test_wrong_gradients_fail_the_check(monkeypatch: pytest.MonkeyPatch, op: str, index: int) -> None:
     native, field = contrastive_kernels.native, "gradients" if op == "contrastive_loss" else "siglip_gradients"
     wrong: Kernels = native._replace(**{field: scaled(1.01, index)(getattr(native, field))})
@@ -165,3 +179,23 @@ def test_a_kernel_that_fails_its_check_does_not_serve(monkeypatch: pytest.Monkey
     for actual, other, right in zip(found, again, expected, strict=True):
         torch.testing.assert_close(actual, right, rtol=1e-4, atol=1e-6)
         assert torch.equal(actual, other)
+
+
+@pytest.mark.parametrize("op", ["contrastive_loss", "siglip_loss"])
+def test_what_is_checked_is_what_runs_under_autocast(monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    monkeypatch.setattr(contrastive_narrow, "_DEVICES", ("cpu",))
+    monkeypatch.setattr(trust, "is_required", lambda device: True)
+    monkeypatch.setattr(trust, "_kept", lambda device: set())
+    tried: list[torch.dtype] = []
+
+    def watched(op: str, device: torch.device, dtype: torch.dtype, width: int, programs: int) -> Any:
+        tried.append(dtype)
+        return probe(op, device, dtype, width, programs)
+
+    probe = contrastive_cuda._probe
+    monkeypatch.setattr(contrastive_cuda, "_probe", watched)
+    # another width than elsewhere: what has been checked is not checked again
+    x, _ = features(20, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        getattr(ops, op)(x, x.detach(), 10.0).backward()
+    assert tried == [torch.float16]

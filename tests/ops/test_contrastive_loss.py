@@ -168,10 +168,13 @@ def test_opcheck(kernels: str, name: str) -> None:
         row_lse, col_lse, *_ = chosen.statistics(image, text, scale, factor, None, 0)
         torch.library.opcheck(chosen.statistics.default, (image, text, scale, factor, None, 0))
         arguments = (image, text, scale, factor, None, row_lse, col_lse, weight, weight, 0)
-        torch.library.opcheck(chosen.gradients.default, arguments)
+        for wide in ((), (True,)):
+            torch.library.opcheck(chosen.gradients.default, (*arguments, *wide))
     else:
         torch.library.opcheck(chosen.siglip_statistics.default, (image, text, scale, bias, None, factor, 0))
-        torch.library.opcheck(chosen.siglip_gradients.default, (image, text, scale, bias, None, factor, weight, 0))
+        half = [x.half() for x in (image, text)]
+        for wide in (False, True):
+            torch.library.opcheck(chosen.siglip_gradients.default, (*half, scale, bias, None, factor, weight, 0, wide))
 
 
 @pytest.mark.slow
@@ -246,6 +249,7 @@ def test_not_a_number_is_not_hidden(name: str, backend: str) -> None:
         ("blas", torch.float16),
         ("mkl_bf16", torch.bfloat16),
         ("avx512_bf16", torch.bfloat16),
+        ("amx_bf16", torch.bfloat16),
     ],
 )
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import contrastive_ranks
+from clipfast.ops import contrastive_narrow, contrastive_ranks
 
 STEPS, BATCH = 5, 24
 COMMS = ("gather", "ring", "sent")
@@ -146,6 +146,62 @@ def test_uneven_batches() -> None:
         torch.testing.assert_close(joined, each, rtol=1e-10, atol=1e-12)
 
 
+def narrow(rank: int, ranks: int) -> list[list[list[float]]]:
+    """Return losses and features' gradients of an uneven batch in float32 under autocast, as on a card, by ``comm``.
+
+    The last are SigLIP's in float64, where every rank gives its loss another weight, by the reference and by tiles.
+    """
+    contrastive_narrow._DEVICES = ("cpu",)
+    rows = slice(sum(UNEVEN[:rank]), sum(UNEVEN[: rank + 1]))
+    results = []
+
+    def gradients(name: str, comm: str, features: list[Tensor], weight: float = 1.0) -> list[list[float]]:
+        image, text = (x[rows].clone().requires_grad_() for x in features)
+        loss = ops.contrastive_loss if name == "contrastive" else ops.siglip_loss
+        sent = ops.send_texts(text) if comm == "sent" else comm
+        value = loss(image, text, 9.0, group=dist.group.WORLD, comm=sent)
+        (weight * value).backward()
+        return [[value.item()], *(x.grad.flatten().tolist() for x in (image, text))]
+
+    for name, comm in itertools.product(LOSSES, COMMS):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(gradients(name, comm, features_of(torch.float32)))
+    for backend, comm in (("reference", "gather"), *(("auto", comm) for comm in COMMS)):
+        with ops.backend(backend):
+            results.append(gradients("siglip", comm, features_of(torch.float64), rank + 1.0))
+    return results
+
+
+def features_of(dtype: torch.dtype) -> list[Tensor]:
+    """Return image and text features of the uneven batch; not normalised, of lengths that differ."""
+    images, texts = (t[: sum(UNEVEN)].to(dtype) for t in batches()[0])
+    sizes = torch.logspace(-1, 1, len(images), dtype=dtype)[:, None]
+    return [F.normalize(images[:, :6], dim=-1) * sizes, F.normalize(texts, dim=-1) / sizes.flip(0)]
+
+
+@pytest.mark.slow
+def test_features_in_16_bits_and_weights_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_narrow, "_DEVICES", ("cpu",))
+    per_rank = run_on_ranks(narrow, len(UNEVEN))
+    for index, (name, comm) in enumerate(itertools.product(LOSSES, COMMS)):
+        image, text = (x.requires_grad_() for x in features_of(torch.float32))
+        with torch.autocast("cpu", torch.bfloat16):
+            value = (ops.contrastive_loss if name == "contrastive" else ops.siglip_loss)(image, text, 9.0)
+        value.backward()
+        values, *gradients = ([torch.tensor(r[index][i]) for r in per_rank] for i in range(3))
+        torch.testing.assert_close(
+            torch.stack(values).mean(), value.detach(), rtol=1e-5, atol=1e-6, msg=f"{name} {comm}"
+        )
+        for parts, exact in zip(gradients, (image.grad, text.grad), strict=True):
+            found = torch.cat(parts).view_as(exact) / len(UNEVEN)
+            torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5, msg=f"{name} {comm}")
+    for rank in per_rank:
+        reference, *others = rank[-len(COMMS) - 1 :]
+        for other in others:
+            for actual, expected in zip(other, reference, strict=True):
+                assert actual == pytest.approx(expected, rel=1e-9, abs=1e-11)
+
+
 def unfit(rank: int, ranks: int) -> list[str]:
     """Return each rank's error where rank 1 holds what the others do not."""
     good = torch.ones(2, 3, dtype=torch.float64)
@@ -156,6 +212,13 @@ def unfit(rank: int, ranks: int) -> list[str]:
             ops.contrastive_loss(x, x, 1.0, group=dist.group.WORLD)
             messages.append("no error")
         except (TypeError, ValueError) as error:
+            messages.append(str(error))
+    # a rank alone under autocast would send other bytes
+    contrastive_narrow._DEVICES = ("cpu",)
+    with torch.autocast("cpu", torch.bfloat16, enabled=rank == 1):
+        try:
+            ops.contrastive_loss(good.float(), good.float(), 1.0, group=dist.group.WORLD)
+        except ValueError as error:
             messages.append(str(error))
     return messages
 
@@ -213,5 +276,6 @@ def test_what_is_wrong_on_one_rank_is_an_error_on_all() -> None:
     assert all("width 2" in messages[1] and "on rank 1, expected 3" in messages[1] for messages in (first, second))
     assert "torch.float32 on rank 1" in third[2]
     assert "got torch.int64" in second[3]
+    assert all("torch.float16 on rank 1" in messages[-1] for messages in (first, second, third))
     assert "expected [B, D]" in second[4]
     assert all("rank 1 cannot take part" in messages[i] for messages in (first, third) for i in (3, 4))

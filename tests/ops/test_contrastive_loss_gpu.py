@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from contrastive_oracle import BIAS, LOSSES, compare, oracle_in_chunks
+from contrastive_oracle import BIAS, LOSSES, compare, oracle_in_chunks, run
 from torch import Tensor
 
-from clipfast.ops import library
+from clipfast.ops import contrastive_kernels, library
 
 pytestmark = pytest.mark.gpu
 
@@ -54,7 +54,7 @@ def siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Te
     ops = torch.ops.clipfast
     row_loss = ops.siglip_statistics(image, text, scale, bias, None, None, 0)
     weight = torch.full_like(row_loss, 1 / image.shape[0])
-    return row_loss.mean(), *ops.siglip_gradients(image, text, scale, bias, None, None, weight, 0)
+    return row_loss.mean(), *ops.siglip_gradients(image, text, scale, bias, None, None, weight, 0)[1:]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -86,8 +86,8 @@ def test_rows_that_start_anywhere() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_the_same_twice(dtype: torch.dtype) -> None:
     image, text = features(1000, 512, dtype)
-    for run in (lambda: softmax(image, text, scalar(100.0)), lambda: siglip(image, text, scalar(10.0), scalar(-10.0))):
-        assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    for loss in (lambda: softmax(image, text, scalar(100.0)), lambda: siglip(image, text, scalar(10.0), scalar(-10.0))):
+        assert all(torch.equal(a, b) for a, b in zip(loss(), loss(), strict=True))
 
 
 def test_a_graph_captures_it() -> None:
@@ -117,9 +117,40 @@ def test_memory() -> None:
     torch.cuda.reset_peak_memory_stats()
     softmax(image, text, scale)
     torch.cuda.synchronize()
-    # the features themselves are 4 · B · D bytes
+    # the features themselves are 4 · B · D bytes, and a chunk of the logits' gradient has 4,096 rows
     peak = torch.cuda.max_memory_allocated() - before + 4 * batch * width
-    assert peak <= 12 * batch * width + (64 << 20)
+    assert peak <= 12 * batch * width + 2 * 4096 * batch + (64 << 20)
+
+
+def test_autocast_takes_float32_features_to_tensor_cores() -> None:
+    image, text = features(1000, 512, torch.float32)
+    exact = oracle_in_chunks("contrastive", image, text, 100.0, BIAS)
+    found = {}
+    for autocast in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            found[autocast] = run(LOSSES["contrastive"], image, text, 100.0)
+    errors = {
+        k: [abs(x.double().cpu() - torch.as_tensor(y)).max() for x, y in zip(v[1:3], exact[1:3], strict=True)]
+        for k, v in found.items()
+    }
+    largest = abs(exact.d_image).max()
+    assert all(error <= 2 * 2**-11 * largest for error in errors[True])
+    assert all(a < b / 100 for a, b in zip(errors[False], errors[True], strict=True))
+
+
+def test_gradients_in_the_precision_of_sums_and_with_factors() -> None:
+    image, text = features(1000, 500, torch.float16)
+    ops, scale = torch.ops.clipfast, scalar(20.0)
+    f, g = (torch.exp2(torch.randint(-6, 6, (1000,), device="cuda").float()) for _ in range(2))
+    weight = torch.full((1000,), 1e-3, device="cuda")
+    found = ops.siglip_gradients(image, text, scale, scalar(-9.0), f, g, weight, 0, True)
+    exact = contrastive_kernels.chunked.siglip_gradients(
+        image.double(), text.double(), scale.double(), scalar(-9.0, torch.float64), f.double(), g.double(),
+        weight.double(), 0, True,
+    )  # fmt: skip
+    for actual, expected in zip(found, exact, strict=True):
+        assert actual.dtype == torch.float32
+        assert (actual - expected).abs().max() <= 2**-9 * expected.abs().max()
 
 
 def test_errors_name_the_argument() -> None:

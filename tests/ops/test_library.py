@@ -30,6 +30,17 @@ def test_it_reports_its_build() -> None:
     assert info["torch_target"].startswith("0x020a")
 
 
+def test_amx_is_used_where_the_cpu_and_the_system_have_it() -> None:
+    if library.unavailable() is not None:
+        assert library.why_no_amx() == library.unavailable()
+        return
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "amx_bf16" not in info.read_text().split():
+        assert library.why_no_amx() in ("this CPU has no AMX", "the op library was built without AMX")
+    else:
+        assert library.why_no_amx() is None
+
+
 def test_both_sets_of_kernels_have_one_schema() -> None:
     if library.unavailable() is not None:
         pytest.skip(library.unavailable())

@@ -15,11 +15,11 @@ from torch._dynamo.testing import CompileCounter
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import dispatch, fallback, measured, plan, rules, trust, tuned
+from clipfast.ops import dispatch, fallback, library, measured, plan, rules, trust, tuned
 
 CPU = torch.device("cpu")
 X, WEIGHT = torch.randn(3, 64), torch.ones(64)
-NORM = "float32, width ≤ 256, training"
+NORM = "float32, width ≤ 256, small, training"
 Known = Callable[..., None]
 
 
@@ -47,6 +47,16 @@ def known(monkeypatch: pytest.MonkeyPatch) -> Iterator[Known]:
 
 def explained() -> str:
     return clipfast.explain("layer_norm", X, WEIGHT, WEIGHT)
+
+
+@pytest.mark.parametrize(
+    ("of_cpu", "why_not", "native"), [(True, None, True), (True, "no", False), (False, "no", False)]
+)
+def test_whose_amx_a_cpu_has(of_cpu: bool, why_not: str | None, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: of_cpu)
+    monkeypatch.setattr(library, "why_no_amx", lambda: why_not)
+    machine = plan.machine_of(CPU)
+    assert (machine.amx, machine.native_amx) == (of_cpu, native)
 
 
 def test_the_order_of_authority(known: Known) -> None:
@@ -263,7 +273,7 @@ def test_a_change_of_the_plan_compiles_anew(known: Known) -> None:
         assert ("layer_norm_forward" in _operators(graphs[-1])) == kernel
 
     run(1, kernel=False)
-    with_kernel = {"layer_norm": {f"{NORM}, compiled": "triton"}}
+    with_kernel = {"layer_norm": {f"{NORM.replace('small', 'large')}, compiled": "triton"}}
     known(of_file=with_kernel)
     run(2, kernel=True)
     theirs = plan.export()

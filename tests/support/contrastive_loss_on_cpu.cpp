@@ -7,6 +7,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 namespace py = pybind11;
 using namespace clipfast;
@@ -24,12 +25,33 @@ Features<T> features_of(const py::dict& d) {
     f.image = at<T>(d, "image"), f.text = at<T>(d, "text");
     f.rows = d["rows"].cast<int>(), f.columns = d["columns"].cast<int>(), f.width = d["width"].cast<int>();
     f.image_stride = d["image_stride"].cast<int64_t>(), f.text_stride = d["text_stride"].cast<int64_t>();
-    f.vectors = d["vectors"].cast<bool>();
     f.scale = at<Sum<T>>(d, "scale");
     f.image_factor = at<Sum<T>>(d, "image_factor"), f.text_factor = at<Sum<T>>(d, "text_factor");
     f.first_label = label_offset(d["first_label"].cast<int64_t>());
     return f;
 }
+
+// The features as the op hands them on: what is not ready for the kernels is copied as there.
+template <typename T>
+struct Padded {
+    Features<T> features;
+    std::vector<T> image, text;
+
+    explicit Padded(const py::dict& d) : features(features_of<T>(d)) {
+        Features<T>& f = features;
+        const int width = Padding<T>::width(f.width);
+        const auto pad = [&](const T*& matrix, int64_t& stride, int rows, std::vector<T>& memory) {
+            if (!Padding<T>::is_needed(matrix, rows, f.width, stride)) return;
+            memory.resize(static_cast<size_t>(rows) * width + 16 / sizeof(T));
+            T* start = memory.data();
+            while (reinterpret_cast<uintptr_t>(start) % 16) ++start;
+            launch_pad_rows<T>(start, width, matrix, stride, f.width, rows, 0);
+            matrix = start, stride = width;
+        };
+        pad(f.image, f.image_stride, f.rows, image), pad(f.text, f.text_stride, f.columns, text);
+        f.width = width;
+    }
+};
 
 template <typename Run>
 auto by_dtype(const std::string& dtype, Run run) {
@@ -56,7 +78,7 @@ void softmax_statistics(const std::string& dtype, const py::dict& d) {
         using T = decltype(x);
         using A = Sum<T>;
         launch_softmax_statistics<T>(
-            features_of<T>(d), statistics_plan(d), at<A>(d, "scratch"),
+            Padded<T>(d).features, statistics_plan(d), at<A>(d, "scratch"),
             {at<A>(d, "row_lse"), at<A>(d, "column_lse"), at<A>(d, "positive"), at<A>(d, "row_rival"),
              at<A>(d, "column_rival")},
             0);
@@ -68,7 +90,7 @@ void sigmoid_statistics(const std::string& dtype, const py::dict& d) {
         using T = decltype(x);
         using A = Sum<T>;
         launch_sigmoid_statistics<T>(
-            features_of<T>(d), at<A>(d, "bias"), statistics_plan(d), at<A>(d, "scratch"), at<A>(d, "row_loss"), 0);
+            Padded<T>(d).features, at<A>(d, "bias"), statistics_plan(d), at<A>(d, "scratch"), at<A>(d, "row_loss"), 0);
     });
 }
 
@@ -77,7 +99,8 @@ void logit_gradient(const std::string& dtype, const py::dict& d) {
     by_dtype(dtype, [&](auto x) {
         using T = decltype(x);
         using A = Sum<T>;
-        const Features<T> f = features_of<T>(d);
+        const Padded<T> padded(d);
+        const Features<T>& f = padded.features;
         const auto two_parts = [&](const char* name, int64_t size) {
             const A* lse = at<A>(d, name);
             return Lse<A>{lse, lse ? lse + size : nullptr};
@@ -86,16 +109,17 @@ void logit_gradient(const std::string& dtype, const py::dict& d) {
                                  two_parts("row_lse", f.rows), two_parts("column_lse", f.columns), at<A>(d, "unit")};
         const int64_t row = d["row"].cast<int64_t>(), rows = d["chunk_rows"].cast<int64_t>();
         const GradientPlan plan{0, d["pitch"].cast<int64_t>(), d["shares"].cast<int>(), 0, stages(d)};
-        A *scale_sums = at<A>(d, "scale_sums"), *bias_sums = at<A>(d, "bias_sums");
+        const GradientPartials<A> partials{
+            at<A>(d, "scale_sums"), at<A>(d, "bias_sums"), at<A>(d, "row_scratch")};
         if (row == 0) launch_unit<T>(f, g.row_weight, g.column_weight, at<A>(d, "unit"), 0);
         if (g.bias) {
-            launch_logit_gradient<T, true>(f, g, plan, row, rows, at<T>(d, "out"), scale_sums, bias_sums, 0);
+            launch_logit_gradient<T, true>(f, g, plan, row, rows, at<T>(d, "out"), partials, at<A>(d, "row_loss"), 0);
         } else {
-            launch_logit_gradient<T, false>(f, g, plan, row, rows, at<T>(d, "out"), scale_sums, nullptr, 0);
+            launch_logit_gradient<T, false>(f, g, plan, row, rows, at<T>(d, "out"), partials, nullptr, 0);
         }
         if (row + rows < f.rows) return;
-        launch_add_up<A>(scale_sums, plan.sums(f), at<A>(d, "d_scale"), 0);
-        if (g.bias) launch_add_up<A>(bias_sums, plan.sums(f), at<A>(d, "d_bias"), 0);
+        launch_add_up<A>(partials.scale_sums, plan.sums(f), at<A>(d, "d_scale"), 0);
+        if (g.bias) launch_add_up<A>(partials.bias_sums, plan.sums(f), at<A>(d, "d_bias"), 0);
     });
 }
 
@@ -107,8 +131,11 @@ void finish_gradient(const std::string& dtype, const py::dict& d) {
     by_dtype(dtype, [&](auto x) {
         using T = decltype(x);
         using A = Sum<T>;
-        launch_finish_gradient<T>(
-            at<T>(d, "gradient"), at<A>(d, "sum"), d["count"].cast<int64_t>(), at<A>(d, "scale"), at<A>(d, "unit"), 0);
+        const auto finish = [&](auto* out) {
+            launch_finish_gradient(
+                out, at<const A>(d, "sum"), d["count"].cast<int64_t>(), at<const A>(d, "scale"), at<const A>(d, "unit"), 0);
+        };
+        d["wide"].cast<bool>() ? finish(at<A>(d, "gradient")) : finish(at<T>(d, "gradient"));
     });
 }
 
@@ -125,8 +152,26 @@ py::list rings(const std::string& dtype, int multiprocessor, int block) {
         const int statistics = StatisticsPlan::make(f, 100, shared).stages, sums = GradientPlan::make(f, 100, shared).stages;
         py::list found;
         found.append(py::make_tuple(statistics, sizeof(StatisticsShared<T>) + statistics * kStageBytes<T>));
-        found.append(py::make_tuple(sums, sizeof(SumsShared<T>) + sums * kStageBytes<T>));
+        found.append(py::make_tuple(sums, sizeof(GradientShared<T>) + sums * kStageBytes<T>));
         return found;
+    });
+}
+
+// the multiple of blocks that a row of tiles gets
+int shares(int64_t row_tiles, int64_t columns, int multiprocessors) {
+    return shares_of(row_tiles, columns, multiprocessors);
+}
+
+// rows of a launch of the statistics and its shares; rows of a chunk of the gradients, its shares, and rows of the text
+py::tuple plans(const std::string& dtype, int rows, int columns, int width, int multiprocessors) {
+    return by_dtype(dtype, [&](auto x) {
+        using T = decltype(x);
+        const SharedMemory shared{228 << 10, 227 << 10, 1024};
+        const Features<T> f{nullptr, nullptr, rows, columns, width};
+        const auto statistics = StatisticsPlan::make(f, multiprocessors, shared);
+        const auto gradient = GradientPlan::make(f, multiprocessors, shared);
+        return py::make_tuple(
+            statistics.group * kTileRows<T>, statistics.shares, gradient.chunk, gradient.shares, gradient.text_block);
     });
 }
 
@@ -142,4 +187,6 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("tile_rows", &tile_rows);
     m.def("hasty", [](bool whether) { shim::hasty = whether; });
     m.def("rings", &rings);
+    m.def("shares", &shares);
+    m.def("plans", &plans);
 }

@@ -44,7 +44,6 @@ enum class Waiting { no, for_warp, for_block };
 struct Copy {
     void* target;
     const void* source;
-    unsigned bytes;
 };
 
 struct Fibre {
@@ -260,18 +259,13 @@ namespace clipfast {
 
 inline int thread_index() { return threadIdx.x; }
 
-// cp.async.cg.shared.global [shared], [global], 16, bytes: both addresses on 16 bytes; of the 16 written, those from
-// `bytes` on are zeros and are not read
-inline void copy_16(const shim::Copy& copy) {
-    std::memset(copy.target, 0, 16);
-    std::memcpy(copy.target, copy.source, copy.bytes);
-}
+// cp.async.cg.shared.global [shared], [global], 16: both addresses on 16 bytes
+inline void copy_16(const shim::Copy& copy) { std::memcpy(copy.target, copy.source, 16); }
 
-inline void cp_async_16(void* shared, const void* global, int bytes) {
-    const shim::Copy copy{shared, global, static_cast<unsigned>(bytes)};
+inline void cp_async_16(void* shared, const void* global) {
+    const shim::Copy copy{shared, global};
     shim::check_shared_16(shared, "cp.async");
     if (reinterpret_cast<uintptr_t>(global) % 16) throw shim::error("cp.async: the source is no multiple of 16");
-    if (copy.bytes > 16) throw shim::error("cp.async: more than 16 bytes to read");
     if (shim::hasty) return copy_16(copy);
     shim::fibres[shim::current].copies.back().push_back(copy);
 }

@@ -44,7 +44,7 @@ const char* product(const void* image, const void* text, float* out, int64_t row
         Features<T> f{};
         f.image = static_cast<const T*>(image), f.text = static_cast<const T*>(text);
         f.rows = rows, f.columns = columns, f.width = width;
-        f.image_stride = f.text_stride = stride, f.vectors = true;
+        f.image_stride = f.text_stride = stride;
         shim::hasty = hasty;
         const dim3 grid(shares, (rows + kTileRows<T> - 1) / kTileRows<T>);
         CLIPFAST_LAUNCH(product_kernel<T>, grid, kThreads, stages * kStageBytes<T>, 0, f, out, pitch, stages);
@@ -98,16 +98,15 @@ EXPORT ldmatrix(const char* memory, int64_t bytes, const int32_t* offsets, uint3
     });
 }
 
-// Four copies, a group each, from 0, 16, 32 and 48 on, all of `bytes`; `seen` is shared memory [5, 64] after waits for
+// Four copies, a group each, from 0, 16, 32 and 48 on; `seen` is shared memory [5, 64] after waits for
 // at most 4, 3, 2, 1 and 0 groups. `source_shift` and `target_shift` move the addresses.
-EXPORT copies(
-    const char* source, char* seen, int64_t bytes, int64_t source_shift, int64_t target_shift, int64_t hasty) {
+EXPORT copies(const char* source, char* seen, int64_t source_shift, int64_t target_shift, int64_t hasty) {
     return guarded([&] {
         shim::hasty = hasty;
         shim::launch(dim3(1), 1, 64, [=] {
             CLIPFAST_DYNAMIC_SHARED(shared);
             for (int i = 0; i < 4; ++i) {
-                cp_async_16(shared + 16 * i + target_shift, source + 16 * i + source_shift, bytes);
+                cp_async_16(shared + 16 * i + target_shift, source + 16 * i + source_shift);
                 cp_async_commit();
             }
             const auto look = [&](int i) { std::memcpy(seen + 64 * i, shared, 64); };

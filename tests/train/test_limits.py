@@ -25,6 +25,7 @@ BAD = {
     "schedule": ["linear", "", 3],
     "precision": ["fp8", "FP32", ""],
     "strategy": ["dp", ""],
+    "compile": ["yes", "", 3, "max-autotune-no-graphs"],
     "micro_batch_size": [0, -8, 1.5],
     "ema_decay": [-0.1, 1.0, 1.5, math.nan],
     "patch_dropout": [-0.1, 1.0, math.nan],
@@ -92,6 +93,26 @@ def test_with_epochs_all_other_settings_are_checked_at_once():
     """How many steps they are is known with the data; the rest need not wait for them."""
     with pytest.raises(ValueError, match="max_grad_norm: got -1"):
         RunConfig(data="shards", epochs=1.0, max_grad_norm=-1.0)
+
+
+GRAPHS = ("reduce-overhead", "max-autotune")
+
+
+@pytest.mark.parametrize("mode", get_args(HINTS["compile"]))
+@pytest.mark.parametrize(
+    ("name", "value"), [("micro_batch_size", 4), ("strategy", "fsdp"), ("grad_checkpointing", True)]
+)
+def test_graphs_are_refused_where_they_cannot_be_right(mode, name, value):
+    if mode not in GRAPHS:
+        assert RunConfig(**GOOD | {"compile": mode, name: value}).compile == mode
+        return
+    with pytest.raises(ValueError, match=rf"^compile: got '{mode}' with {name} = .*expected a mode without"):
+        RunConfig(**GOOD | {"compile": mode, name: value})
+
+
+def test_compile_was_once_a_switch():
+    assert [make_run_config(GOOD | {"compile": value}).compile for value in (True, False)] == ["default", "no"]
+    assert TrainConfig(1, compile=True).compile == "default"
 
 
 def test_what_people_write_is_taken():

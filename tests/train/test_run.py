@@ -242,10 +242,10 @@ def test_flags_go_before_the_file_and_help_tells_all(place, tmp_path):
     lines = [f"{k} = {json.dumps(v)}" for k, v in settings(place, tmp_path / "run", steps=3).items()]
     file.write_text("\n".join(lines))
     assert read_settings(file)["steps"] == 3
-    done = CliRunner().invoke(app, ["train", "--config", str(file), "--steps", "2", "--no-compile"])
+    done = CliRunner().invoke(app, ["train", "--config", str(file), "--steps", "2", "--compile", "no"])
     assert done.exit_code == 0, done.output
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["steps"], config["batch_size"], config["compile"]) == (2, 8, False)
+    assert (config["steps"], config["batch_size"], config["compile"]) == (2, 8, "no")
     told = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
     for name in config:
         assert f"--{name.replace('_', '-')}" in told, name

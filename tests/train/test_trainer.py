@@ -149,8 +149,31 @@ def test_schedules():
 @pytest.mark.slow
 def test_compiled_blocks_compute_the_same():
     exact = losses(TrainConfig(30, learning_rate=1e-3), steps=3)
-    compiled = losses(TrainConfig(30, learning_rate=1e-3, compile=True), steps=3)
+    compiled = losses(TrainConfig(30, learning_rate=1e-3, compile="reduce-overhead"), steps=3)
     assert compiled == pytest.approx(exact, rel=1e-5)
+
+
+MODES = {
+    "no": (),
+    "default": ("default", "default"),
+    "reduce-overhead": ("reduce-overhead", "default"),
+    "max-autotune": ("max-autotune", "max-autotune-no-cudagraphs"),
+    "max-autotune-no-cudagraphs": ("max-autotune-no-cudagraphs",) * 2,
+}
+
+
+@pytest.mark.parametrize(("mode", "expected"), MODES.items(), ids=MODES)
+def test_the_mode_of_every_tower(mode, expected, monkeypatch):
+    """Packed captions get no CUDA graph, and each step with graphs says when it begins."""
+    found, marks = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **options: found.append(options))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(trainer.step))
+    trainer = Trainer(tiny_model(), TrainConfig(3, compile=mode))
+    layers = TINY["vision_cfg"]["layers"]
+    assert found == [{"mode": m} for m in expected for _ in range(layers)]
+    for _ in range(2):
+        trainer.take_step(*pairs())
+    assert marks == ([0, 1] if mode in ("reduce-overhead", "max-autotune") else [])
 
 
 def test_checkpointed_blocks_compute_the_same():

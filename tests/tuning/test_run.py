@@ -13,7 +13,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast.benchmark.timing import Clock
-from clipfast.ops import dispatch, plan, tuned
+from clipfast.ops import dispatch, native_rows, plan, tuned
 from clipfast.tuning import cases, measure
 from clipfast.tuning import run as tuning
 from clipfast.tuning.run import Report, tune
@@ -178,7 +178,9 @@ def test_ctrl_c_keeps_what_is_done(model: str, clock) -> None:
 
     report = tune_fp32(model, clock(lambda backend: 1.0), progress=progress)
     assert report.interrupted
-    assert tuned.find(CPU)[0].confirmed.keys() == {
+    # the op library's, where there is one
+    of_rows = set() if native_rows.refusal(torch.zeros(2, 8)) else {"layer_norm", "add_layer_norm", "bias_gelu"}
+    assert tuned.find(CPU)[0].confirmed.keys() == of_rows | {
         "attention",
         "single_query_attention",
         "contrastive_loss",

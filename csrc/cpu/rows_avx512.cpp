@@ -1,0 +1,55 @@
+// The kernels of rows.h on AVX-512.
+
+#include "rows.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+// before the pragmas: what these bring is for every CPU
+#include <immintrin.h>
+
+#include <cstring>
+#include <type_traits>
+
+#include "instructions.h"
+
+// only what follows is compiled for these instructions, and all of it is local to this file
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+
+#define CLIPFAST_LANES 16
+#include "lanes.h"
+// behind the lanes
+#include "rows_lanes.h"
+// behind both
+#include "gelu_lanes.h"
+// behind all
+#include "rows_kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+namespace clipfast::cpu {
+
+const RowKernels* row_kernels_avx512() {
+    static const bool can = has_avx512() && __builtin_cpu_supports("f16c");
+    return can ? &kernels : nullptr;
+}
+
+}  // namespace clipfast::cpu
+
+#else
+
+namespace clipfast::cpu {
+
+const RowKernels* row_kernels_avx512() { return nullptr; }
+
+}  // namespace clipfast::cpu
+
+#endif
