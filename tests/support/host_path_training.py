@@ -42,13 +42,11 @@ def second_step(of: Trainer) -> Record:
 def check(record: Record) -> None:
     steps = [n for n, operator in enumerate(record.operators) if operator == STEP]
     assert steps, "no step was taken"
-    # the lengths of captions that lie on the card, then what a step came to
-    lengths, result = record.waits
-    assert "packing.py" in lengths, record.waits
+    # captions stay in host memory, where their lengths are known: what a step came to is all that is waited for
+    (result,) = record.waits
     assert "trainer.py" in result, record.waits
-    assert record.marks["first layer"][1] == 1, record.waits
-    # the last of all copies to the host comes behind the optimizer
-    assert record.marks["step"][1] == 1, f"a wait before the step: {record.waits}"
+    # the one copy to the host comes behind the optimizer
+    assert record.marks["step"][1] == 0, f"a wait before the step: {record.waits}"
 
 
 @pytest.fixture(autouse=True)
