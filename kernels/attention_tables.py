@@ -23,6 +23,7 @@ class Whole:
         queries: Queries a tile.
         class_token: Whether the first token is handled beside the tiles, which it makes exact.
         warps, stages: Triton's num_warps and num_stages.
+        causal: Whether it serves calls with the causal mask too.
     """
 
     keys: tuple[int, int]
@@ -30,12 +31,13 @@ class Whole:
     warps: int
     stages: int
     class_token: bool = False
+    causal: bool = True
 
     def holds(self, tokens: int, causal: bool) -> bool:
         """Return whether a sequence fits."""
         if self.class_token:
             return tokens == sum(self.keys) + 1 and not causal
-        return tokens <= sum(self.keys)
+        return tokens <= sum(self.keys) and (self.causal or not causal)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ WHOLE_FORWARD = {
         Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 982, issue 1,018; 3 programs
         Whole((64, 16), 64, 4, 1),  # 77 tokens: memory 1,512, issue 1,945; 3 programs
         Whole((128, 0), 64, 4, 1),  # 128 tokens: memory 2,513, issue 2,230; 2 programs
+        # with the mask 312 spills
+        Whole((256, 0), 64, 4, 1, causal=False),  # 197 tokens: memory 3,869, issue 6,090; 2 programs
     ),
     (100, 128): (
         Whole((64, 0), 64, 4, 1),  # 50 tokens: memory 1,956, issue 1,366; 2 programs
@@ -178,6 +182,7 @@ WHOLE_BACKWARD = {
         Whole((64, 0), 32, 4, 1),  # 50 tokens: memory 1,956, issue 1,598; 3 programs
         Whole((64, 16), 32, 4, 1),  # 77 tokens: memory 3,012, shared 2,876; 2 programs
         Whole((128, 0), 32, 8, 1),  # 128 tokens: memory 5,008, issue 5,052; 2 programs
+        Whole((256, 0), 32, 8, 1),  # 197 tokens: memory 7,707, issue 12,424; 1 program
     ),
     (100, 128): (
         Whole((64, 0), 32, 4, 1),  # 50 tokens: memory 3,905, issue 2,484; 2 programs
