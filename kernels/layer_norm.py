@@ -180,7 +180,8 @@ def _forward(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = empty(x, dtype)
     stream = y if residual is None else empty(x, dtype)
-    mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    mean = torch.empty(rows, dtype=torch.float32, device=x.device)
+    rstd = torch.empty_like(mean)
     chunks, tile_rows, chunk = _tile(width, _neighbours(x, rows_of_residual))
     if rows:
         _forward_kernel[(cdiv(rows, tile_rows),)](
@@ -193,7 +194,7 @@ def _forward(
 
 def _neighbours(*tensors: Tensor) -> int:
     """Return the neighbouring elements of a lane's load: 16 bytes of the narrowest dtype."""
-    return 16 // min(t.element_size() for t in tensors)
+    return 16 // min([t.element_size() for t in tensors])
 
 
 def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:

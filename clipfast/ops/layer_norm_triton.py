@@ -118,22 +118,22 @@ def _probe(
 
 
 def _forward_trials(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[trust.Trial]:
-    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, add=False, backward=False)]
+    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, False, False)]
 
 
 def _backward_trials(dy: Tensor, x: Tensor, weight: Tensor, *_: object) -> list[trust.Trial]:
-    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, add=False, backward=True)]
+    return [_trial(x.device, x.shape[-1], x.dtype, x.dtype, weight.dtype, False, True)]
 
 
 def _add_forward_trials(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, eps: float) -> list[trust.Trial]:
-    return [_trial(x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype, add=True, backward=False)]
+    return [_trial(x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype, True, False)]
 
 
 def _add_backward_trials(
     dy: Tensor, dstream: Tensor, stream: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, x: torch.dtype,
     residual: torch.dtype, total: torch.dtype | None = None,
 ) -> list[trust.Trial]:  # fmt: skip
-    return [_trial(stream.device, stream.shape[-1], x, residual, weight.dtype, add=True, backward=True, total=total)]
+    return [_trial(stream.device, stream.shape[-1], x, residual, weight.dtype, True, True, total)]
 
 
 kernel_ops.define(
@@ -264,7 +264,7 @@ def _trials(
     x: Tensor, residual: Tensor, weight: Tensor, add: bool, total: torch.dtype | None = None
 ) -> list[trust.Trial]:
     shape = x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype
-    trials = [_trial(*shape, add=add, backward=False)]
+    trials = [_trial(*shape, add, False)]
     if torch.is_grad_enabled():
-        trials.append(_trial(*shape, add=add, backward=True, total=total))
+        trials.append(_trial(*shape, add, True, total))
     return trials

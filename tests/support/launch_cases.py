@@ -357,3 +357,28 @@ def test_nothing_is_compiled_while_a_graph_is_captured(monkeypatch: pytest.Monke
             launched(kernel, memory[1:], *ARGUMENTS[1:])
     finally:
         function.__module__ = module
+
+
+def test_a_block_is_ready_for_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it ran, a tower launches the same kernels under capture, forward and backward, and compiles nothing."""
+    monkeypatch.setattr(kernel_ops, "_unavailable", lambda *_: None)
+    fallback.forget()
+    torch.manual_seed(0)
+    tower = clipfast.ViT(32, 8, 64, layers=2, heads=2, output_dim=32)
+    pictures = torch.randn(3, 3, 32, 32)
+
+    def step() -> list[Any]:
+        mocked_driver.launches.clear()
+        tower(pictures).sum().backward()
+        return [launch.specialised for launch in mocked_driver.launches]
+
+    with clipfast.backend("triton"):
+        first = step()
+        assert len({specialised.name for specialised in first}) > 5
+        capturing.forbid_compilation()
+        before, compiled = Counted.launches, len(mocked_driver.compiled)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert step() == first
+    assert (Counted.launches, len(mocked_driver.compiled)) == (before, compiled)
+    assert not fallback.failures()
