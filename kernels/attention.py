@@ -6,7 +6,6 @@ The kernels are in :mod:`~clipfast.kernels.attention_whole` (all keys of a head 
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 from collections.abc import Iterator
@@ -73,7 +72,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) 
     exact = lse.shape[0] == 2
     splits = _splits(lse.shape[2], sequences, plan.queries, plan.class_token)
     streaming_forward[(sequences * heads * splits,)](
-        qkv, out, lse, cu_seqlens, *_strides(qkv, unit), *shape, splits, *_in_fp32(log2_scale, exact),
+        qkv, out, lse, cu_seqlens, *_strides(qkv, unit), *shape, splits, log2_scale,
         PACKED=cu_seqlens is not None, EXACT=exact, **constexprs, **options,
     )  # fmt: skip
     return out, lse
@@ -112,7 +111,7 @@ def backward(
     forward_plan = policy.forward_plan(_architecture(qkv.device), tokens, head_dim, qkv.element_size(), causal)
     exact = lse.shape[0] == 2 and isinstance(forward_plan, Streaming)
     delta = lse.new_empty(lse.shape[1:])
-    scales = (scale, *_in_fp32(scale * LOG2_E, exact))
+    scales = (scale, scale * LOG2_E)
     splits = _splits(lse.shape[2], sequences, for_queries.queries, for_queries.class_token)
     streaming_backward_queries[(sequences * heads * splits,)](
         qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, *_strides(qkv, unit), *shape, splits, *scales,
@@ -126,19 +125,6 @@ def backward(
         num_warps=for_keys.warps, num_stages=for_keys.stages,
     )  # fmt: skip
     return d_qkv
-
-
-def _in_fp32(factor: float, exact: bool) -> tuple[float, float]:
-    """Return a factor as the kernels take it, in fp32, and if they are to be exact what it has lost (else 0).
-
-    That is above zero if the factor is: it is rounded, but not up.
-    """
-    if not exact:
-        return factor, 0.0
-    rounded = ctypes.c_float(factor).value
-    if rounded >= factor:
-        rounded = ctypes.c_float(rounded * (1 - 2**-23)).value
-    return rounded, factor - rounded
 
 
 def _readable(qkv: Tensor) -> Tensor:

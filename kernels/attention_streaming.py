@@ -65,7 +65,7 @@ def sequence_bounds(cu_seqlens, batch, tokens, PACKED: tl.constexpr):
 @jit(do_not_specialize=NUMBERS)
 def streaming_forward(
     qkv, out, lse, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
-    log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     CLASS_TOKEN: tl.constexpr, SIGN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -119,7 +119,7 @@ def streaming_forward(
             value = load_tile(values + step, token_stride, length - column, D, KEYS, BLOCK_D, CLASS_TOKEN)
             columns = column + tl.arange(0, KEYS)
             top, total, acc = absorb(
-                query, key, value, rows, columns, length, top, total, acc, log2_scale, log2_rest,
+                query, key, value, rows, columns, length, top, total, acc, log2_scale,
                 SIGN, CAUSAL, CLASS_TOKEN, EXACT,
             )  # fmt: skip
         place = out + offset * (heads * D)
@@ -130,7 +130,7 @@ def streaming_forward(
 @jit(do_not_specialize=NUMBERS)
 def streaming_backward_queries(
     qkv, out, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
-    all_tokens, splits, scale, log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
+    all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +194,7 @@ def streaming_backward_queries(
             value = load_tile(values + step, token_stride, length - column, D, KEYS, BLOCK_D, CLASS_TOKEN)
             columns = column + tl.arange(0, KEYS)
             d_scores = score_gradients_by_query(
-                query, grad, top, mean, key, value, rows, columns, length, log2_scale, log2_rest,
+                query, grad, top, mean, key, value, rows, columns, length, log2_scale,
                 CAUSAL, CLASS_TOKEN, EXACT,
             )  # fmt: skip
             d_query = tl.dot(d_scores.to(key.dtype), key, d_query, input_precision="ieee")
@@ -205,7 +205,7 @@ def streaming_backward_queries(
 @jit(do_not_specialize=NUMBERS)
 def streaming_backward_keys(
     qkv, lse, delta, cu_seqlens, d_out, d_qkv, batch_stride, token_stride, part_stride, head_stride, heads, tokens,
-    all_tokens, splits, scale, log2_scale, log2_rest, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
+    all_tokens, splits, scale, log2_scale, D: tl.constexpr, BLOCK_D: tl.constexpr, QUERIES: tl.constexpr,
     KEYS: tl.constexpr, CLASS_TOKEN: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, EXACT: tl.constexpr,
     UNIT: tl.constexpr,
 ):  # fmt: skip
@@ -278,7 +278,7 @@ def streaming_backward_keys(
             top, grad = load_statistics(lse, second, rows, length, grad, EXACT)
             mean = tl.load(delta + rows, mask=rows < length, other=0.0)
             weights, d_scores = score_gradients(
-                query, grad, top, mean, key, value, rows, columns, length, log2_scale, log2_rest,
+                query, grad, top, mean, key, value, rows, columns, length, log2_scale,
                 CAUSAL, CLASS_TOKEN, EXACT,
             )  # fmt: skip
             d_value = tl.dot(weights.to(grad.dtype), grad, d_value, input_precision="ieee")

@@ -264,7 +264,7 @@ def _trials(
     x: Tensor, residual: Tensor, weight: Tensor, add: bool, total: torch.dtype | None = None
 ) -> list[trust.Trial]:
     shape = x.device, x.shape[-1], x.dtype, residual.dtype, weight.dtype
-    trials = [_trial(*shape, add=add, backward=False)]
+    trials = [_trial(*shape, add, False)]
     if torch.is_grad_enabled():
-        trials.append(_trial(*shape, add=add, backward=True, total=total))
+        trials.append(_trial(*shape, add, True, total))
     return trials
