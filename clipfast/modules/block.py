@@ -265,10 +265,17 @@ class ResidualAttentionBlock(nn.Module):
             last: The layer's name in it.
             norm: Adds to the stream ``x``.
         """
-        if not torch.is_grad_enabled() or not (self._may_skip(norm) and self._may_skip(part)):
-            return False
-        linear = getattr(part, last)
-        return _is_plain(linear) and kernel_sums_bias_gradient(y, x, norm.weight, norm.bias, norm.eps, linear.bias)
+        # that nobody sums is known soonest
+        linear = getattr(part, last, None)
+        bias = getattr(linear, "bias", None)
+        return (
+            torch.is_grad_enabled()
+            and isinstance(bias, Tensor)
+            and self._may_skip(norm)
+            and kernel_sums_bias_gradient(y, x, norm.weight, norm.bias, norm.eps, bias)
+            and self._may_skip(part)
+            and _is_plain(linear)
+        )
 
     def weights(self) -> BlockWeights:
         """Return the parameters as :class:`~clipfast.ops.encoder.PackedEncoder` takes them."""
