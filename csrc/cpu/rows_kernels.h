@@ -104,29 +104,33 @@ struct NormRow {
 // things to do for a row (residual + LayerNorm) it need not wait while a row goes from pass to pass in the cache, which
 // gives 10 to 17%. Where it has one, reading beside writing costs as much.
 template <class T, bool adds>
-float norm_row(const Norm& p, int64_t r, float sum, const NormRow<T, adds>& row, const NormRow<T, adds>* next) {
+float norm_row(const Norm& p, int64_t r, float sum, NormRow<T, adds> row, const NormRow<T, adds>* next) {
     const T* from = row.normalised();
-    const float mean = sum / float(p.width);
+    // not through references: a store of a vector may be one of anything
+    T* const y = row.y;
+    const float *const weight = p.weight, *const bias = p.bias;
+    const int64_t width = p.width;
+    const float mean = sum / float(width);
     const Lanes m = all(mean);
-    const float squares = sum_over(p.width, [&](int64_t c, Lanes s, auto whole, int64_t n) {
+    const float squares = sum_over(width, [=](int64_t c, Lanes s, auto whole, int64_t n) {
         const Lanes d = kept(sub(get(from + c, whole, n), m), whole, n);
         return fused(d, d, s);
     });
-    const float rstd = 1.f / __builtin_sqrtf(squares / float(p.width) + p.eps);
+    const float rstd = 1.f / __builtin_sqrtf(squares / float(width) + p.eps);
     const Lanes scale = all(rstd);
     p.mean[r] = mean;
     p.rstd[r] = rstd;
-    const auto finish = [&](int64_t c, auto whole, int64_t n) {
+    const auto finish = [=](int64_t c, auto whole, int64_t n) {
         const Lanes normed = mul(sub(get(from + c, whole, n), m), scale);
-        put(row.y + c, fused(normed, get(p.weight + c, whole, n), get(p.bias + c, whole, n)), whole, n);
+        put(y + c, fused(normed, get(weight + c, whole, n), get(bias + c, whole, n)), whole, n);
     };
     if (!next) {
-        columns(p.width, finish);
+        columns(width, finish);
         return 0;
     }
-    return sum_over(p.width, [&](int64_t c, Lanes s, auto whole, int64_t n) {
+    return sum_over(width, [=, following = *next](int64_t c, Lanes s, auto whole, int64_t n) {
         finish(c, whole, n);
-        return next->take(c, s, whole, n);
+        return following.take(c, s, whole, n);
     });
 }
 
@@ -150,8 +154,8 @@ void norm_rows(const Norm& p, int64_t begin, int64_t end, float* scratch) {
         }
         return row;
     };
-    const auto sum_of_row = [&](const Row& row) {
-        return sum_over(p.width, [&](int64_t c, Lanes s, auto whole, int64_t n) { return row.take(c, s, whole, n); });
+    const auto sum_of_row = [&](Row row) {
+        return sum_over(p.width, [=](int64_t c, Lanes s, auto whole, int64_t n) { return row.take(c, s, whole, n); });
     };
     Row row = row_at(begin);
     float sum = sum_of_row(row);
@@ -179,25 +183,27 @@ void norm_gradient_row(const NormGradient& p, int64_t r, T* dx, NormSums sums) {
     const int64_t at = r * p.width;
     const T *x = static_cast<const T*>(p.x) + at, *dy = static_cast<const T*>(p.dy) + at;
     const T* d_stream = p.d_stream ? static_cast<const T*>(p.d_stream) + at : nullptr;
+    const float* const weight = p.weight;
+    const int64_t width = p.width;
     const Lanes mean = all(p.mean[r]), rstd = all(p.rstd[r]);
     Lanes g_sum[2] = {all(0.f), all(0.f)}, gx_sum[2] = {all(0.f), all(0.f)};
     const auto add_up = [&](int64_t c, int i, auto whole, int64_t n) {
-        const Lanes g = mul(get(dy + c, whole, n), get(p.weight + c, whole, n));
+        const Lanes g = mul(get(dy + c, whole, n), get(weight + c, whole, n));
         g_sum[i] = add(g_sum[i], g);
         gx_sum[i] = fused(g, sub(get(x + c, whole, n), mean), gx_sum[i]);
     };
     int64_t c = 0;
-    for (; c + 2 * lanes <= p.width; c += 2 * lanes) {
+    for (; c + 2 * lanes <= width; c += 2 * lanes) {
         add_up(c, 0, std::true_type{}, lanes);
         add_up(c + lanes, 1, std::true_type{}, lanes);
     }
-    columns(p.width - c, [&](int64_t rest, auto whole, int64_t n) { add_up(c + rest, 0, whole, n); });
-    const Lanes g_mean = all(sum_of(add(g_sum[0], g_sum[1])) / float(p.width));
-    const Lanes of_centred = all(sum_of(add(gx_sum[0], gx_sum[1])) / float(p.width) * p.rstd[r] * p.rstd[r]);
-    columns(p.width, [&](int64_t c, auto whole, int64_t n) {
+    columns(width - c, [&](int64_t rest, auto whole, int64_t n) { add_up(c + rest, 0, whole, n); });
+    const Lanes g_mean = all(sum_of(add(g_sum[0], g_sum[1])) / float(width));
+    const Lanes of_centred = all(sum_of(add(gx_sum[0], gx_sum[1])) / float(width) * p.rstd[r] * p.rstd[r]);
+    columns(width, [=](int64_t c, auto whole, int64_t n) {
         const Lanes d = get(dy + c, whole, n), centred = sub(get(x + c, whole, n), mean);
         // as it was for the mean: over one column the difference is zero
-        const Lanes g = apart(mul(d, get(p.weight + c, whole, n)));
+        const Lanes g = apart(mul(d, get(weight + c, whole, n)));
         Lanes out = mul(fused_negative(centred, of_centred, sub(g, g_mean)), rstd);
         if (d_stream) out = add(out, get(d_stream + c, whole, n));
         put(dx + c, out, whole, n);
@@ -249,7 +255,7 @@ void gelu(const Activation& p, int64_t begin, int64_t end) {
                 const T* x = static_cast<const T*>(p.x) + begin;
                 T* y = static_cast<T*>(p.y) + begin;
                 const float* bias = p.bias ? p.bias + column : nullptr;
-                columns(count, [&](int64_t c, auto whole, int64_t n) {
+                columns(count, [=](int64_t c, auto whole, int64_t n) {
                     Lanes v = get(x + c, whole, n);
                     if (bias) v = add(v, get(bias + c, whole, n));
                     put(y + c, gelu<decltype(form)::value, exact>(v), whole, n);
@@ -266,9 +272,10 @@ void gelu_gradient_row(const Activation& p, int64_t r, float* d_bias) {
     const int64_t at = r * p.width;
     const T *x = static_cast<const T*>(p.x) + at, *dy = static_cast<const T*>(p.dy) + at;
     T* dx = static_cast<T*>(p.y) + at;
-    columns(p.width, [&](int64_t c, auto whole, int64_t n) {
+    const float* const bias = p.bias;
+    columns(p.width, [=](int64_t c, auto whole, int64_t n) {
         Lanes v = get(x + c, whole, n);
-        if (p.bias) v = add(v, get(p.bias + c, whole, n));
+        if (bias) v = add(v, get(bias + c, whole, n));
         const Lanes out = mul(get(dy + c, whole, n), gelu_derivative<form, exact>(v));
         put(dx + c, out, whole, n);
         if (d_bias) accumulate(d_bias + c, out, whole, n);
