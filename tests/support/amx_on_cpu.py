@@ -168,3 +168,10 @@ def machine_code(edit: Edit | None = None, edited: str = "") -> Iterator[Run]:
         yield run
     finally:
         machine_code.emulated = run("end_emulation")
+
+
+def numbers(*shape: int, seed: int, spread: float = 1.0) -> Tensor:
+    """Return normal numbers of several sizes in bfloat16."""
+    generator = torch.Generator().manual_seed(seed)
+    scale = torch.exp2(spread * torch.randn(*shape, generator=generator))
+    return (torch.randn(*shape, generator=generator) * scale).bfloat16()
