@@ -120,7 +120,7 @@ def streaming_forward(
             columns = column + tl.arange(0, KEYS)
             top, total, acc = absorb(
                 query, key, value, rows, columns, length, top, total, acc, log2_scale,
-                SIGN, CAUSAL, CLASS_TOKEN, EXACT,
+                SIGN, CAUSAL, CLASS_TOKEN,
             )  # fmt: skip
         place = out + offset * (heads * D)
         store_tile(place, heads * D, length - first, acc / total[:, None], D, QUERIES, BLOCK_D, CLASS_TOKEN)
@@ -195,7 +195,7 @@ def streaming_backward_queries(
             columns = column + tl.arange(0, KEYS)
             d_scores = score_gradients_by_query(
                 query, grad, top, mean, key, value, rows, columns, length, log2_scale,
-                CAUSAL, CLASS_TOKEN, EXACT,
+                CAUSAL, CLASS_TOKEN,
             )  # fmt: skip
             d_query = tl.dot(d_scores.to(key.dtype), key, d_query, input_precision="ieee")
         place = d_queries + offset * (3 * width)
@@ -279,7 +279,7 @@ def streaming_backward_keys(
             mean = tl.load(delta + rows, mask=rows < length, other=0.0)
             weights, d_scores = score_gradients(
                 query, grad, top, mean, key, value, rows, columns, length, log2_scale,
-                CAUSAL, CLASS_TOKEN, EXACT,
+                CAUSAL, CLASS_TOKEN,
             )  # fmt: skip
             d_value = tl.dot(weights.to(grad.dtype), grad, d_value, input_precision="ieee")
             d_key = tl.dot(d_scores.to(query.dtype), query, d_key, input_precision="ieee")

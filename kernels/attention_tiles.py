@@ -146,18 +146,8 @@ def signed(products, SIGN: tl.constexpr):
 
 
 @triton.jit
-def exponents(products, log2_scale, shift, EXACT: tl.constexpr):
-    """Return ``log2_scale · products - shift`` in one FFMA, and for fp32 in two steps: there it is no cost."""
-    if EXACT:
-        scaled = products * log2_scale - shift
-    else:
-        scaled = tl.fma(products, log2_scale, -shift)
-    return scaled
-
-
-@triton.jit
 def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale, SIGN: tl.constexpr,
-           CAUSAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+           CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Let a tile of queries see a tile of keys: one step of the online softmax (Milakov and Gimelshein, 2018).
 
     Args:
@@ -175,7 +165,8 @@ def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale
         scores = tl.where(columns[None, :] < tokens, scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1) * log2_scale)
     shrink = tl.exp2(top - new_top)
-    weights = tl.exp2(exponents(scores, log2_scale, new_top[:, None], EXACT))
+    # one FFMA, which the compiler makes of it
+    weights = tl.exp2(scores * log2_scale - new_top[:, None])
     total = total * shrink + tl.sum(weights, 1)
     acc = tl.dot(weights.to(value.dtype), value, acc * shrink[:, None], input_precision="ieee")
     return new_top, total, acc
@@ -196,14 +187,14 @@ def absorb_row(query, key, value, top, total, acc, log2_scale, SIGN: tl.constexp
 
 @triton.jit
 def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale,
-                    CAUSAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+                    CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Return the weights and the gradients of the scores of a tile, both ``[keys, queries]``.
 
     They are formed key by key (transposed), so that the products that sum over queries take them from registers.
     Masked keys need the mask here too: a key of zeros has the weight ``2^-lse``, which may overflow.
     """
     products = tl.dot(key, tl.trans(query), input_precision="ieee")
-    weights = tl.exp2(exponents(products, log2_scale, lse[None, :], EXACT))
+    weights = tl.exp2(products * log2_scale - lse[None, :])
     if CAUSAL:
         weights = tl.where((columns[:, None] < tokens) & (columns[:, None] <= rows[None, :]), weights, 0.0)
     elif not FULL:
@@ -214,10 +205,10 @@ def score_gradients(query, d_out, lse, delta, key, value, rows, columns, tokens,
 
 @triton.jit
 def score_gradients_by_query(query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale,
-                             CAUSAL: tl.constexpr, FULL: tl.constexpr, EXACT: tl.constexpr):  # fmt: skip
+                             CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Return the gradients of the scores of a tile as ``[queries, keys]``, for a sum over keys."""
     products = tl.dot(query, tl.trans(key), input_precision="ieee")
-    weights = tl.exp2(exponents(products, log2_scale, lse[:, None], EXACT))
+    weights = tl.exp2(products * log2_scale - lse[:, None])
     if CAUSAL:
         weights = tl.where((columns[None, :] < tokens) & (columns[None, :] <= rows[:, None]), weights, 0.0)
     elif not FULL:
@@ -242,7 +233,7 @@ def backpropagate(query, d_out, lse, delta, key, value, rows, columns, tokens, d
                   CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Add what a tile of queries and a tile of keys give to each other's gradients (dQ, dK without ``scale``)."""
     weights, d_scores = score_gradients(
-        query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, CAUSAL, FULL, False
+        query, d_out, lse, delta, key, value, rows, columns, tokens, log2_scale, CAUSAL, FULL
     )
     d_value = tl.dot(weights.to(d_out.dtype), d_out, d_value, input_precision="ieee")
     d_scores = d_scores.to(query.dtype)

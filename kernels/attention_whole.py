@@ -88,13 +88,13 @@ def whole_forward(
         columns = START + tl.arange(0, KEYS_0)
         top, total, acc = absorb(
             query, key_0, value_0, rows, columns, tokens, top, total, acc, log2_scale,
-            SIGN, CAUSAL, CLASS_TOKEN, False,
+            SIGN, CAUSAL, CLASS_TOKEN,
         )  # fmt: skip
         if KEYS_1:
             columns_1 = START + KEYS_0 + tl.arange(0, KEYS_1)
             top, total, acc = absorb(
                 query, key_1, value_1, rows, columns_1, tokens, top, total, acc, log2_scale,
-                SIGN, CAUSAL, CLASS_TOKEN, False,
+                SIGN, CAUSAL, CLASS_TOKEN,
             )  # fmt: skip
         place = out + first * (heads * D)
         store_tile(place, heads * D, tokens - first, acc / total[:, None], D, QUERIES, BLOCK_D, CLASS_TOKEN)
