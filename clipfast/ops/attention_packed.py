@@ -245,7 +245,8 @@ def _in_buckets(qkv: Tensor, causal: bool, cu_seqlens: Tensor, scale: float) -> 
 
 def _dense(qkv: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Return ``[S · N, H·D]`` from ``qkv [S, N, 3, H, D]``."""
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    # as in attention_torch.py: what SDPA gives back needs no copy
+    query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=scale)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
