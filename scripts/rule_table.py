@@ -11,7 +11,8 @@ from itertools import product
 from pathlib import Path
 
 from clipfast.models.config import CLIPConfig, get_config, list_models
-from clipfast.ops.rules import LENGTHS, WIDTHS, Key, Machine, bound, bytes_moved, decide
+from clipfast.ops.call_classes import LENGTHS, WIDTHS, Key, Machine, bound
+from clipfast.ops.rules import bytes_moved, decide
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- the rule: begin -->\n", "<!-- the rule: end -->\n"

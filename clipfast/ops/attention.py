@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipfast.ops import attention_packed, attention_torch, attention_triton, attention_varlen, dispatch, keys
-from clipfast.ops.rules import LARGE
+from clipfast.ops.call_classes import LARGE
 
 
 def attention(

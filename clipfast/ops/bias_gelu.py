@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from clipfast.ops import bias_gelu_native, dispatch, kernel_ops, keys, trust
+from clipfast.ops.call_classes import LARGE, Key
 from clipfast.ops.probes import probe_rows, random
-from clipfast.ops.rules import LARGE, Key
 
 APPROXIMATIONS = ("none", "tanh", "quick")
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from clipfast.ops import keys, plan, rules, switches
+from clipfast.ops import call_classes, keys, plan, switches
 from clipfast.ops.switches import (
     BACKENDS,
     FallbackWarning,
@@ -104,7 +104,7 @@ class _Op:
         self,
         prepare: Callable[..., tuple[Any, ...]],
         implementations: tuple[Implementation, ...],
-        key: Callable[..., rules.Key],
+        key: Callable[..., call_classes.Key],
         signature: Callable[..., tuple[Any, ...]],
         bind: Callable[..., Callable[..., Any]] | None,
     ) -> None:
@@ -144,7 +144,7 @@ def register(
     op: str,
     prepare: Callable[..., tuple[Any, ...]],
     *implementations: Implementation,
-    key: Callable[..., rules.Key] | None = None,
+    key: Callable[..., call_classes.Key] | None = None,
     signature: Callable[..., tuple[Any, ...]] = _no_signature,
     bind: Callable[..., Callable[..., Any]] | None = None,
 ) -> None:
@@ -166,11 +166,11 @@ def register(
     _ops[op] = _Op(prepare, implementations, key or functools.partial(_key, op), signature, bind)
 
 
-def _key(op: str, *request: Any) -> rules.Key:
+def _key(op: str, *request: Any) -> call_classes.Key:
     first = next(argument for argument in request if isinstance(argument, torch.Tensor))
-    width = rules.bound(first.shape[-1], rules.WIDTHS)
+    width = call_classes.bound(first.shape[-1], call_classes.WIDTHS)
     # no size: the ranks of a loss have to choose alike, whatever their shares of the batch are
-    return rules.Key(op, (keys.name_of(first.dtype),), **keys.modes(first), width=width)
+    return call_classes.Key(op, (keys.name_of(first.dtype),), **keys.modes(first), width=width)
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
@@ -288,7 +288,7 @@ def plannable(op: str) -> tuple[str, ...]:
     return _ops[op].planned
 
 
-def key_of(op: str, *args: Any, **kwargs: Any) -> rules.Key:
+def key_of(op: str, *args: Any, **kwargs: Any) -> call_classes.Key:
     """Return what decides a call of ``op``: its class, as gradients, autocast and ``deterministic()`` are set now."""
     return _ops[op].key(*_ops[op].prepare(*args, **kwargs))
 
@@ -341,7 +341,7 @@ def _decision(
 ) -> tuple[str, str, str, str]:
     # compiled code is guarded by the generation that it was decided in
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    return tuple(plan.decision(op, rules.Key(*key), device, _ops[op].planned))
+    return tuple(plan.decision(op, call_classes.Key(*key), device, _ops[op].planned))
 
 
 def mark_told(op: str, reason: str) -> None:

@@ -17,8 +17,8 @@ from clipfast.ops import dispatch, keys, library, plan
 from clipfast.ops.attention import attention
 from clipfast.ops.attention_packed import check_offsets
 from clipfast.ops.bias_gelu import APPROXIMATIONS, bias_gelu
+from clipfast.ops.call_classes import WIDTHS, Key, bound
 from clipfast.ops.layer_norm import layer_norm
-from clipfast.ops.rules import WIDTHS, Key, bound
 from clipfast.ops.single_query_attention import single_query_attention
 
 # tokens that oneDNN's implementation takes at a time: what lies between two steps stays in reach of the caches

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from clipfast.ops import switches
-from clipfast.ops.rules import LARGE, LARGE_ON_HOST, LENGTHS, WIDTHS, Key, bound
+from clipfast.ops.call_classes import LARGE, LARGE_ON_HOST, LENGTHS, WIDTHS, Key, bound
 
 # devices on which a launch takes as long as a small call
 _SIZED = frozenset({"cuda"})

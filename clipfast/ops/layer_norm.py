@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipfast.ops import dispatch, keys, layer_norm_native, layer_norm_torch, layer_norm_triton
-from clipfast.ops.rules import LARGE, Key
+from clipfast.ops.call_classes import LARGE, Key
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -21,8 +21,9 @@ import clipfast
 from clipfast import ops
 from clipfast.ops import dispatch, fallback, keys, measured, plan, rules, trust
 from clipfast.ops.bias_gelu import kernel_adds_bias
+from clipfast.ops.call_classes import Key
 from clipfast.ops.encoder import BlockWeights, PackedEncoder, encode
-from clipfast.ops.rules import Key, Rule
+from clipfast.ops.rules import Rule
 
 QKV = torch.zeros(1, 4, 48)
 

@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import clipfast
 from clipfast.models.config import get_config
 from clipfast.ops import dispatch, keys, rules
+from clipfast.ops.call_classes import LARGE, Key, Machine
 from clipfast.ops.contrastive_arguments import Options
 from clipfast.ops.encoder import BlockWeights, PackedEncoder
-from clipfast.ops.rules import Key, Machine
 
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "rule_table.py"
 KERNELS = ("layer_norm", "add_layer_norm", "bias_gelu", "attention")
@@ -208,7 +208,7 @@ def test_a_large_call_keeps_a_card_busy() -> None:
     host = (143 + 166 + 112 + 122 + 300) * 1e-6
     for width in (512, 768, 1024, 1280):
         token = 72 * width**2 / 798e12 + 88 * width / 3.0e12
-        assert 0.5 < host / token * width / rules.LARGE < 1.5, width
+        assert 0.5 < host / token * width / LARGE < 1.5, width
 
 
 # ----------------------------------------------------------------------------------------------------------------------
