@@ -15,7 +15,7 @@ from amx_on_cpu import numbers
 from contrastive_oracle import LOSSES, compare
 from oracle import assert_as_exact_as_reference
 
-from clipfast.ops import contrastive_kernels, library
+from clipfast.ops import contrastive_kept, contrastive_kernels, library
 from clipfast.ops.encoder import encode
 
 
@@ -33,6 +33,8 @@ def software(monkeypatch: pytest.MonkeyPatch) -> None:
         "native",
         contrastive_kernels.Kernels(*(getattr(operators, name) for name in contrastive_kernels._NAMES)),
     )
+    monkeypatch.setattr(contrastive_kept, "statistics", operators.contrastive_statistics_and_products)
+    monkeypatch.setattr(contrastive_kept, "gradients", operators.contrastive_gradients_of_products)
     # one that the operators cannot have would be an error
     monkeypatch.setenv("CLIPFAST_CPU_GEMM", "amx_bf16")
 

@@ -59,8 +59,9 @@ def test_a_thousand(name: str, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", TILED)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("width", "scale"), [(512, 100.0), (1024, 14.3)])
+@pytest.mark.parametrize(
+    ("width", "scale", "dtype"), [(512, 100.0, torch.float32), (1024, 14.3, torch.bfloat16)], ids=str
+)
 def test_four_thousand_and_a_tail(width: int, scale: float, dtype: torch.dtype, backend: str) -> None:
     compare("contrastive", backend, *features(4097, width, dtype), scale)
 

@@ -120,7 +120,7 @@ with clipfast.backend("native"):
 
 
 @pytest.mark.parametrize("of_weight", DTYPES, ids=str)
-@pytest.mark.parametrize("dtypes", itertools.permutations(DTYPES, 2), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.permutations(DTYPES, 2)), ids=str)
 def test_mixed_dtypes(dtypes: tuple[torch.dtype, torch.dtype], of_weight: torch.dtype) -> None:
     x, residual = (random(i, 21, 72, dtype=d) for i, d in enumerate(dtypes))
     weight, bias = random(4, 72, dtype=of_weight), random(5, 72, dtype=of_weight)

@@ -136,7 +136,8 @@ def test_noise_changes_nothing(model: str, clock) -> None:
 def test_a_wrong_candidate_never_wins_however_fast(model: str, clock, monkeypatch: pytest.MonkeyPatch) -> None:
     op = dispatch._ops["attention"]
     # the rule's own is right, and the reference is the measure: a third stands in for a kernel
-    right, reference = (next(i for i in op.implementations if i.backend == name) for name in ("torch", "reference"))
+    # of two by one name, the first is for cards
+    right, reference = ([i for i in op.implementations if i.backend == n][-1] for n in ("torch", "reference"))
     fast = dispatch.Implementation("native", "fast and wrong", _a_little_off(right.run))
     monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(*op.implementations, fast))
     report = tune_fp32(model, clock(lambda backend: 0.01 if backend == "native" else 1.0))
@@ -342,7 +343,7 @@ class _WrongGradient(torch.autograd.Function):
 
 def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     op = dispatch._ops["attention"]
-    torchs = next(i for i in op.implementations if i.backend == "torch")
+    torchs = [i for i in op.implementations if i.backend == "torch"][-1]  # the first is for cards
     wrong = dispatch.Implementation("native", "", lambda *a: _WrongGradient.apply(torchs.run(*a)))
     monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(*op.implementations, wrong))
     qkv = torch.randn(2, 5, 192)
