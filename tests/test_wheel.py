@@ -287,8 +287,10 @@ print(doctor.exit_code(report), sum(r["backend"] == "native" for r in report["se
     environment.pop("TRITON_INTERPRET", None)
     run = subprocess.run([sys.executable, "-c", code], cwd=site, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    # the three losses, and the encoder where the CPU has AVX2
-    assert run.stdout.startswith(("0 3 ", "0 4 ")), run.stdout
+    code, natives, _ = run.stdout.split(maxsplit=2)
+    # the losses everywhere; the encoder, LayerNorm and GELU where the CPU has AVX2
+    assert int(code) == 0, run.stdout
+    assert int(natives) >= 3, run.stdout
 
 
 @pytest.mark.slow
