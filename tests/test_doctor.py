@@ -76,7 +76,8 @@ def built(package: Path) -> bytes:
 
 
 def cut(package: Path) -> None:
-    (package / "libclipfast.so").write_bytes(built(package)[:1_000_000])
+    whole = built(package)
+    (package / "libclipfast.so").write_bytes(whole[: len(whole) // 2])
 
 
 def cut_in_the_header(package: Path) -> None:
@@ -117,7 +118,7 @@ def without_our_ops(package: Path) -> None:
 
 
 BROKEN = [
-    (cut, "is cut off: 1000000 bytes of at least"),
+    (cut, "bytes of at least"),
     (cut_in_the_header, "is damaged: 40 bytes"),
     (zeros_in_the_middle, "is not the file that was built: its SHA-256 differs"),
     (for_another_machine, "is built for"),
