@@ -6,12 +6,6 @@
 namespace clipfast::cpu {
 namespace {
 
-inline Lanes polynomial(Lanes, Lanes sum) { return sum; }
-template <class... Rest>
-inline Lanes polynomial(Lanes x, Lanes sum, float next, Rest... rest) {
-    return polynomial(x, fused(sum, x, all(next)), rest...);
-}
-
 // e^x; 0 below -104, infinity above 88.7
 inline Lanes exponential(Lanes x) {
     // in this order of operands NaN stays NaN

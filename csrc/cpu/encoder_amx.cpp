@@ -15,14 +15,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
-// only what follows is compiled for these instructions, and all of it is local to this file
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
-#endif
+#define CLIPFAST_INSTRUCTIONS "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"
+#include "allow_instructions.h"
 
 #define CLIPFAST_BFLOAT16 1
 #define CLIPFAST_LANES 16
@@ -122,14 +118,7 @@ void run_tiles(const Product& p, int64_t begin, int64_t end) {
 int64_t tiles(const Product& p) { return shares_of_rows(p) * ((p.columns + panel - 1) / panel); }
 
 void product(const Product& p, int64_t begin, int64_t end) {
-    using Then = Product::Then;
-    if (p.then == Then::add) return run_tiles<Then::add, Gelu::none>(p, begin, end);
-    if (p.then == Then::store) return run_tiles<Then::store, Gelu::none>(p, begin, end);
-    switch (p.gelu) {
-        case Gelu::none: return run_tiles<Then::gelu, Gelu::none>(p, begin, end);
-        case Gelu::tanh: return run_tiles<Then::gelu, Gelu::tanh>(p, begin, end);
-        case Gelu::quick: return run_tiles<Then::gelu, Gelu::quick>(p, begin, end);
-    }
+    for_kind(p, [&](auto then, auto gelu) { run_tiles<then.value, gelu.value>(p, begin, end); });
 }
 
 int64_t packed_elements(int64_t columns, int64_t terms) { return round_up(columns, panel) * round_up(terms, tile_terms); }
@@ -272,11 +261,7 @@ const EncoderKernels kernels{sizeof(uint16_t), true,    chunk_rows,      activat
 
 #endif
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_instructions.h"
 
 #endif
 

@@ -18,20 +18,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 
 #include "instructions.h"
 
-// only what follows is compiled for these instructions, and all of it is local to the file that includes it
-#define CLIPFAST_PRAGMA(text) _Pragma(#text)
-#define CLIPFAST_ALLOW_CLANG(names) \
-    CLIPFAST_PRAGMA(clang attribute push(__attribute__((target(names))), apply_to = function))
-#define CLIPFAST_ALLOW_GCC(names) CLIPFAST_PRAGMA(GCC target(names))
-#if defined(__clang__)
-CLIPFAST_ALLOW_CLANG(CLIPFAST_INSTRUCTIONS)
-#else
-#pragma GCC push_options
-CLIPFAST_ALLOW_GCC(CLIPFAST_INSTRUCTIONS)
-#endif
+#include "allow_instructions.h"
 
 #include "register_tile.h"
 // behind it
@@ -97,14 +88,7 @@ void run_tiles(const Product& p, int64_t begin, int64_t end) {
 int64_t tiles(const Product& p) { return blocks_of_rows(p) * ((p.columns + panel - 1) / panel); }
 
 void product(const Product& p, int64_t begin, int64_t end) {
-    using Then = Product::Then;
-    if (p.then == Then::add) return run_tiles<Then::add, Gelu::none>(p, begin, end);
-    if (p.then == Then::store) return run_tiles<Then::store, Gelu::none>(p, begin, end);
-    switch (p.gelu) {
-        case Gelu::none: return run_tiles<Then::gelu, Gelu::none>(p, begin, end);
-        case Gelu::tanh: return run_tiles<Then::gelu, Gelu::tanh>(p, begin, end);
-        case Gelu::quick: return run_tiles<Then::gelu, Gelu::quick>(p, begin, end);
-    }
+    for_kind(p, [&](auto then, auto gelu) { run_tiles<then.value, gelu.value>(p, begin, end); });
 }
 
 int64_t packed_elements(int64_t columns, int64_t terms) { return round_up(columns, panel) * terms; }
@@ -188,11 +172,7 @@ const EncoderKernels kernels{sizeof(Element), false,   chunk_rows,      activati
 }  // namespace
 }  // namespace clipfast::cpu
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_instructions.h"
 
 namespace clipfast::cpu {
 namespace {

@@ -31,6 +31,21 @@ const uint32_t* units_at(const void* p, int64_t element) {
 inline void store(Element* p, Lanes x) { store(p, first_lanes(lanes), x); }
 #endif
 
+// run(then, gelu) with a product's kind as constants of the compiler
+template <class Run>
+void for_kind(const Product& p, const Run& run) {
+    using Then = Product::Then;
+    const auto with = [&](auto gelu) { run(std::integral_constant<Then, Then::gelu>(), gelu); };
+    const std::integral_constant<Gelu, Gelu::none> none;
+    if (p.then == Then::add) return run(std::integral_constant<Then, Then::add>(), none);
+    if (p.then == Then::store) return run(std::integral_constant<Then, Then::store>(), none);
+    switch (p.gelu) {
+        case Gelu::none: return with(none);
+        case Gelu::tanh: return with(std::integral_constant<Gelu, Gelu::tanh>());
+        case Gelu::quick: return with(std::integral_constant<Gelu, Gelu::quick>());
+    }
+}
+
 // ---------------------------------------------------------------------------------------------------------------
 // activations
 

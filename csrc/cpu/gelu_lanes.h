@@ -5,12 +5,6 @@
 namespace clipfast::cpu {
 namespace {
 
-inline Lanes polynomial(Lanes, Lanes sum) { return sum; }
-template <class... Rest>
-inline Lanes polynomial(Lanes x, Lanes sum, float next, Rest... rest) {
-    return polynomial(x, fused(sum, x, all(next)), rest...);
-}
-
 // 2^(n + r) for an integer n in ±125 and r in ±1/2: a minimax fit, within 1e-7 (3e-6 where not exact)
 template <bool exact>
 inline Lanes power_of_two(Lanes n, Lanes r) {

@@ -11,3 +11,16 @@
 #else
 #include "lanes_neon.h"
 #endif
+
+namespace clipfast::cpu {
+namespace {
+
+// (sum·x + next)·x + …, Horner's scheme
+inline Lanes polynomial(Lanes, Lanes sum) { return sum; }
+template <class... Rest>
+inline Lanes polynomial(Lanes x, Lanes sum, float next, Rest... rest) {
+    return polynomial(x, fused(sum, x, all(next)), rest...);
+}
+
+}  // namespace
+}  // namespace clipfast::cpu

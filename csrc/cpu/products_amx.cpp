@@ -19,13 +19,8 @@
 #include <cstring>
 #include <vector>
 
-// only what follows is compiled for these instructions, and nothing of it is inline: no other CPU ever meets it
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
-#endif
+#define CLIPFAST_INSTRUCTIONS "avx512f,avx512bw,avx512vl,avx512bf16"
+#include "allow_instructions.h"
 
 #define CLIPFAST_BFLOAT16 1
 #define CLIPFAST_LANES 16
@@ -250,11 +245,7 @@ const Gemm<float> gemm{"amx_bf16", tile_columns, block_rows, tiled_rows, amx_pro
 
 #endif
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_instructions.h"
 
 #endif
 

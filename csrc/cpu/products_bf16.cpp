@@ -19,13 +19,8 @@
 
 #include "instructions.h"
 
-// only what follows is compiled for these instructions, and nothing of it is inline: no other CPU ever meets it
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512bf16")
-#endif
+#define CLIPFAST_INSTRUCTIONS "avx512f,avx512bw,avx512vl,avx512bf16"
+#include "allow_instructions.h"
 
 #define CLIPFAST_BFLOAT16 1
 #define CLIPFAST_LANES 16
@@ -215,11 +210,7 @@ std::unique_ptr<Products<float>> bf16_products(const RowBlock& rows, const Matri
 }  // namespace
 }  // namespace clipfast::cpu
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_instructions.h"
 
 namespace clipfast::cpu {
 

@@ -12,13 +12,8 @@
 
 #include "instructions.h"
 
-// only what follows is compiled for these instructions, and all of it is local to this file
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
+#define CLIPFAST_INSTRUCTIONS "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"
+#include "allow_instructions.h"
 
 #define CLIPFAST_LANES 16
 #include "lanes.h"
@@ -29,11 +24,7 @@
 // behind all
 #include "rows_kernels.h"
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "end_instructions.h"
 
 namespace clipfast::cpu {
 
