@@ -26,6 +26,8 @@ _OPS = (
     "build_info",
     "contrastive_statistics",
     "contrastive_gradients",
+    "contrastive_statistics_and_products",
+    "contrastive_gradients_of_products",
     "siglip_statistics",
     "siglip_gradients",
     "why_no_amx",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +40,13 @@ def test_amx_is_used_where_the_cpu_and_the_system_have_it() -> None:
         assert library.why_no_amx() in ("this CPU has no AMX", "the op library was built without AMX")
     else:
         assert library.why_no_amx() is None
+
+
+def test_an_older_library_is_missed_for_any_op_that_it_lacks() -> None:
+    source = (Path(__file__).parents[2] / "csrc" / "library.cpp").read_text()
+    defined = re.findall(r'm\.def\(\s*"(\w+)\(', source)
+    assert len(defined) > 20
+    assert sorted(defined) == sorted(library._OPS)
 
 
 def test_both_sets_of_kernels_have_one_schema() -> None:
