@@ -53,11 +53,6 @@ class CannotBuild(Exception):
     """Why the op library, or its CUDA half, is left out."""
 
 
-def machine() -> str:
-    """Return the processor that is built for: this one's, or what _PYTHON_HOST_PLATFORM names."""
-    return sysconfig.get_platform().rpartition("-")[2]
-
-
 def find_torch() -> Path:
     """Return the folder of the PyTorch package whose headers the library is built with."""
     spec = importlib.util.find_spec("torch")
@@ -257,7 +252,7 @@ class BuildLibrary(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Build it, and write the record beside it."""
         target = Path(self.get_ext_fullpath(ext.name))
-        record = {"library": LIBRARY, "platform": machine(), "reason": None}
+        record = {"library": LIBRARY, "platform": script("manylinux").machine(), "reason": None}
         try:
             record |= build_library(target, Path(self.build_temp))
             # loading a damaged library can end the process; it is compared with this before

@@ -10,11 +10,11 @@ know the older versions alone; linked first, they decide. Whoever loads the libr
 
 from __future__ import annotations
 
-import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,11 @@ MARKS = ("_ITM_", "__gmon_start__", "__cxa_finalize", "__cxa_pure_virtual")
 
 class NotAllowed(Exception):
     """What the library needs and its tag does not allow, or what cannot be linked for an older system."""
+
+
+def machine() -> str:
+    """Return the processor that is built for: this one's, or what _PYTHON_HOST_PLATFORM names."""
+    return sysconfig.get_platform().rpartition("-")[2]
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,7 @@ def main() -> int:
                 newest[symbol.owner] = max(newest.get(symbol.owner, ()), symbol.version)
         needs = ", ".join(f"{owner} {'.'.join(map(str, v))}" for owner, v in sorted(newest.items()))
         print(f"{library.name} needs {needs}; it loads {', '.join(needed_libraries(library))}")
-        print(best_tag(library, platform.machine()))
+        print(best_tag(library, machine()))
     except NotAllowed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

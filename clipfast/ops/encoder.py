@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -220,7 +219,7 @@ def native_unable(dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16):
         return f"{dtype} is not served (float32 and bfloat16 are)"
     if not torch.ops.clipfast.can_encode(dtype == torch.bfloat16):
-        return f"this CPU lacks the instructions ({_INSTRUCTIONS[dtype][platform.machine() == 'aarch64']})"
+        return f"this CPU lacks the instructions ({_INSTRUCTIONS[dtype][plan.machine_of(torch.device('cpu')).arm]})"
     return None
 
 
