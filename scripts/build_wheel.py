@@ -24,7 +24,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import time
@@ -60,20 +59,16 @@ class Failed(Exception):
 def workshop() -> Iterator[Path]:
     """Give an empty folder, always the same: nvcc writes the place of its source into names, and so into the bits."""
     folder = ROOT / "build" / "wheel"
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.parent.mkdir(exist_ok=True)
     with (folder.parent / "wheel.lock").open("w") as lock:
+        # the folder is another build's until the lock is this one's
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def machine() -> str:
-    """Return the processor that is built for: this one's, or what _PYTHON_HOST_PLATFORM names."""
-    return sysconfig.get_platform().rpartition("-")[2]
 
 
 def copy_sources(folder: Path) -> None:
@@ -167,10 +162,10 @@ def check(wheel: Path, cuda: bool, folders: list[Path]) -> tuple[dict, str]:
         if hashlib.sha256(library.read_bytes()).hexdigest() != record["sha256"]:
             raise Failed("the op library is not the file that _build.json tells of")
         try:
-            tag = manylinux.best_tag(library, machine())
+            tag = manylinux.best_tag(library, manylinux.machine())
         except manylinux.NotAllowed as error:
             print(f"note: {error}")
-            tag = f"linux_{machine()}"
+            tag = f"linux_{manylinux.machine()}"
     return record, tag
 
 
