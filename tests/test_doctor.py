@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import clipfast
 from clipfast import doctor, self_test
 from clipfast.cli import app
-from clipfast.ops import dispatch, library, tuned
+from clipfast.ops import dispatch, library, registry, tuned
 
 LIBRARY = library.path()
 USE = """
@@ -292,7 +292,7 @@ def test_a_wrong_kernel_is_found(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_a_wrong_op_fails_the_examination(op: str, mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = dispatch._ops[op]
+    entry = registry.entries[op]
 
     def run(*arguments: object) -> torch.Tensor:
         # float64 is the oracle, which stays right
@@ -302,7 +302,7 @@ def test_a_wrong_op_fails_the_examination(op: str, mistake: str, monkeypatch: py
         return x if x.dtype == torch.float64 else x * 1.01 if mistake == "wrong" else x * float("nan")
 
     broken = dispatch.Implementation("native", "broken", run)
-    monkeypatch.setitem(dispatch._ops, op, entry.with_implementations(broken, entry.implementations[-1]))
+    monkeypatch.setitem(registry.entries, op, entry.with_implementations(broken, entry.implementations[-1]))
     report = doctor.examine()
     assert doctor.exit_code(report) == 1
     failed = [text for level, text in report["problems"] if level == "failed"]

@@ -1,9 +1,9 @@
 """Which implementation serves a call: the choice, how to force it, and how to ask for it.
 
-Every op registers its implementations here. ``auto`` takes the one that the process' plan names
-(:mod:`clipfast.ops.plan`: a tuned file, a shipped measurement, or the rule), or where that cannot serve the call the
-first in order that can. A backend that was asked for stands above the plan; where it cannot serve a call ``auto`` does,
-with one warning that names the reason.
+Every op registers its implementations (:mod:`clipfast.ops.registry`). ``auto`` takes the one that the process' plan
+names (:mod:`clipfast.ops.plan`: a tuned file, a shipped measurement, or the rule), or where that cannot serve the call
+the first in order that can. A backend that was asked for stands above the plan; where it cannot serve a call ``auto``
+does, with one warning that names the reason.
 
 A choice is kept, by what of the arguments it depends on (an op's ``signature``), until something else that it depends
 on changes: a switch below, the plan, a kernel that failed or did not pass its check. Nothing is kept of what is traced,
@@ -12,17 +12,25 @@ exported or watched by a dispatch mode, nor while a CUDA graph is captured.
 
 from __future__ import annotations
 
-import functools
-import warnings
-import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from clipfast.ops import call_classes, keys, plan, switches
+from clipfast.ops import call_classes, plan, switches
+from clipfast.ops.announcements import announce_refusal, announce_slower, mark_told
+from clipfast.ops.registry import (
+    Implementation,
+    Op,
+    backends,
+    entries,
+    forget_choices,
+    momentary,
+    operations,
+    plannable,
+    register,
+)
 from clipfast.ops.switches import (
     BACKENDS,
     FallbackWarning,
@@ -77,105 +85,12 @@ _is_compiling = torch.compiler.is_compiling
 _is_tracing = torch._C._is_tracing
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute an op.
-
-    ``refusal`` gets the call's arguments and returns why this implementation cannot serve them, or None. The plan names
-    no implementation that is not ``planned``: it serves where it is asked for, or nothing else can.
-    """
-
-    backend: str
-    description: str
-    run: Callable[..., Any]
-    refusal: Callable[..., str | None] = lambda *args, **kwargs: None
-    planned: bool = True
-
-
-def _no_signature(*args: Any) -> tuple[Any, ...]:
-    raise LookupError("choices of this op are not kept")
-
-
-class _Op:
-    """An op; ``kept`` holds its choices for every setting of the switches, ``current`` those for the last one."""
-
-    def __init__(
-        self,
-        prepare: Callable[..., tuple[Any, ...]],
-        implementations: tuple[Implementation, ...],
-        key: Callable[..., call_classes.Key],
-        signature: Callable[..., tuple[Any, ...]],
-        bind: Callable[..., Callable[..., Any]] | None,
-    ) -> None:
-        self.prepare, self.implementations, self.key = prepare, implementations, key
-        self.signature, self.bind = signature, bind
-        # a backend may have several: the first that can serve a call does
-        self.planned = tuple(dict.fromkeys(i.backend for i in implementations if i.planned))
-        self.forget()
-        _all.add(self)
-
-    def forget(self) -> None:
-        """Drop all choices. Those that are being made go to dictionaries that nobody reads any more."""
-        self.kept: dict[tuple[Any, ...], dict[Any, Any]] = {}
-        self.current: tuple[Switches | None, dict[Any, Any]] = None, {}
-
-    def with_implementations(self, *implementations: Implementation) -> _Op:
-        """Return the op with others in the place of its implementations."""
-        return _Op(self.prepare, implementations, self.key, self.signature, self.bind)
-
-
-_ops: dict[str, _Op] = {}
-_all: weakref.WeakSet[_Op] = weakref.WeakSet()
-_announced: set[tuple[str, str, str]] = set()
-_told: set[tuple[str, str]] = set()
-
-
-def forget_choices() -> None:
-    """Choose anew for every call: something else than its arguments has changed that a choice depends on."""
-    for op in list(_all):
-        op.forget()
-
-
 plan.on_change(forget_choices)
-
-
-def register(
-    op: str,
-    prepare: Callable[..., tuple[Any, ...]],
-    *implementations: Implementation,
-    key: Callable[..., call_classes.Key] | None = None,
-    signature: Callable[..., tuple[Any, ...]] = _no_signature,
-    bind: Callable[..., Callable[..., Any]] | None = None,
-) -> None:
-    """Register an op.
-
-    Args:
-        op: Its name.
-        prepare: Checks the arguments of the public function and returns those of the implementations.
-        *implementations: In the order in which they are tried where the plan's own cannot serve; the last serves every
-            call.
-        key: Gets the implementations' arguments and returns what of them decides: by default the first tensor's dtype
-            and width, and whether gradients are recorded or autocast is on.
-        signature: Gets the arguments of :func:`call` and returns, at little cost, all of them that ``prepare``, ``key``
-            and the implementations' refusals look at, hashable; it need not check anything. By default nothing is kept.
-        bind: Gets an implementation, the arguments that ``prepare`` made for it and those of :func:`call`; returns a
-            function of such arguments with this signature. It checks what a signature does not hold, such as values.
-            By default the implementation takes the arguments of :func:`call` as they are.
-    """
-    _ops[op] = _Op(prepare, implementations, key or functools.partial(_key, op), signature, bind)
-
-
-def _key(op: str, *request: Any) -> call_classes.Key:
-    first = next(argument for argument in request if isinstance(argument, torch.Tensor))
-    width = call_classes.bound(first.shape[-1], call_classes.WIDTHS)
-    # no size: the ranks of a loss have to choose alike, whatever their shares of the batch are
-    return call_classes.Key(op, (keys.name_of(first.dtype),), **keys.modes(first), width=width)
 
 
 def call(op: str, *args: Any, **kwargs: Any) -> Any:
     """Check the arguments of ``op`` and run the implementation that serves them."""
-    entry = _ops[op]
+    entry = entries[op]
     # the cheapest first: this is all that a call pays for its choice
     if not (_is_compiling() or _dispatch_modes() or _is_tracing() or kwargs):
         setting, choices = entry.current
@@ -191,7 +106,7 @@ def call(op: str, *args: Any, **kwargs: Any) -> Any:
     return _first(op, entry, args, kwargs)
 
 
-def _first(op: str, entry: _Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _first(op: str, entry: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Check arguments and run what serves them, which is kept for others like them."""
     watched = _is_watched()
     setting, choices = (None, {}) if watched else _choices(entry)
@@ -217,7 +132,7 @@ def remembered(op: str, signature: Callable[..., tuple[Any, ...]], find: Callabl
     """
     if _is_watched():
         return find(*args)
-    setting, choices = _choices(_ops[op])
+    setting, choices = _choices(entries[op])
     key = signature(*args)
     value = choices.get(key)
     if value is None:
@@ -231,7 +146,7 @@ def _is_watched() -> bool:
     return _is_compiling() or _dispatch_modes() > 0 or leaves_clipfast()
 
 
-def _choices(entry: _Op) -> tuple[Switches, dict[Any, Any]]:
+def _choices(entry: Op) -> tuple[Switches, dict[Any, Any]]:
     """Return the switches and the choices that are kept for them."""
     while True:
         setting, kept = switches.current, entry.kept
@@ -252,45 +167,26 @@ def _keep(
         choices[signature] = value
 
 
-# asked before a choice is kept: whether something passing, such as a capture, decides on a device now
-momentary: list[Callable[[torch.device], bool]] = []
-
-
 def chosen(op: str, *args: Any, **kwargs: Any) -> str:
     """Return the backend that would serve a call of ``op``."""
-    return _choose(op, _ops[op].prepare(*args, **kwargs)).backend
+    return _choose(op, entries[op].prepare(*args, **kwargs)).backend
 
 
 def serving(op: str, *args: Any, **kwargs: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the implementation that would serve a call of ``op``, and the arguments that it would get."""
-    request = _ops[op].prepare(*args, **kwargs)
+    request = entries[op].prepare(*args, **kwargs)
     return _choose(op, request).run, request
-
-
-def operations() -> list[str]:
-    """Return the names of all ops."""
-    return sorted(_ops)
-
-
-def backends(op: str) -> list[str]:
-    """Return the backends that an op has implementations of, fastest first as they are registered."""
-    return list(dict.fromkeys(c.backend for c in _ops[op].implementations))
 
 
 def able(op: str, *args: Any, **kwargs: Any) -> list[str]:
     """Return the backends that can serve a call of ``op``, whether or not ``auto`` would take them."""
-    request = _ops[op].prepare(*args, **kwargs)
-    return list(dict.fromkeys(c.backend for c in _ops[op].implementations if c.refusal(*request) is None))
-
-
-def plannable(op: str) -> tuple[str, ...]:
-    """Return the backends of ``op`` that a tuned file or a measurement may name."""
-    return _ops[op].planned
+    request = entries[op].prepare(*args, **kwargs)
+    return list(dict.fromkeys(c.backend for c in entries[op].implementations if c.refusal(*request) is None))
 
 
 def key_of(op: str, *args: Any, **kwargs: Any) -> call_classes.Key:
     """Return what decides a call of ``op``: its class, as gradients, autocast and ``deterministic()`` are set now."""
-    return _ops[op].key(*_ops[op].prepare(*args, **kwargs))
+    return entries[op].key(*entries[op].prepare(*args, **kwargs))
 
 
 def shape_class(op: str, *args: Any, **kwargs: Any) -> str:
@@ -301,8 +197,8 @@ def shape_class(op: str, *args: Any, **kwargs: Any) -> str:
 def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
     if leaves_clipfast():
         # before the sizes are looked at: the number of rows may be none yet
-        return next(c for c in _ops[op].implementations if c.backend in _PLAIN and c.refusal(*request) is None)
-    candidates, wanted = _ops[op].implementations, switches.current.wanted
+        return next(c for c in entries[op].implementations if c.backend in _PLAIN and c.refusal(*request) is None)
+    candidates, wanted = entries[op].implementations, switches.current.wanted
     if wanted != "auto":
         reason = f"it has no {wanted} implementation"
         for candidate in candidates:
@@ -311,7 +207,7 @@ def _choose(op: str, request: tuple[Any, ...]) -> Implementation:
                 if refusal is None:
                     return candidate
                 reason = refusal
-        _announce(op, reason)
+        announce_refusal(op, reason)
     planned = _plan(op, request)[0]
     for candidate in candidates:
         if candidate.backend == planned and candidate.refusal(*request) is None:
@@ -332,7 +228,7 @@ def leaves_clipfast() -> bool:
 def _plan(op: str, request: tuple[Any, ...]) -> tuple[str, str, str, str]:
     """Return what the plan decides for a call (:class:`clipfast.ops.plan.Decision`)."""
     device = next(argument.device for argument in request if isinstance(argument, torch.Tensor))
-    return _decision(op, tuple(_ops[op].key(*request)), device.type, device.index, plan.generation)
+    return _decision(op, tuple(entries[op].key(*request)), device.type, device.index, plan.generation)
 
 
 @constant_when_compiled
@@ -341,32 +237,7 @@ def _decision(
 ) -> tuple[str, str, str, str]:
     # compiled code is guarded by the generation that it was decided in
     device = torch.device(device_type) if index is None else torch.device(device_type, index)
-    return tuple(plan.decision(op, call_classes.Key(*key), device, _ops[op].planned))
-
-
-def mark_told(op: str, reason: str) -> None:
-    """Spare the user a second warning of why a backend that was asked for does not serve an op."""
-    _told.add((op, reason))
-
-
-def _announce(op: str, reason: str) -> None:
-    wanted = switches.current.wanted
-    key = (op, wanted, reason)
-    if key not in _announced and (op, reason) not in _told and not torch.compiler.is_compiling():
-        _announced.add(key)
-        warnings.warn(
-            f"clipfast: {op} does not use the {wanted} backend that was asked for: {reason}",
-            FallbackWarning,
-            stacklevel=6,
-        )
-
-
-def announce_slower(what: str, how: str) -> None:
-    """Warn, once a process, that ``auto`` has to do with a slower implementation."""
-    key = (what, "auto", how)
-    if is_wanted("auto") and key not in _announced and not torch.compiler.is_compiling():
-        _announced.add(key)
-        warnings.warn(f"clipfast: {what} {how}", FallbackWarning, stacklevel=5)
+    return tuple(plan.decision(op, call_classes.Key(*key), device, entries[op].planned))
 
 
 _SPOKE = {"tuned": "the tuned file", "measured": "the measurement of this card", "rule": "the rule"}
@@ -387,15 +258,15 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
     Raises:
         ValueError: There is no op of that name.
     """
-    if op not in _ops:
-        raise ValueError(f"explain(op): got {op!r}, expected one of {', '.join(map(repr, sorted(_ops)))}")
+    if op not in entries:
+        raise ValueError(f"explain(op): got {op!r}, expected one of {', '.join(map(repr, sorted(entries)))}")
     lines, advice = explanation(op, *args, **kwargs)
     return "\n".join([*lines, f"  {advice}"] if advice else lines)
 
 
 def explanation(op: str, *args: Any, **kwargs: Any) -> tuple[list[str], str]:
     """Return the lines of :func:`explain` but for the last, and that, or nothing: it is about the tuned file."""
-    request = _ops[op].prepare(*args, **kwargs)
+    request = entries[op].prepare(*args, **kwargs)
     serving = _choose(op, request)
     advice = ""
     lines = [f"{op}: {serving.backend} ({serving.description})"]
@@ -408,7 +279,7 @@ def explanation(op: str, *args: Any, **kwargs: Any) -> tuple[list[str], str]:
         if backend != serving.backend:
             why = f"{_SPOKE[authority]} takes {backend}, and {serving.backend} where that cannot serve"
         lines.append(f"  because {why}: {sentence}")
-    for candidate in _ops[op].implementations:
+    for candidate in entries[op].implementations:
         if candidate is not serving:
             lines.append(f"  not {candidate.backend} ({candidate.description}): {candidate.refusal(*request) or why}")
     return lines, advice

@@ -20,7 +20,9 @@ from typing import Any
 import torch
 
 from clipfast.ops import plan
-from clipfast.ops.dispatch import FallbackWarning, forget_choices, mark_told, momentary
+from clipfast.ops.announcements import mark_told
+from clipfast.ops.registry import forget_choices, momentary
+from clipfast.ops.switches import FallbackWarning
 
 
 class KernelFallbackWarning(FallbackWarning):
@@ -168,3 +170,6 @@ def captures(device: torch.device) -> bool:
 
 # while something is captured, and as long as captures have a choice of their own, no choice is one for good
 momentary.append(lambda device: device.type == "cuda" and (bool(_not_captured) or captures(device)))
+
+# the other ranks are told
+plan.report("failed", lambda: {op: reason for (op, _), reason in failures().items()})

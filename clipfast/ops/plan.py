@@ -78,11 +78,23 @@ _decisions: dict[tuple[rules.Key, str, int | None], Decision] = {}
 _refused: dict[str, str] = {}
 _failed: dict[str, str] = {}
 _listeners: list[Callable[[], None]] = []
+# what tells of this process itself
+_reports: dict[str, list[Callable[[], dict[str, str]]]] = {"refused": [], "failed": []}
 
 
 def on_change(listener: Callable[[], None]) -> None:
     """Call a function after every change, for as long as the process lives."""
     _listeners.append(listener)
+
+
+def report(what: str, tell: Callable[[], dict[str, str]]) -> None:
+    """Have :func:`export` ask a function which kernels this process does not use, and why.
+
+    Args:
+        what: ``"refused"``, by the name of a check, or ``"failed"``, by op.
+        tell: Returns them, with their reasons.
+    """
+    _reports[what].append(tell)
 
 
 def decision(op: str, key: rules.Key, device: torch.device, backends: Sequence[str] | None = None) -> Decision:
@@ -270,25 +282,22 @@ def _changed() -> None:
 
 
 def _content(device: torch.device | None) -> dict[str, Any]:
-    from clipfast.ops import fallback, trust
-
     part_of(torch.device("cpu"))
     if device is not None:
         # one name for the current card
-        here = device.index is None and device.type == "cuda"
-        part_of(torch.device("cuda", torch.cuda.current_device()) if here else device)
+        current = device.index is None and device.type == "cuda"
+        part_of(torch.device("cuda", torch.cuda.current_device()) if current else device)
     with _lock:
         # the lowest card stands for all
         found = {kind: part for (kind, _), part in sorted(_parts.items(), key=lambda p: -(p[0][1] or 0))} | _adopted
         refused, failed = dict(_refused), dict(_failed)
-    refused |= trust.all_refused()
-    failed |= {op: reason for (op, _), reason in fallback.failures().items()}
+    here = {what: {k: v for tell in tellers for k, v in tell().items()} for what, tellers in _reports.items()}
     return {
         "schema": SCHEMA,
         "rules": rules.VERSION,
         "devices": {kind: _entry(part) for kind, part in found.items()},
-        "refused": refused,
-        "failed": failed,
+        "refused": refused | here["refused"],
+        "failed": failed | here["failed"],
     }
 
 

@@ -29,7 +29,8 @@ from torch import Tensor
 
 from clipfast.files import write_atomically
 from clipfast.ops import fallback, identity, numerics, plan
-from clipfast.ops.dispatch import environment_switch, forget_choices
+from clipfast.ops.registry import forget_choices
+from clipfast.ops.switches import environment_switch
 
 # launches of a probe, all of which have to give the same bits
 LAUNCHES = 8
@@ -148,6 +149,10 @@ def refused(device: torch.device) -> dict[str, str]:
 def all_refused() -> dict[str, str]:
     """Return what :func:`refused` does, for all devices."""
     return {name: verdict for (_, name, _), verdict in _verdicts.items() if verdict is not None}
+
+
+# the other ranks are told
+plan.report("refused", all_refused)
 
 
 def forget() -> None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from clipfast.ops import registry
+
 FORMAT = 1
 _FIELDS = {"format", "date", "device", "versions", "models", "choices"}
 _MOST_BYTES = 4 * 2**20
@@ -80,9 +82,7 @@ def validate(content: Any) -> None:
 
 
 def _validate_choices(choices: Any) -> None:
-    from clipfast.ops import dispatch
-
-    known = {op: dispatch.backends(op) for op in dispatch.operations()}
+    known = {op: registry.backends(op) for op in registry.operations()}
     if not isinstance(choices, dict):
         raise ValueError(f"choices: got {_shown(choices)}, expected an object by op")
     count = 0

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import contrastive_kernels, dispatch, library, plan
+from clipfast.ops import announcements, contrastive_kernels, dispatch, library, plan
 
 WHEEL = "13.0:80,90a,100,100+PTX"
 Machine = Callable[..., None]
@@ -34,7 +34,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
     monkeypatch.setattr(contrastive_kernels, "native_devices", frozenset({"cpu", "cuda"}))
     # what a PyTorch for CPUs lacks in any case
     monkeypatch.setattr(library, "missing_cuda_entry_points", lambda: None, raising=False)
-    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setattr(announcements, "_announced", set())
     yield pretend
     library._card_refusal.cache_clear()
     plan.reset()

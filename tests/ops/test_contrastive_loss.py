@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clipfast import ops
-from clipfast.ops import contrastive_kernels, dispatch
+from clipfast.ops import announcements, contrastive_kernels
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -283,7 +283,7 @@ def test_every_product(
 def test_without_the_library_chunks_are_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_kernels, "native", None)
     monkeypatch.setattr(contrastive_kernels, "native_unavailable", "it was not built")
-    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setattr(announcements, "_announced", set())
     image, text = features(4, 3, torch.float32)
     with pytest.warns(ops.FallbackWarning, match="run in chunks in PyTorch: it was not built"):
         ops.contrastive_loss(image, text, 1.0)

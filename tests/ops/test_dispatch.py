@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import clipfast
 from clipfast import ops
-from clipfast.ops import dispatch, fallback, keys, measured, plan, rules, trust
+from clipfast.ops import announcements, dispatch, fallback, keys, measured, plan, registry, rules, trust
 from clipfast.ops.bias_gelu import kernel_adds_bias
 from clipfast.ops.call_classes import Key
 from clipfast.ops.encoder import BlockWeights, PackedEncoder, encode
@@ -30,7 +30,7 @@ QKV = torch.zeros(1, 4, 48)
 
 @pytest.fixture(autouse=True)
 def _nothing_announced_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_announced", set())
+    monkeypatch.setattr(announcements, "_announced", set())
 
 
 def test_explain_names_the_implementation_and_its_rivals() -> None:
@@ -145,7 +145,8 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Iterator[Spy]:
 
         return double
 
-    monkeypatch.setattr(dispatch, "_ops", dict(dispatch._ops))
+    # an op for this test alone
+    monkeypatch.setitem(registry.entries, "double", None)
     named = Rule(("double",), lambda key, machine: key.training, "triton", "it learns", "2 is more than 1")
     other = Rule(("double",), lambda key, machine: True, "reference", "it does not", "1 is less than 2")
     monkeypatch.setattr(rules, "RULES", (named, other))
@@ -185,7 +186,7 @@ def test_wrong_arguments_are_an_error_every_time(spy: Spy) -> None:
 
 def test_what_is_wrong_in_an_implementation_is_not_taken_for_a_miss(spy: Spy) -> None:
     spy(X)
-    kept, calls = dispatch._ops["double"].current[1], []
+    kept, calls = registry.entries["double"].current[1], []
 
     def fail(x: Tensor) -> Tensor:
         calls.append(x)
@@ -287,7 +288,7 @@ def test_a_backend_that_is_not_to_be_had_is_looked_for_again(spy: Spy) -> None:
 
 @pytest.mark.parametrize("change", [clipfast.deterministic, dispatch.forget_choices], ids=["a switch", "an event"])
 def test_a_choice_is_not_kept_if_something_changed_while_it_was_made(spy: Spy, change: Callable[[], Any]) -> None:
-    entry = dispatch._ops["double"]
+    entry = registry.entries["double"]
     check = entry.prepare
 
     def meanwhile(x: Tensor) -> tuple[Tensor]:
@@ -306,7 +307,7 @@ def test_kept_choices_do_not_fill_the_memory(spy: Spy, monkeypatch: pytest.Monke
     monkeypatch.setattr(dispatch, "_MOST", 8)
     for n in range(1, 30):
         spy(torch.ones(n))
-    assert 0 < len(dispatch._ops["double"].current[1]) <= 8
+    assert 0 < len(registry.entries["double"].current[1]) <= 8
 
 
 def test_the_measurements_name_ops_and_backends_that_exist() -> None:
@@ -385,7 +386,7 @@ def test_a_call_that_is_looked_up_gives_what_one_that_is_chosen_does() -> None:
         for _ in range(2):
             for what, call in CALLS.items():
                 assert torch.equal(call(), first[what]), what
-        assert sum(len(entry.current[1]) for entry in dispatch._ops.values()) >= len(CALLS) - 4
+        assert sum(len(entry.current[1]) for entry in registry.entries.values()) >= len(CALLS) - 4
 
 
 _BAD = torch.zeros(63)

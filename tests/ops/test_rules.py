@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast.models.config import get_config
-from clipfast.ops import dispatch, keys, rules
+from clipfast.ops import dispatch, keys, registry, rules
 from clipfast.ops.call_classes import LARGE, Key, Machine
 from clipfast.ops.contrastive_arguments import Options
 from clipfast.ops.encoder import BlockWeights, PackedEncoder
@@ -182,7 +182,7 @@ def _moved(function: Callable[..., Any], *inputs: Tensor, training: bool) -> flo
 @pytest.mark.parametrize("form", ["none", "tanh", "quick"])
 def test_the_bytes_of_gelu_are_those_that_pytorch_moves(form: str, training: bool) -> None:
     x = torch.randn(64, 64).bfloat16()
-    found = _moved(lambda x: dispatch._ops["bias_gelu"].implementations[-1].run(x, None, form), x, training=training)
+    found = _moved(lambda x: registry.entries["bias_gelu"].implementations[-1].run(x, None, form), x, training=training)
     key = Key("bias_gelu", ("bfloat16",), training=training, form=form)
     assert found == rules.bytes_moved(key)[0]
     # the sum that is the bias' gradient reads them once more
@@ -195,7 +195,7 @@ def test_the_bytes_of_gelu_are_those_that_pytorch_moves(form: str, training: boo
 def test_the_bytes_of_norms_are_those_that_pytorch_moves(dtypes: tuple[str, ...], training: bool) -> None:
     x, residual = (torch.randn(64, 64).to(getattr(torch, d)) for d in dtypes[:2])
     weight = torch.ones(64, dtype=getattr(torch, dtypes[2]))
-    reference = dispatch._ops["add_layer_norm"].implementations[-1].run
+    reference = registry.entries["add_layer_norm"].implementations[-1].run
     found = _moved(lambda *rows: reference(*rows, weight, weight, 1e-5), x, residual, training=training)
     key = Key("add_layer_norm", dtypes, training=training)
     stream = 4 if "float32" in dtypes else 2
@@ -262,7 +262,7 @@ def _names(op: str, device: str) -> set[str]:
 
 def _with_keys_of_their_own() -> list[str]:
     # the others' key is the first tensor's dtype, and the modes
-    return [op for op, entry in dispatch._ops.items() if getattr(entry.key, "func", None) is not dispatch._key]
+    return [op for op, entry in registry.entries.items() if getattr(entry.key, "func", None) is not registry._key]
 
 
 @pytest.mark.parametrize("op", ["packed", "single_query_attention", *_with_keys_of_their_own()])

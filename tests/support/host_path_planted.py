@@ -22,6 +22,7 @@ from clipfast.ops import (
     attention_triton,
     contrastive_kernels,
     dispatch,
+    registry,
     transfer,
 )
 
@@ -57,12 +58,12 @@ def reading_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def replace(patch: Patch, op: str, wrap: Callable[..., Any], backend: str = "reference") -> None:
     """Wrap an implementation of an op."""
-    registered = dispatch._ops[op]
+    registered = registry.entries[op]
     kept = tuple(
         dispatch.Implementation(i.backend, i.description, wrap(i.run)) if i.backend == backend else i
         for i in registered.implementations
     )
-    patch.setitem(dispatch._ops, op, registered.with_implementations(*kept))
+    patch.setitem(registry.entries, op, registered.with_implementations(*kept))
 
 
 def attention(patch: Patch) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import clipfast
 from clipfast.benchmark.timing import Clock
-from clipfast.ops import dispatch, native_rows, plan, tuned
+from clipfast.ops import dispatch, native_rows, plan, registry, tuned
 from clipfast.tuning import cases, measure
 from clipfast.tuning import run as tuning
 from clipfast.tuning.run import Report, tune
@@ -134,18 +134,18 @@ def test_noise_changes_nothing(model: str, clock) -> None:
 
 
 def test_a_wrong_candidate_never_wins_however_fast(model: str, clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    op = dispatch._ops["attention"]
+    op = registry.entries["attention"]
     # the rule's own is right, and the reference is the measure: a third stands in for a kernel
     # of two by one name, the first is for cards
     right, reference = ([i for i in op.implementations if i.backend == n][-1] for n in ("torch", "reference"))
     fast = dispatch.Implementation("native", "fast and wrong", _a_little_off(right.run))
-    monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(*op.implementations, fast))
+    monkeypatch.setitem(registry.entries, "attention", op.with_implementations(*op.implementations, fast))
     report = tune_fp32(model, clock(lambda backend: 0.01 if backend == "native" else 1.0))
     assert not [line for line in report.changes if line.op == "attention"]
     assert any(text.startswith("attention (native) computes wrong results") for text in report.wrong)
     off = dispatch.Implementation("torch", "fast and wrong", _a_little_off(right.run))
     # and where the rule's is wrong, the reference serves although it is slower
-    monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(off, reference))
+    monkeypatch.setitem(registry.entries, "attention", op.with_implementations(off, reference))
     report = tune_fp32(model, clock(lambda backend: 0.01 if backend == "torch" else 1.0))
     assert {line.verdict.backend for line in report.lines if line.op == "attention"} == {"reference"}
 
@@ -158,9 +158,9 @@ def test_a_candidate_that_fails_is_out_of_the_question(model: str, clock, monkey
     def fail(*arguments: object) -> Tensor:
         raise RuntimeError("no kernel image is available")
 
-    op = dispatch._ops["attention"]
+    op = registry.entries["attention"]
     fails = dispatch.Implementation("native", "fails", fail)
-    monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(*op.implementations, fails))
+    monkeypatch.setitem(registry.entries, "attention", op.with_implementations(*op.implementations, fails))
     report = tune_fp32(model, clock(lambda backend: 1.0))
     assert any("no kernel image" in text for text in report.wrong)
     assert not [line for line in report.changes if line.op == "attention"]
@@ -323,9 +323,9 @@ def test_memory_that_runs_out_in_a_check_is_nobodys_fault(model: str, clock, mon
     def full(*arguments: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    op = dispatch._ops["attention"]
+    op = registry.entries["attention"]
     large = dispatch.Implementation("native", "large", full)
-    monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(*op.implementations, large))
+    monkeypatch.setitem(registry.entries, "attention", op.with_implementations(*op.implementations, large))
     report = tune_fp32(model, clock(lambda backend: 1.0))
     assert report.wrong == []
     assert any("no memory" in line.verdict.why for line in report.lines)
@@ -342,10 +342,10 @@ class _WrongGradient(torch.autograd.Function):
 
 
 def test_a_wrong_gradient_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    op = dispatch._ops["attention"]
+    op = registry.entries["attention"]
     torchs = [i for i in op.implementations if i.backend == "torch"][-1]  # the first is for cards
     wrong = dispatch.Implementation("native", "", lambda *a: _WrongGradient.apply(torchs.run(*a)))
-    monkeypatch.setitem(dispatch._ops, "attention", op.with_implementations(*op.implementations, wrong))
+    monkeypatch.setitem(registry.entries, "attention", op.with_implementations(*op.implementations, wrong))
     qkv = torch.randn(2, 5, 192)
     call = cases.Call("attention", "", (qkv, 2, False, None, None), {}, (0,), True, None, "a test")
     assert measure.complaints(call, ["torch"]) == {}
