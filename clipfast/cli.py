@@ -110,7 +110,8 @@ def doctor(
     """
     import json
 
-    from clipfast.doctor import diagnose, exit_code, render
+    from clipfast.doctor import diagnose, exit_code
+    from clipfast.doctor_report import render
 
     report = diagnose()
     echo(json.dumps(report, indent=1) if as_json else render(report))

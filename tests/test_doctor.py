@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import clipfast
-from clipfast import doctor, self_test
+from clipfast import doctor, doctor_report, self_test
 from clipfast.cli import app
 from clipfast.ops import dispatch, library, registry, tuned
 
@@ -307,7 +307,7 @@ def test_a_wrong_op_fails_the_examination(op: str, mistake: str, monkeypatch: py
     assert doctor.exit_code(report) == 1
     failed = [text for level, text in report["problems"] if level == "failed"]
     assert any(f"self-test of {op}" in text for text in failed)
-    assert "clipfast does not work here as it should" in doctor.render(report)
+    assert "clipfast does not work here as it should" in doctor_report.render(report)
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_it_says_which_tuned_file_counts_and_why_not(
         "other version": f"it was made for torch 2.10.0, this is torch {torch.__version__}",
     }[state]
     # in the facts, among them those to paste in a bug report; and one line that says what follows
-    lines = doctor.render(report).splitlines()
+    lines = doctor_report.render(report).splitlines()
     assert sum(expected in line for line in lines if line.startswith("tuned cpu")) == 2
     notes = [text for level, text in report["problems"] if level == "note" and "the rule decides" in text]
     assert len(notes) == (state != "counts")

@@ -19,7 +19,7 @@ from torch import nn
 from clipfast.models.twin_state import Refused, Twin
 from clipfast.models.twins import Refusal
 from clipfast.modules import plainness
-from clipfast.modules.plainness import modules_in
+from clipfast.modules.watch import modules_in
 
 _TWIN = "_clipfast_twin"
 _OPTIONS = "_clipfast_options"

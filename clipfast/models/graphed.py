@@ -26,8 +26,9 @@ from clipfast.models.clip import CLIP
 from clipfast.models.warm_up import warm_up
 from clipfast.modules import shortcuts
 from clipfast.modules.packing import CAPTION_BUCKETS
-from clipfast.modules.plainness import Watch, is_transformed, is_watched_globally
+from clipfast.modules.plainness import is_transformed, is_watched_globally
 from clipfast.modules.text import TextTower
+from clipfast.modules.watch import Watch
 from clipfast.ops import FallbackWarning, capturing, dispatch, fallback, plan, switches
 
 # a model that is another one after so many captures is not worth the next

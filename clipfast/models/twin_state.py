@@ -12,8 +12,8 @@ from torch.nn.modules import module as _global
 
 from clipfast.models.twins import Refusal
 from clipfast.modules import plainness
-from clipfast.modules.plainness import Watch, modules_in
 from clipfast.modules.shortcuts import has_hooks, hooks_of
+from clipfast.modules.watch import Watch, modules_in
 
 if TYPE_CHECKING:
     from clipfast.models.accelerated import Accelerated

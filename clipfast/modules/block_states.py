@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from clipfast.modules import plainness
-from clipfast.modules.plainness import Watch, modules_in
 from clipfast.modules.shortcuts import is_observed
+from clipfast.modules.watch import Watch, modules_in
 
 # its parameters say all that a block computes
 PLAIN = "plain"

@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipfast import doctor, ops
+from clipfast import doctor, doctor_report, ops
 from clipfast.ops import dispatch, library
 
 STREAM = "aoti_torch_get_current_cuda_stream"
@@ -120,9 +120,9 @@ def test_the_doctor_has_a_line_for_them(reason: str | None, monkeypatch: pytest.
         "torch": {"version": "2.11.0", "cuda": "13.0"},
     }
     expected = "found" if reason is None else "missing (no stream was found)"
-    assert f"CUDA entry points: {expected}" in doctor.render(report).splitlines()
+    assert f"CUDA entry points: {expected}" in doctor_report.render(report).splitlines()
     has_cuda = library.build_info()["cuda"] != "none"
     assert [level for level, _ in problems] == (["warning"] if reason and has_cuda else [])
     # a PyTorch without CUDA has no use for them
     report["torch"]["cuda"] = None
-    assert "CUDA entry points" not in doctor.render(report)
+    assert "CUDA entry points" not in doctor_report.render(report)
