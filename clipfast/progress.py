@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,9 @@ from rich.progress import (
 
 from clipfast.console import tell
 from clipfast.notices import drawing_on, is_terminal
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 def draws(console: Console | None) -> bool:
@@ -72,8 +75,81 @@ class Bar(Progress):
         self._notices_above.close()
 
 
-class RowProgress:
-    """Rows done, rows a second and time left: a bar on a terminal; in a file or a pipe, a plain line a minute.
+class ProgressLines:
+    """How much is done: a bar on a terminal; in a file or a pipe, a plain line now and then.
+
+    Use it as a context manager.
+
+    Args:
+        label: What is being done.
+        total: How many steps or rows there are.
+        console: Where to write; None keeps silent.
+        done: How many were done before.
+        seconds_between_lines: How often a plain line is written at most.
+        words: What the bar says before the first call of :meth:`show`.
+        line: What plain lines begin with; by default the label.
+        at_once: Whether a bar is drawn before the first call of :meth:`show`, which may never come where nothing is to
+            be done.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        total: int,
+        console: Console | None,
+        *,
+        done: int = 0,
+        seconds_between_lines: float,
+        words: str = "",
+        line: str | None = None,
+        at_once: bool = True,
+    ) -> None:
+        self._label, self._line, self._words = label, line or label, words
+        self._total, self._done, self._console = total, done, console
+        self._seconds_between_lines, self._at_once = seconds_between_lines, at_once
+        self._last_line = -float("inf")
+        self._bar = Bar(
+            TextColumn(label, markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[words]} ·", markup=False),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+        )
+
+    def __enter__(self) -> Self:
+        self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, words=self._words)
+        if self._at_once:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, done: int, words: str) -> None:
+        """Draw that so many are done, and what is to be said of it."""
+        self._bar.start()
+        self._done = done
+        self._bar.update(self._task, completed=done, words=words)
+
+    def is_due(self) -> bool:
+        """Return whether a plain line may be written now; the next is due a while after that."""
+        now = time.monotonic()
+        due = now - self._last_line >= self._seconds_between_lines
+        self._last_line = now if due else self._last_line
+        return due
+
+    def write(self, words: str, ending: str) -> None:
+        """Write a plain line, unless a bar is drawn."""
+        if self._console is not None and not self._bar.draws:
+            tell(self._console, f"{self._line} {self._done}/{self._total} · {words} · {ending}")
+
+
+class RowProgress(ProgressLines):
+    """Rows done, rows a second and time left; without a terminal a plain line a minute.
 
     Use it as a context manager, and call it with the number of rows that are done.
 
@@ -96,51 +172,37 @@ class RowProgress:
         seconds_between_lines: float = 60.0,
         at_once: bool = True,
     ) -> None:
-        self._label, self._total, self._console, self._first = label, total, console, done
-        self._seconds_between_lines = seconds_between_lines
-        self._at_once = at_once
-        self._done = done
-        self._bar = Bar(
-            TextColumn(label, markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]} ·", markup=False),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
+        super().__init__(
+            label,
+            total,
+            console,
+            done=done,
+            seconds_between_lines=seconds_between_lines,
+            words=rate_in_words(0),
+            at_once=at_once,
         )
+        self._first = done
 
-    def __enter__(self) -> RowProgress:
+    def __enter__(self) -> Self:
         self._started = self._last_line = time.monotonic()
-        self._task = self._bar.add_task(self._label, total=self._total, completed=self._done, rate=rate_in_words(0))
-        if self._at_once:
-            self._bar.start()
-        return self
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        super().__exit__(kind, error, trace)
         took = time.monotonic() - self._started
         if kind is None and took >= self._seconds_between_lines:
-            self._write(f"took {in_words(took)}", took)
+            self.write(rate_in_words(self._rate(took)), f"took {in_words(took)}")
 
     def __call__(self, rows: int) -> None:
         """Count ``rows`` more."""
-        self._bar.start()
-        self._done += rows
-        now = time.monotonic()
-        took = now - self._started
-        self._bar.update(self._task, completed=self._done, rate=rate_in_words(self._rate(took)))
-        if now - self._last_line >= self._seconds_between_lines and self._done < self._total:
-            self._last_line = now
-            left = (self._total - self._done) / max(self._rate(took), 1e-9)
-            self._write(f"{in_words(left)} left", took)
+        took = time.monotonic() - self._started
+        done = self._done + rows
+        rate = (done - self._first) / max(took, 1e-9)
+        self.show(done, rate_in_words(rate))
+        if done < self._total and self.is_due():
+            self.write(rate_in_words(rate), f"{in_words((self._total - done) / max(rate, 1e-9))} left")
 
     def _rate(self, took: float) -> float:
         return (self._done - self._first) / max(took, 1e-9)
-
-    def _write(self, words: str, took: float) -> None:
-        if self._console is not None and not self._bar.draws:
-            rate = rate_in_words(self._rate(took))
-            tell(self._console, f"{self._label} {self._done}/{self._total} · {rate} · {words}")

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from types import TracebackType
-
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
-from clipfast.console import tell
-from clipfast.progress import Bar, in_words
+from clipfast.progress import ProgressLines, in_words
 from clipfast.train.engine import StepRecord
 
 
-class TrainingProgress:
+class TrainingProgress(ProgressLines):
     """A progress bar with loss, samples a second and time left; in a file or a pipe, a plain line now and then.
 
     Use it as a context manager, and :meth:`update` as :func:`clipfast.train.engine.train`'s ``on_step``.
@@ -26,30 +21,10 @@ class TrainingProgress:
     """
 
     def __init__(self, steps: int, console: Console, *, first: int = 0, seconds_between_lines: float = 10.0) -> None:
-        self.steps = steps
-        self.first = first
-        self.console = console
-        self.seconds_between_lines = seconds_between_lines
-        self._last_line = -float("inf")
-        self._bar = Bar(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[words]} ·"),
-            TimeRemainingColumn(),
-            TextColumn("left"),
-            console=console,
+        super().__init__(
+            "training", steps, console, done=first, seconds_between_lines=seconds_between_lines, line="step"
         )
-
-    def __enter__(self) -> TrainingProgress:
-        self._task = self._bar.add_task("training", total=self.steps, completed=self.first, words="")
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
+        self.steps, self.first = steps, first
 
     def update(self, record: StepRecord) -> None:
         """Show one more step."""
@@ -60,11 +35,7 @@ class TrainingProgress:
             words += f" · {record.memory / 1e9:.1f} GB"
         if record.skipped:
             words += f" · {record.skipped} skipped"
-        self._bar.update(self._task, completed=record.step, words=words)
-        if self._bar.draws:
-            return
-        now = time.monotonic()
-        if record.step == self.steps or now - self._last_line >= self.seconds_between_lines:
-            self._last_line = now
+        self.show(record.step, words)
+        if self.is_due() or record.step == self.steps:
             left = (self.steps - record.step) * record.seconds / (record.step - self.first)
-            tell(self.console, f"step {record.step}/{self.steps} · {words} · {in_words(left)} left")
+            self.write(words, f"{in_words(left)} left")
