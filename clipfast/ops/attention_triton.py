@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+# tables and arithmetic: Triton is not imported
+from clipfast.kernels import attention_policy
 from clipfast.ops import attention_packed, attention_torch, kernel_ops, trust
 from clipfast.ops.probes import probe_rows, random
-
-HEAD_DIMS = (32, 64, 80, 96, 104, 128)
 
 
 def _fake_forward(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -46,8 +46,6 @@ def _plain_backward(
 
 def _trials(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, backward: bool) -> list[trust.Trial]:
     """Return how the kernels that a call gets are checked; a backward pass relies on the forward kernel too."""
-    from clipfast.kernels import attention_policy
-
     tokens, head_dim = None if cu_seqlens is not None else qkv.shape[1], qkv.shape[-1]
     shape = attention_policy.architecture(_capability(qkv.device)), tokens, head_dim, qkv.element_size(), causal
     call = (qkv.device, qkv.dtype, head_dim, tokens, causal, attention_policy.unit(qkv.stride()) == 8)
@@ -186,8 +184,8 @@ def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float
 
 def refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str | None:
     """Return why the kernels cannot serve a call, or None."""
-    if qkv.shape[-1] not in HEAD_DIMS:
-        return f"head_dim {qkv.shape[-1]} is not served ({', '.join(map(str, HEAD_DIMS))} are)"
+    if not attention_policy.serves(qkv.shape[-1]):
+        return f"head_dim {qkv.shape[-1]} is not served (multiples of 8 from 32 to 128 are)"
     return kernel_ops.refusal(
         "attention", lambda: _trials(qkv, cu_seqlens, causal, scale, backward=torch.is_grad_enabled()), qkv
     )

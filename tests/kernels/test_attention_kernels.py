@@ -21,6 +21,9 @@ from clipfast.kernels import attention_policy as policy
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
 LENGTHS = (1, 7, 50, 64, 77, 130, 197, 257, 577, 1024)
+HEAD_DIMS = range(32, 129, 8)
+# of each padded width one that is whole and ones that are not
+SOME_HEAD_DIMS = (32, 40, 64, 72, 128)
 NAMES = ("query", "key", "value")
 
 
@@ -71,7 +74,7 @@ def test_float32_in_the_tiles_of_half_precision(tokens: int, causal: bool, tenso
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_float16(tokens: int, causal: bool) -> None:
-    head_dim = policy.HEAD_DIMS[LENGTHS.index(tokens) % 6]
+    head_dim = HEAD_DIMS[3 * LENGTHS.index(tokens) % 13]
     heads = 2 if tokens < 500 else 1
     check(drawn(1, tokens, heads=heads, head_dim=head_dim, dtype=torch.float16), causal=causal)
 
@@ -79,19 +82,40 @@ def test_float16(tokens: int, causal: bool) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("tokens", [1, 7, 64, 77, 130, 257])
 def test_float32(tokens: int, causal: bool) -> None:
-    head_dim = policy.HEAD_DIMS[-1 - tokens % 6]
+    head_dim = HEAD_DIMS[-1 - tokens % 13]
     check(drawn(1, tokens, heads=2, head_dim=head_dim), causal=causal)
 
 
-@pytest.mark.parametrize("head_dim", policy.HEAD_DIMS)
-@pytest.mark.parametrize(("tokens", "causal"), [(50, False), (77, True), (257, False), (321, False)])
-def test_head_dims(tokens: int, causal: bool, head_dim: int, tensor_core_plans: None) -> None:
-    check(drawn(1, tokens, heads=2, head_dim=head_dim), causal=causal)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_head_dims(head_dim: int, dtype: torch.dtype) -> None:
+    offsets = torch.tensor([0, 1, 1, 40], dtype=torch.int32, device=DEVICE)
+    check(drawn(1, 40, heads=2, head_dim=head_dim, dtype=dtype))
+    check(drawn(1, 77, heads=2, head_dim=head_dim, dtype=dtype), causal=True)
+    check(drawn(40, heads=2, head_dim=head_dim, dtype=dtype), cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("head_dim", SOME_HEAD_DIMS)
+@pytest.mark.parametrize("tokens", [257, 321])
+def test_head_dims_beside_a_class_token(tokens: int, head_dim: int, tensor_core_plans: None) -> None:
+    check(drawn(1, tokens, heads=1, head_dim=head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [40, 72, 104])
+def test_heads_whose_rows_are_no_multiples_of_32_bytes(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # what lies beside a head is another head, and behind the last nothing
+    memory = GuardedMemory(monkeypatch)
+    for offsets in (None, torch.tensor([0, 9, 33], dtype=torch.int32, device=DEVICE)):
+        lead = (33,) if offsets is not None else (1, 33)
+        qkv = drawn(*lead, heads=3, head_dim=head_dim, dtype=torch.float16)
+        found = results(qkv, qkv[..., 0, :, :].flatten(-2), cu_seqlens=offsets)
+        assert all(value.isfinite().all() for value in found.values())
+    memory.check()
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", policy.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("tokens", LENGTHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_every_combination(dtype: torch.dtype, tokens: int, head_dim: int, causal: bool) -> None:
@@ -132,7 +156,7 @@ def test_plans_are_of_the_kinds_they_should_be() -> None:
 
 @pytest.mark.parametrize("architecture", [80, 86, 90, 100])
 def test_every_class_of_calls_has_a_plan(architecture: int) -> None:
-    for head_dim, size, causal in itertools.product(policy.HEAD_DIMS, (2, 4), (False, True)):
+    for head_dim, size, causal in itertools.product(HEAD_DIMS, (2, 4), (False, True)):
         for tokens in (None, *range(1, 300), 577, 5000):
             forward = policy.forward_plan(architecture, tokens, head_dim, size, causal)
             backward = policy.backward_plan(architecture, tokens, head_dim, size, causal)
@@ -333,7 +357,7 @@ def test_offsets_beyond_32_bits(shape: tuple[int, ...], dim: int, stride: int, d
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's arithmetic of bfloat16 is not that of the hardware")
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("head_dim", policy.HEAD_DIMS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("tokens", LENGTHS)
 def test_bfloat16(tokens: int, head_dim: int, causal: bool) -> None:
     check(drawn(3, tokens, head_dim=head_dim, dtype=torch.bfloat16), causal=causal)
@@ -355,14 +379,16 @@ def test_bfloat16_roughly(tokens: int) -> None:
 
 def test_refusals_name_the_reason() -> None:
     for qkv, reason in (
-        (drawn(1, 5, head_dim=40), "head_dim 40 is not served"),
+        (drawn(1, 5, head_dim=24), "head_dim 24 is not served (multiples of 8 from 32 to 128 are)"),
+        (drawn(1, 5, head_dim=36), "head_dim 36 is not served"),
+        (drawn(1, 5, head_dim=136), "head_dim 136 is not served"),
         (drawn(1, 5).double(), "float64 is not served"),
     ):
         assert reason in clipfast.explain("attention", qkv, 2)
-    with pytest.warns(ops.FallbackWarning, match="head_dim 48 is not served"):
-        out = ops.attention(drawn(1, 5, head_dim=48), 2)
+    with pytest.warns(ops.FallbackWarning, match="head_dim 44 is not served"):
+        out = ops.attention(drawn(1, 5, head_dim=44), 2)
     with clipfast.backend("reference"):
-        torch.testing.assert_close(out, ops.attention(drawn(1, 5, head_dim=48), 2))
+        torch.testing.assert_close(out, ops.attention(drawn(1, 5, head_dim=44), 2))
     # unmeasured, so forced or not at all
     with clipfast.backend("auto"):
         assert "not triton" in clipfast.explain("attention", drawn(1, 5), 2)
