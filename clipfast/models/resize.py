@@ -54,21 +54,18 @@ def fit_image_positions(
     tower, key, new = _image_positions(model)
     if tower is None or key not in state or state[key].dim() != 2:
         return
-    prefix = int(_has_class_token(tower))
-    patches = state[key].shape[0] - prefix
+    patches = state[key].shape[0] - _rows_before(tower)
     grid = grid or _first_fitting(believed, patches)
     if grid is None and patches == new[0] * new[1]:
         return
     # a ResNet's maps are square, and so are its positions
-    old = grid or _only_grid(patches, prefix, square=isinstance(tower, ModifiedResNet))
+    old = grid or _only_grid(patches, square=isinstance(tower, ModifiedResNet), before=_rows_before(tower))
     if old[0] * old[1] != patches:
         raise ValueError(
             f"grid: got {old[0]}×{old[1]}, expected rows · columns = {patches}, the patches that {key} is for"
         )
     if old != new:
-        rows = state[key]
-        # a table without a class token's row gets one for the time being
-        state[key] = interpolate_positions(rows if prefix else torch.cat([rows[:1], rows]), old, new)[1 - prefix :]
+        state[key] = interpolate_positions(state[key], old, new, _rows_before(tower))
 
 
 def check_image_grid(model: nn.Module, state: Mapping[str, Tensor], believed: Sequence[tuple[int, int]]) -> None:
@@ -76,7 +73,7 @@ def check_image_grid(model: nn.Module, state: Mapping[str, Tensor], believed: Se
     tower, key, new = _image_positions(model)
     if tower is None or key not in state or state[key].dim() != 2:
         return
-    if state[key].shape[0] != _has_class_token(tower) + new[0] * new[1]:
+    if state[key].shape[0] != _rows_before(tower) + new[0] * new[1]:
         return
     old = _first_fitting(believed, new[0] * new[1])
     if old not in (None, new):
@@ -142,16 +139,16 @@ def _image_positions(model: nn.Module) -> tuple[nn.Module | None, str, tuple[int
     return None, "", (0, 0)
 
 
-def _has_class_token(tower: nn.Module) -> bool:
-    """Tell whether a tower's first position is that of a class token; a ResNet's is that of the mean."""
-    return not isinstance(tower, ViT) or "class_embedding" in tower.state_dict(keep_vars=True)
+def _rows_before(tower: nn.Module) -> int:
+    """Return how many rows of an image tower's positions lie before the patches': the class token's, or none."""
+    return int(tower.class_token) if isinstance(tower, ViT) else 1
 
 
 def _first_fitting(grids: Sequence[tuple[int, int]], patches: int) -> tuple[int, int] | None:
     return next((grid for grid in grids if grid[0] * grid[1] == patches), None)
 
 
-def _only_grid(patches: int, prefix: int, square: bool) -> tuple[int, int]:
+def _only_grid(patches: int, square: bool, before: int = 1) -> tuple[int, int]:
     """Return the one grid that so many patches can be; a row or column of patches is none."""
     grids = [(h, patches // h) for h in range(1, patches + 1) if patches % h == 0]
     grids = [(h, w) for h, w in grids if h == w or (not square and h > 1 and w > 1)]
@@ -160,6 +157,6 @@ def _only_grid(patches: int, prefix: int, square: bool) -> tuple[int, int]:
     grids.sort(key=lambda sides: max(sides) / min(sides))
     may = f": {patches} patches may be {', '.join(f'{h}×{w}' for h, w in grids[:3])} or others" if grids else ""
     raise ValueError(
-        f"positions: got {patches + prefix} rows, expected {'1 + ' * prefix}rows · columns of a grid that is "
-        f"known{may}; pass grid=(rows, columns), which the weights were trained with"
+        f"positions: got {patches + before} rows, expected {before} + rows · columns of a grid that is known{may}; "
+        f"pass grid=(rows, columns), which the weights were trained with"
     )
