@@ -48,8 +48,13 @@ def test_archives_and_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "target", "layout", "message"),
     [
-        ("w.pt", "out.pt", "keras", "layout: got 'keras', expected one of 'openai', 'transformers', 'timm'"),
-        ("w.pt", "out.npz", "timm", "expected a name that ends with .safetensors, .pt or .bin"),
+        (
+            "w.pt",
+            "out.pt",
+            "keras",
+            "layout: got 'keras', expected one of 'openai', 'open_clip', 'transformers', 'timm', 'big_vision'",
+        ),
+        ("w.pt", "out.npz", "timm", "for layout 'timm', expected .safetensors, .pt or .bin"),
         ("missing.pt", "out.pt", "openai", "missing.pt: there is no such file of weights"),
         ("", "out.pt", "openai", "got a folder without weights"),
         ("text.pt", "out.pt", "openai", "text.pt: corrupt, truncated, or no file of weights"),
