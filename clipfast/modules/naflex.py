@@ -34,6 +34,12 @@ def cut(images: Tensor, patch_size: int) -> Tensor:
     return pixels.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
 
+def uncut(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
+    """Return images ``[B, 3, rows · P, columns · P]`` of patches ``[B, rows · columns, 3·P·P]``."""
+    parts = patches.unflatten(1, grid).unflatten(-1, (3, patch_size, patch_size))
+    return parts.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class NaFlexBatch:
     """Pictures of any aspect as one sequence of patches, which ``ViT(naflex=True)`` takes in the place of images.
