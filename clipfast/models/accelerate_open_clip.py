@@ -23,18 +23,16 @@ from torch import Tensor, nn
 
 from clipfast.models.accelerated import Accelerated
 from clipfast.models.fallbacks import count
-from clipfast.models.twin_state import Twin
-from clipfast.models.twins import (
+from clipfast.models.twin_blocks import (
     TwinBlock,
     TwinLayerNorm,
-    TwinText,
-    TwinTransformer,
-    TwinViT,
     attention_of_pytorch,
     gelu_of,
     of_type,
     require,
 )
+from clipfast.models.twin_state import Twin
+from clipfast.models.twins import TwinText, TwinTransformer, TwinViT
 
 _NORMS = (open_clip_transformer.LayerNorm, open_clip_transformer.LayerNormFp32, nn.LayerNorm)
 _LEFT_ALONE = {

@@ -17,19 +17,18 @@ from torch import Tensor, nn
 
 from clipfast.models.accelerated import Accelerated
 from clipfast.models.fallbacks import count
-from clipfast.models.twin_state import Twin
-from clipfast.models.twins import (
+from clipfast.models.twin_blocks import (
     TwinAttention,
     TwinBlock,
     TwinLayerNorm,
-    TwinTransformer,
-    TwinViT,
     base_of,
     gelu_of,
     linear_of,
     of_type,
     require,
 )
+from clipfast.models.twin_state import Twin
+from clipfast.models.twins import TwinTransformer, TwinViT
 
 _NORMS = (norm.LayerNorm, norm.LayerNormFp32, nn.LayerNorm)
 _GELUS = {activations.GELU: "none", activations.GELUTanh: "tanh", activations.QuickGELU: "quick"}
