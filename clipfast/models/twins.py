@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.models.twin_blocks import TwinBlock, TwinLayerNorm, of_type, require
+from clipfast.modules.block import Read
 from clipfast.modules.text import TextTransformer
 from clipfast.modules.transformer import Transformer
 from clipfast.modules.vit import ViT
@@ -89,6 +90,10 @@ class _Embedding(nn.Module):
         return self.source(tokens).to(self.linear.weight.dtype)
 
 
+# where tokens are read whose ids do not matter
+_POSITIONS = {"first": 0, "last": -1}
+
+
 class TwinText(TextTransformer):
     """clipfast's text transformer over another one's parts, up to the pooled token, ``[B, W]``.
 
@@ -98,6 +103,7 @@ class TwinText(TextTransformer):
         transformer: The blocks.
         ln_final: The last LayerNorm.
         eos_id: The id whose first occurrence is read; None reads at the largest id.
+        pooling: ``"first"`` or ``"last"``, the token that is read instead, whatever the ids; None reads by them.
     """
 
     def __init__(
@@ -107,12 +113,13 @@ class TwinText(TextTransformer):
         transformer: TwinTransformer,
         ln_final: TwinLayerNorm,
         eos_id: int | None,
+        pooling: str | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.transformer, self.ln_final = transformer, ln_final
         self.token_embedding = _Embedding(token_embedding, transformer.resblocks[0].mlp.c_fc)
         self.vocab_size, self.eos_id = token_embedding.num_embeddings, eos_id
-        self.pooling = "argmax" if eos_id is None else "eos"
+        self.pooling = pooling or ("argmax" if eos_id is None else "eos")
         self.text_projection = self.output_dim = None
         self._positions = positions
 
@@ -126,14 +133,9 @@ class TwinText(TextTransformer):
         """The longest caption, in tokens."""
         return self._positions().shape[0]
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether a token attends to itself and those before it only."""
-        return self.transformer.resblocks[0].attn.causal
-
     def _takes_packed_rows(self) -> bool:
         """Return whether captions may be cut: nothing of the other's would notice."""
-        return self.transformer.can_pack()
+        return self.pooling not in _POSITIONS and self.transformer.can_pack()
 
     def takes(self, tokens: object) -> bool:
         """Return whether ``tokens`` are ids ``[B, L]``, of which nothing but the values can be wrong."""
@@ -148,9 +150,14 @@ class TwinText(TextTransformer):
         """Return all tokens after the last LayerNorm, ``[B, L, W]``."""
         return self.ln_final(self.transformer(self._embed_tokens(tokens)))
 
-    def read_positions(self, tokens: Tensor) -> Tensor:
-        """Return ``[B]``, the position of the token that each row is read at."""
+    def read_positions(self, tokens: Tensor) -> Read:
+        """Return the position of the token that each row is read at, ``[B]``, or one for all."""
         return self._read_positions(tokens)
+
+    def _read_positions(self, tokens: Tensor) -> Read:
+        if self.pooling in _POSITIONS:
+            return _POSITIONS[self.pooling] % tokens.shape[1]
+        return super()._read_positions(tokens)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         """Leave it to the other library what it takes: rows without an EOS are read at their first token."""
