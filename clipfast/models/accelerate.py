@@ -21,7 +21,7 @@ from clipfast.models.accelerated import (
     take_off,
 )
 from clipfast.models.fallbacks import counted
-from clipfast.models.twins import Refusal
+from clipfast.models.twin_blocks import Refusal
 from clipfast.modules import plainness
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -1,9 +1,9 @@
 """open_clip's towers, accelerated: ``CLIP``, ``CustomTextCLIP`` and whatever else holds its transformers.
 
 Served by clipfast: ``VisionTransformer.forward`` with every pooling, and the text of ``CLIP.encode_text`` and
-``TextTransformer.forward`` with every pooling, causal or not. Where one token is read (class token; the largest id or
-the EOS of causal text) and tokens are not asked for, the exact shortcuts apply. ``forward_intermediates`` is the
-library's own code.
+``TextTransformer.forward`` with every pooling, causal or not. Where one token is read (class token; the first or last
+token of a text, its largest id or EOS) and tokens are not asked for, the last block computes that token alone; causal
+text ends there. ``forward_intermediates`` is the library's own code.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ from torch import Tensor, nn
 
 from clipfast.models.accelerated import Accelerated
 from clipfast.models.fallbacks import count
-from clipfast.models.twin_state import Twin
-from clipfast.models.twins import (
+from clipfast.models.twin_blocks import (
     TwinBlock,
     TwinLayerNorm,
-    TwinText,
-    TwinTransformer,
-    TwinViT,
     attention_of_pytorch,
     gelu_of,
     of_type,
     require,
 )
+from clipfast.models.twin_state import Twin
+from clipfast.models.twins import TwinText, TwinTransformer, TwinViT
 
 _NORMS = (open_clip_transformer.LayerNorm, open_clip_transformer.LayerNormFp32, nn.LayerNorm)
 _LEFT_ALONE = {
@@ -193,6 +191,7 @@ def _text_twin(owner: nn.Module, pool_type: str, eos_id: int | None) -> Twin:
         _transformer(owner.transformer, causal),
         TwinLayerNorm(owner.ln_final, _NORMS, "ln_final"),
         eos_id if pool_type == "eos" else None,
+        pool_type if pool_type in ("first", "last") else None,
     )
     return Twin(owner, tower, _TEXT)
 
@@ -223,8 +222,7 @@ def _takes(tower: nn.Module, twin: TwinText, text: object) -> bool:
 
 
 def _pooled(twin: TwinText, text: Tensor, pool_type: str, eos_id: int | None) -> Tensor:
-    reads_there = pool_type == twin.pooling and (pool_type == "argmax" or eos_id == twin.eos_id)
-    if reads_there and twin.is_causal:
+    if pool_type == twin.pooling and (pool_type != "eos" or eos_id == twin.eos_id):
         return twin(text)
     return text_global_pool(twin.tokens(text), text, pool_type, eos_id)
 

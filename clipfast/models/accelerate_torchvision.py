@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torchvision.models import vision_transformer
 
 from clipfast.models.accelerated import Accelerated
-from clipfast.models.twin_state import Twin
-from clipfast.models.twins import (
+from clipfast.models.twin_blocks import (
     TwinBlock,
     TwinLayerNorm,
-    TwinTransformer,
-    TwinViT,
     attention_of_pytorch,
     gelu_of,
     of_type,
     require,
 )
+from clipfast.models.twin_state import Twin
+from clipfast.models.twins import TwinTransformer, TwinViT
 
 _NORMS = (nn.LayerNorm,)
 

@@ -24,20 +24,18 @@ from clipfast.models.accelerated import Accelerated
 from clipfast.models.fallbacks import count
 from clipfast.models.later import Later, can_wait
 from clipfast.models.lazy_output import lazy
-from clipfast.models.twin_state import Twin
-from clipfast.models.twins import (
+from clipfast.models.twin_blocks import (
     TwinAttention,
     TwinBlock,
     TwinLayerNorm,
-    TwinText,
-    TwinTransformer,
-    TwinViT,
     base_of,
     gelu_of,
     linear_of,
     of_type,
     require,
 )
+from clipfast.models.twin_state import Twin
+from clipfast.models.twins import TwinText, TwinTransformer, TwinViT
 from clipfast.modules import plainness
 from clipfast.modules.shortcuts import shortcuts_enabled
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from clipfast.models.twin_blocks import Refusal
 from clipfast.models.twin_state import Refused, Twin
-from clipfast.models.twins import Refusal
 from clipfast.modules import plainness
 from clipfast.modules.watch import modules_in
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules import module as _global
 
-from clipfast.models.twins import Refusal
+from clipfast.models.twin_blocks import Refusal
 from clipfast.modules import plainness
 from clipfast.modules.shortcuts import has_hooks, hooks_of
 from clipfast.modules.watch import Watch, modules_in
