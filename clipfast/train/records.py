@@ -120,4 +120,4 @@ class SkippedLog:
 
 def step_values(record: StepRecord) -> dict[str, float | int]:
     """Return a step's record as numbers by name."""
-    return asdict(record)
+    return record.to_dict()

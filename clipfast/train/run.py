@@ -22,7 +22,6 @@ from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform, image_transform
-from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
 from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig, compile_mode
@@ -32,7 +31,7 @@ from clipfast.train.limits import check_output
 from clipfast.train.plan import leave_plan
 from clipfast.train.progress import TrainingProgress
 from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, open_logs, step_values
-from clipfast.train.run_models import config_of_run, make_teacher
+from clipfast.train.run_models import config_of_run, make_model, make_teacher
 from clipfast.train.trainer import Trainer
 from clipfast.train.validation import Validation
 from clipfast.train.workplace import Workplace, join_workplace
@@ -118,7 +117,7 @@ class _Run:
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
         self.validation = place.together("val_data", self._make_validation)
-        model = place.together("model", lambda: create_model(self.model_config, weights=config.weights))
+        model = place.together("model", lambda: make_model(config, self.model_config))
         teacher = place.together("distill_model", lambda: make_teacher(config, self.model_config))
         # ranks meet in here: nothing may have gone wrong on one of them before
         self.trainer = Trainer(model, self.training, place, equal_batches=True, teacher=teacher)
@@ -302,7 +301,8 @@ class _Run:
     def _announce(self) -> None:
         place, say = self.place, self._say
         parameters = sum(p.numel() for p in self.trainer.model.parameters())
-        say(f"model {os.fspath(self.config.model)}: {parameters / 1e6:.1f} M parameters, {self.training.precision}")
+        how = self.training.precision + (", sigmoid loss" if self.trainer.loss == "siglip" else "")
+        say(f"model {os.fspath(self.config.model)}: {parameters / 1e6:.1f} M parameters, {how}")
         where = f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else "cuda"
         say(f"ranks: {place.world_size} ({self.training.strategy}), {where}, {self.config.workers} workers each")
         say(f"pairs: {len(self.source)}, {self.config.batch_size} a step, {self.training.steps} steps")
