@@ -170,8 +170,6 @@ def search(
 ) -> None:
     """List the pictures or texts that are nearest to a text or a picture."""
     with _mistakes_told():
-        from dataclasses import asdict
-
         from clipfast.embed import search as searching
 
         if (text is None) == (image is None):
@@ -182,9 +180,11 @@ def search(
         clip = _open(model, weights, device, "fp32")
         searching.check_model(features, clip)
         options = searching.picture_options_of(features)
-        hits = searching.search(features, searching.encode_query(clip, text=text, image=image, options=options), k)
+        vector = searching.encode_query(clip, text=text, image=image, options=options)
+        sigmoid = searching.sigmoid_for(features, clip, text=text is not None)
+        hits = searching.search(features, vector, k, sigmoid=sigmoid)
         query = text if text is not None else str(image)
-        found = {"query": query, "features": str(features), "hits": [asdict(hit) for hit in hits]}
+        found = {"query": query, "features": str(features), "hits": [hit.to_dict() for hit in hits]}
         _print_result(searching.hits_table(hits, query), found, as_json)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.transform import load_image
 from clipfast.embed.writer import names_path, read_about
 from clipfast.evaluate.features import picture_encoder, text_encoder
+from clipfast.evaluate.probabilities import Sigmoid, sigmoid_of
 from clipfast.models.clip import CLIP
 from clipfast.models.open_model import weights_digest
 
@@ -37,12 +39,18 @@ class Hit:
         cosine: With the query.
         row: Its number in what was embedded.
         name: Its path or text; empty if the file has no names.
+        probability: That it and the query belong together, where a sigmoid says so.
     """
 
     rank: int
     cosine: float
     row: int
     name: str
+    probability: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what there is, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def encode_query(
@@ -70,7 +78,12 @@ def encode_query(
 
 
 def search(
-    features: str | os.PathLike[str], query: Tensor, k: int = 10, *, chunk_values: int = _VALUES_IN_MEMORY
+    features: str | os.PathLike[str],
+    query: Tensor,
+    k: int = 10,
+    *,
+    sigmoid: Sigmoid | None = None,
+    chunk_values: int = _VALUES_IN_MEMORY,
 ) -> list[Hit]:
     """Find the k rows whose features have the largest cosine with a query's, of equals the first.
 
@@ -81,6 +94,7 @@ def search(
             ``[n, E]``, or Parquet with a column ``features`` of lists, of other programs.
         query: ``[E]``, of any length but 0.
         k: How many; all where there are fewer.
+        sigmoid: What makes probabilities of cosines; see :func:`sigmoid_for`.
         chunk_values: The most values read at once.
 
     Raises:
@@ -114,10 +128,24 @@ def search(
         best_scores, best_places = scores[order], places[order]
         first += len(chunk)
     named = file.names(best_places.tolist())
+    cosines = torch.from_numpy(best_scores)
+    probabilities = [None] * len(cosines) if sigmoid is None else sigmoid(cosines).tolist()
     return [
-        Hit(rank, float(score), *named[place])
-        for rank, (score, place) in enumerate(zip(best_scores, best_places.tolist(), strict=True), 1)
+        Hit(rank, float(best_scores[rank - 1]), *named[place], probability=probabilities[rank - 1])
+        for rank, place in enumerate(best_places.tolist(), 1)
     ]
+
+
+def sigmoid_for(features: str | os.PathLike[str], model: CLIP, *, text: bool) -> Sigmoid | None:
+    """Return the sigmoid of a model where it was trained to tell: between texts and pictures.
+
+    Args:
+        features: The file, which says what it holds.
+        model: That it was made with.
+        text: Whether the query is a text.
+    """
+    kind = read_about(Path(features)).get("kind")
+    return sigmoid_of(model) if kind == ("image" if text else "text") else None
 
 
 def check_model(features: str | os.PathLike[str], model: CLIP) -> None:
@@ -151,11 +179,14 @@ def picture_options_of(features: str | os.PathLike[str]) -> DataOptions:
 
 def hits_table(hits: list[Hit], query: str) -> Table:
     """Set what was found as a table for the terminal."""
-    table = Table("rank", "cosine", "row", "name", title=visible(query), title_justify="left")
-    for column in table.columns[:3]:
+    probable = any(hit.probability is not None for hit in hits)
+    heads = ("rank", "cosine", *(("probability",) if probable else ()), "row", "name")
+    table = Table(*heads, title=visible(query), title_justify="left")
+    for column in table.columns[:-1]:
         column.justify = "right"
     for hit in hits:
-        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", str(hit.row), visible(hit.name))
+        chance = [f"{hit.probability:.3g}"] if probable else []
+        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", *chance, str(hit.row), visible(hit.name))
     return table
 
 

@@ -31,6 +31,7 @@ from clipfast.evaluate.classes import (
 )
 from clipfast.evaluate.features import Encoded, encode_rows, picture_encoder, text_encoder
 from clipfast.evaluate.linear_probe import SWEEP, linear_probe, split_for_probe
+from clipfast.evaluate.probabilities import mean_probabilities, sigmoid_of
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.evaluate.zero_shot import zero_shot_accuracy
 from clipfast.files import write_atomically
@@ -154,6 +155,8 @@ def _zero_shot(model: CLIP, source: LabelledSource, classes: Classes, reading: R
     labels = torch.tensor(source.labels)[images.rows]
     count = len(classes.names)
     metrics = zero_shot_accuracy(images.features, classifier, labels, ks=(1, 5) if count > 5 else (1,))
+    if (sigmoid := sigmoid_of(model)) is not None:
+        metrics |= mean_probabilities(images.features, classifier.T, labels, torch.arange(count), sigmoid)
     alike, words = effect_of_likeness(classes, images.features, classifier, labels, metrics["top1"])
     if words:
         warnings.warn(words, EvaluationWarning, stacklevel=3)
@@ -264,6 +267,9 @@ def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
     features = encoded.features[[number[text] for _, text in pairs]]
     image_of_text = torch.tensor([picture for picture, _ in pairs])
     metrics = retrieval_recall(images.features[order], features, image_of_text=image_of_text)
+    if (sigmoid := sigmoid_of(model)) is not None:
+        own = torch.arange(len(images.rows))
+        metrics |= mean_probabilities(images.features[order], features, own, image_of_text, sigmoid)
     counts = {"pictures": len(images.rows), "texts": len(pairs)}
     return Evaluation("retrieval", metrics, counts, {}, skipped)
 

@@ -57,7 +57,8 @@ def warm_up(
             or ``torch.compile``, whose own code is not touched.
         images: ``[B, 3, height, width]`` as the model will get them; two made-up ones if None.
         tokens: Token ids ``[B, L]`` as the model will get them; two made-up captions if None.
-        training: Whether the backward passes too, and the contrastive loss of a model with both towers.
+        training: Whether the backward passes too, and the contrastive loss of a model with both towers;
+            SigLIP's as well for one with a ``logit_bias``.
 
     Returns:
         A :class:`WarmUp`; printed, it is a list.
@@ -95,7 +96,7 @@ def _run(model: nn.Module, calls: list[tuple[Callable[[Tensor], Tensor], Tensor]
     features = [encode(inputs) for encode, inputs in calls]
     if training:
         if len(features) == 2:
-            features.append(_loss(*features))
+            features.append(_loss(*features, has_bias=getattr(model, "logit_bias", None) is not None))
         wanted = [p for p in model.parameters() if p.requires_grad]
         total = sum(f.float().sum() for f in features)
         if wanted and total.requires_grad:
@@ -175,10 +176,11 @@ def _made_up_tokens(model: nn.Module, device: torch.device) -> Tensor:
     return tokens
 
 
-def _loss(image: Tensor, text: Tensor) -> Tensor:
+def _loss(image: Tensor, text: Tensor, has_bias: bool) -> Tensor:
     pairs = min(len(image), len(text))
     image, text = (F.normalize(x[:pairs].float(), dim=-1) for x in (image, text))
-    return ops.contrastive_loss(image, text, 1.0)
+    loss = ops.contrastive_loss(image, text, 1.0)
+    return loss + ops.siglip_loss(image, text, 1.0) if has_bias else loss
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from clipfast.train.limits import MOST_STEPS, RULES, RUN_RULES, check_together
 Precision = Literal["fp32", "bf16", "pure_bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
 Strategy = Literal["ddp", "fsdp"]
+Loss = Literal["auto", "clip", "siglip"]
 Compile = Literal["no", "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 
 
@@ -47,6 +48,11 @@ class TrainConfig:
             False are ``"default"`` and ``"no"``.
         strategy: How ranks share the model: ``"ddp"``, or ``"fsdp"`` (FSDP2).
         seed: Of all random numbers in the towers.
+        loss: ``"clip"``, the softmax over a batch (:func:`clipfast.ops.contrastive_loss`), or ``"siglip"``, the sigmoid
+            of every pair (:func:`clipfast.ops.siglip_loss`); ``"auto"`` takes the latter for models with a
+            ``logit_bias``. Under it neither scale nor bias decays, and the scale is not clamped.
+        decay_positions: Whether position embeddings and the probe of attention pooling decay too, as in open_clip's
+            script.
         label_smoothing: The share of every target that is spread evenly over its row; see
             :func:`clipfast.ops.contrastive_loss`.
         lock_image: Whether the image tower is frozen, but for its last ``lock_image_unlocked_groups`` groups of layers;
@@ -70,6 +76,8 @@ class TrainConfig:
     compile: Annotated[Compile, "The blocks, by torch.compile: no, default, reduce-overhead, max-autotune, ..."] = "no"
     strategy: Annotated[Strategy, "How ranks share the model: ddp, or fsdp."] = "ddp"
     seed: Annotated[int, "Of the data's order, crops and dropout."] = 0
+    loss: Annotated[Loss, "clip (softmax), siglip (sigmoid), or auto: siglip for models with a logit_bias."] = "auto"
+    decay_positions: Annotated[bool, "Position embeddings decay too, as in open_clip's script."] = False
     label_smoothing: Annotated[float, "The share of every target that is spread over its row."] = 0.0
     lock_image: Annotated[bool, "Freeze the image tower (LiT)."] = False
     lock_image_unlocked_groups: Annotated[int, "Its last groups of layers that still learn."] = 0

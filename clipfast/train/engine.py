@@ -33,6 +33,7 @@ class StepRecord:
         skipped: Pairs that could not be used so far, on this rank.
         memory: The most bytes that a GPU's tensors took so far, on this rank; 0 on a CPU.
         seconds: Since training began, or went on.
+        logit_bias: What is added to logits, before the update; None for a model without one.
     """
 
     step: int
@@ -45,6 +46,11 @@ class StepRecord:
     skipped: int
     memory: int
     seconds: float
+    logit_bias: float | None = None
+
+    def to_dict(self) -> dict[str, float | int]:
+        """Return what there is, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass
@@ -63,7 +69,7 @@ def train(
     log_path: Path | None = None,
     on_step: Callable[[StepRecord], None] | None = None,
 ) -> TrainResult:
-    """Train ``model`` in place with the contrastive loss, in one process.
+    """Train ``model`` in place, in one process.
 
     The first Ctrl-C ends training after the step in progress, so that what was learned can be evaluated and saved;
     the second one is an ordinary KeyboardInterrupt.
@@ -83,7 +89,7 @@ def train(
         log_path.parent.mkdir(parents=True, exist_ok=True)
     log_file = nullcontext() if log_path is None else log_path.open("w", encoding="utf-8", buffering=1)
     with log_file as log:
-        listeners = [] if log is None else [lambda record: log.write(json.dumps(asdict(record)) + "\n")]
+        listeners = [] if log is None else [lambda record: log.write(json.dumps(record.to_dict()) + "\n")]
         return train_on(Trainer(model, config), batches, [*listeners, *([on_step] if on_step else [])])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,10 +35,12 @@ class StepLoss(NamedTuple):
     Attributes:
         loss: Of the batch joined over ranks.
         logit_scale: The factor between cosines and logits.
+        logit_bias: What is added to them; None without one.
     """
 
     loss: Tensor
     logit_scale: Tensor
+    logit_bias: Tensor | None = None
 
 
 def compute_gradients(
@@ -50,6 +52,7 @@ def compute_gradients(
     micro_batch_size: int | None = None,
     loss_factor: Tensor | float = 1.0,
     equal_batches: bool = False,
+    loss: Literal["clip", "siglip"] = "clip",
     label_smoothing: float = 0.0,
     teacher: Towers | None = None,
 ) -> StepLoss:
@@ -69,21 +72,29 @@ def compute_gradients(
         micro_batch_size: Pairs encoded at once; all of them if None.
         loss_factor: What the loss is multiplied by before the backward pass (fp16's scale).
         equal_batches: The promise that all ranks hold equally many pairs.
+        loss: ``"clip"`` for :func:`clipfast.ops.contrastive_loss`, ``"siglip"`` for :func:`clipfast.ops.siglip_loss` of
+            a model with ``logit_bias``, which takes neither smoothing nor a teacher.
         label_smoothing: The loss's; see :func:`clipfast.ops.contrastive_loss`.
         teacher: Another model's towers, whose logits the loss draws the model's to as well; see
             :func:`clipfast.ops.distillation_loss`. It takes no smoothing.
     """
     size = micro_batch_size or len(images)
     taught = None if teacher is None else _encoded(teacher, images.split(size), tokens.split(size))
-    loss_of = partial(_loss, shared=shared, equal_batches=equal_batches, label_smoothing=label_smoothing, taught=taught)
+    options = {"equal_batches": equal_batches, "label_smoothing": label_smoothing, "taught": taught}
+    loss_of = partial(_siglip_loss, shared=shared) if loss == "siglip" else partial(_loss, shared=shared, **options)
     # a loss with a teacher gathers texts by itself
     send = _has_ranks(shared) and teacher is None
     if size >= len(images):
         features = shared(images, tokens, seeds.of_part(0), send, equal_batches)
-        loss = loss_of(features)
-        (loss * loss_factor).backward()
-        return StepLoss(loss.detach(), features.logit_scale.detach())
-    return _by_parts(shared, images.split(size), tokens.split(size), seeds, loss_of, loss_factor, send, equal_batches)
+        value = loss_of(features)
+        (value * loss_factor).backward()
+        bias = features.logit_bias
+        found = StepLoss(value.detach(), features.logit_scale.detach(), None if bias is None else bias.detach())
+    else:
+        parts = images.split(size), tokens.split(size)
+        found = _by_parts(shared, *parts, seeds, loss_of, loss_factor, send, equal_batches)
+    # each rank had the share of its own images
+    return found._replace(loss=_mean_over_ranks(found.loss, shared)) if loss == "siglip" else found
 
 
 def _by_parts(
@@ -101,14 +112,14 @@ def _by_parts(
     with torch.no_grad():
         texts = [towers(None, tokens[i], seeds.of_part(i)) for i in parts]
     text = torch.cat([t.text for t in texts]).requires_grad_()
-    scale = texts[0].logit_scale.detach().clone().requires_grad_()
+    scalars = [None if x is None else x.detach().clone().requires_grad_() for x in texts[0].scalars]
     sent = None
     if send:
         sent = ops.send_texts(text, _towers(shared).workplace.group, equal_batches=equal_batches)
     with torch.no_grad():
         image = torch.cat([towers(images[i], None, seeds.of_part(i)).image for i in parts])
     image.requires_grad_()
-    loss = loss_of(Features(image, text, scale, sent))
+    loss = loss_of(Features(image, text, scalars[0], sent, scalars[1]))
     (loss * loss_factor).backward()
 
     # a tower that learns nothing has no second pass
@@ -118,12 +129,16 @@ def _by_parts(
         last = i == parts[-1]
         with nullcontext() if last else _without_sync(shared):
             features = shared(images[i] if image_learns else None, tokens[i] if text_learns else None, seeds.of_part(i))
-            # the temperature's gradient goes with the last part, which is the one that ranks exchange
-            of_scale = scale.grad if last else torch.zeros_like(scale.grad)
-            results = ((features.image, of_images[i]), (features.text, of_texts[i]), (features.logit_scale, of_scale))
-            pairs = [(x, gradient) for x, gradient in results if x is not None and x.requires_grad]
+            # the scalars' gradients go with the last part, which is the one that ranks exchange
+            of_scalars = [None if x is None or x.grad is None else x.grad if last else 0 * x.detach() for x in scalars]
+            results = (features.image, features.text, *features.scalars)
+            pairs = [
+                (x, gradient)
+                for x, gradient in zip(results, (of_images[i], of_texts[i], *of_scalars), strict=True)
+                if x is not None and x.requires_grad and gradient is not None
+            ]
             torch.autograd.backward(*zip(*pairs, strict=True))
-    return StepLoss(loss.detach(), scale.detach())
+    return StepLoss(loss.detach(), *(None if x is None else x.detach() for x in scalars))
 
 
 def _loss(
@@ -135,6 +150,17 @@ def _loss(
         return losses.contrastive + losses.distill
     options = {} if features.sent is None else {"group": group, "comm": features.sent}
     return ops.contrastive_loss(*student, label_smoothing=label_smoothing, **options)
+
+
+def _siglip_loss(features: Features, shared: nn.Module) -> Tensor:
+    """Return this rank's share: the mean over ranks is the loss of the joined batch."""
+    options = {} if features.sent is None else {"group": _towers(shared).workplace.group, "comm": features.sent}
+    return ops.siglip_loss(*features[:3], logit_bias=features.logit_bias, **options)
+
+
+def _mean_over_ranks(value: Tensor, shared: nn.Module) -> Tensor:
+    workplace = _towers(shared).workplace
+    return value if workplace.group is None else workplace.sum(value) / workplace.world_size
 
 
 @torch.no_grad()

@@ -28,6 +28,8 @@ RULES: dict[str, Rule] = {
     "compile": ANY,
     "strategy": ANY,
     "seed": between(0, 2**63 - 1),
+    "loss": ANY,
+    "decay_positions": ANY,
     "label_smoothing": share(),
     "lock_image": ANY,
     # negative ones count those that are frozen, from the front
@@ -116,8 +118,22 @@ def check_together(values: dict[str, Any], usual_warmup: int) -> None:
     teacher, weights = values.get("distill_model"), values.get("distill_weights")
     if (teacher is None) != (weights is None):
         raise ValueError(f"distill_model, distill_weights: got {teacher} and {weights}, expected both or neither")
+    if values["loss"] == "siglip":
+        check_sigmoid(values["label_smoothing"], teacher is not None)
     if teacher is not None and values["label_smoothing"]:
         raise ValueError(f"label_smoothing: got {values['label_smoothing']} with distill_model, expected 0")
+
+
+def check_sigmoid(label_smoothing: float, taught: bool) -> None:
+    """Check what the sigmoid loss is combined with: a softmax over the batch is what the others are defined on.
+
+    Raises:
+        ValueError: It has no such thing.
+    """
+    if label_smoothing:
+        raise ValueError(f"label_smoothing: got {label_smoothing} with the sigmoid loss, expected 0, or loss = 'clip'")
+    if taught:
+        raise ValueError("distill_model: got a teacher with the sigmoid loss, expected none, or loss = 'clip'")
 
 
 def check_output(folder: Path) -> None:

@@ -14,27 +14,34 @@ from clipfast.train.config import Schedule
 
 
 def parameter_groups(
-    model: nn.Module, weight_decay: float, weights: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    weight_decay: float,
+    weights: Mapping[str, Tensor] | None = None,
+    *,
+    decay_positions: bool = False,
 ) -> list[dict[str, object]]:
     """Split the trainable parameters of ``model`` into those that decay and those that do not.
 
-    Biases, norms and scalars (``logit_scale``) do not decay, nor what ``model.no_weight_decay()`` names, if the
-    model has that method (position and class embeddings).
+    Biases, norms and scalars (``logit_scale``, ``logit_bias``) do not decay, nor what ``model.no_weight_decay()``
+    names, if the model has that method (position and class embeddings).
 
     Args:
         model: The model.
         weight_decay: Of those that decay.
         weights: What stands for the parameters, by their names: copies in full precision.
+        decay_positions: Whether position embeddings and the probe of attention pooling decay too. These groups are then
+            those of open_clip's ``main.py``, which spares what has one dimension.
 
     Returns:
         Parameter groups for a ``torch.optim`` optimizer, the decaying one first. Tensors that are sharded over ranks
         never share one with tensors that are not.
     """
-    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") else set()
+    spared = model.no_weight_decay() if hasattr(model, "no_weight_decay") and not decay_positions else set()
     groups: dict[tuple[bool, bool], list[Tensor]] = {(True, False): [], (False, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim >= 2 and name not in spared
+            # timm's probe has three dimensions, ours one
+            decays = name not in spared and (parameter.ndim >= 2 or (decay_positions and name.endswith(".probe")))
             weight = parameter if weights is None else weights[name]
             groups.setdefault((decays, isinstance(weight, DTensor)), []).append(weight)
     return [
@@ -52,9 +59,10 @@ def make_optimizer(
     *,
     betas: tuple[float, float] = (0.9, 0.98),
     eps: float = 1e-6,
+    decay_positions: bool = False,
 ) -> torch.optim.AdamW:
     """Make AdamW with the betas and eps of CLIP's vision transformers (Radford et al., 2021, table 18)."""
-    groups = parameter_groups(model, weight_decay, weights)
+    groups = parameter_groups(model, weight_decay, weights, decay_positions=decay_positions)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 

@@ -29,6 +29,8 @@ class TrainingProgress(ProgressLines):
     def update(self, record: StepRecord) -> None:
         """Show one more step."""
         words = f"loss {record.loss:.3f} · {record.samples_per_second:.0f} samples/s"
+        if record.logit_bias is not None:
+            words += f" · scale {record.logit_scale:.1f}, bias {record.logit_bias:.1f}"
         if record.data_wait >= 0.05:
             words += f" · {record.data_wait:.0%} waiting for data"
         if record.memory:

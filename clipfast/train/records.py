@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from clipfast.data.batches import Batch
 from clipfast.files import write_atomically
+from clipfast.train.config import RunConfig
 from clipfast.train.engine import StepRecord
 
 
@@ -73,6 +75,26 @@ class TensorBoardLog:
         self._writer.close()
 
 
+def open_logs(folder: Path, config: RunConfig, step: int) -> list[JsonLog | TensorBoardLog]:
+    """Write a run's settings into its folder, and open its logs from a step on.
+
+    Args:
+        folder: Of the run; made if it is missing.
+        config: The settings; ``tensorboard`` asks for TensorBoard's log, which is left out, with a warning, where
+            TensorBoard is not installed.
+        step: The step that the run goes on from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    logs: list[JsonLog | TensorBoardLog] = [JsonLog(folder / "log.jsonl", step)]
+    if config.tensorboard:
+        try:
+            logs.append(TensorBoardLog(folder / "tensorboard", step))
+        except ImportError as error:
+            warnings.warn(f"no logs for TensorBoard: {error}: pip install 'clipfast[train]'", stacklevel=2)
+    return logs
+
+
 class SkippedLog:
     """Writes down which pairs could not be used, and why, as batches go by.
 
@@ -98,4 +120,4 @@ class SkippedLog:
 
 def step_values(record: StepRecord) -> dict[str, float | int]:
     """Return a step's record as numbers by name."""
-    return asdict(record)
+    return record.to_dict()

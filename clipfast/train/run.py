@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,6 @@ from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform, image_transform
-from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig, get_config
-from clipfast.models.create import create_model
 from clipfast.models.model_folder import write_model_folder
 from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig, compile_mode
@@ -34,7 +30,8 @@ from clipfast.train.interrupt import StopRequest, stop_on_interrupt
 from clipfast.train.limits import check_output
 from clipfast.train.plan import leave_plan
 from clipfast.train.progress import TrainingProgress
-from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, step_values
+from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, open_logs, step_values
+from clipfast.train.run_models import config_of_run, make_model, make_teacher
 from clipfast.train.trainer import Trainer
 from clipfast.train.validation import Validation
 from clipfast.train.workplace import Workplace, join_workplace
@@ -113,15 +110,15 @@ class _Run:
         self.config, self.place, self.console, self.stop = config, place, console, stop
         self.output = Path(config.output)
         place.agree("settings", self._settings())
-        self.model_config = place.together("model", self._model_config)
+        self.model_config = place.together("model", lambda: config_of_run(config))
         place.together("output", lambda: check_output(self.output))
         self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
         self.validation = place.together("val_data", self._make_validation)
-        model = place.together("model", lambda: create_model(self.model_config, weights=config.weights))
-        teacher = place.together("distill_model", self._make_teacher)
+        model = place.together("model", lambda: make_model(config, self.model_config))
+        teacher = place.together("distill_model", lambda: make_teacher(config, self.model_config))
         # ranks meet in here: nothing may have gone wrong on one of them before
         self.trainer = Trainer(model, self.training, place, equal_batches=True, teacher=teacher)
         self.checkpoints = Checkpoints(self.output / "checkpoints", place, keep=config.keep)
@@ -130,25 +127,6 @@ class _Run:
         self._unsaved = True
         # of a step whose look at the held-out pairs was left when the run was told to stop
         self._owed: dict[str, Any] | None = None
-
-    def _model_config(self) -> CLIPConfig:
-        config = get_config(self.config.model)
-        if self.config.patch_dropout:
-            config = replace(config, vision_cfg=replace(config.vision_cfg, patch_dropout=self.config.patch_dropout))
-        return config
-
-    def _make_teacher(self) -> CLIP | None:
-        if self.config.distill_model is None:
-            return None
-        config, own = get_config(self.config.distill_model), self.model_config
-        for name, of_teacher, of_model in (
-            ("image_size", config.vision_cfg.image_size, own.vision_cfg.image_size),
-            ("context_length", config.text_cfg.context_length, own.text_cfg.context_length),
-            ("vocab_size", config.text_cfg.vocab_size, own.text_cfg.vocab_size),
-        ):
-            if of_teacher != of_model:
-                raise ValueError(f"distill_model: got {name} {of_teacher}, expected {of_model}, as the model's")
-        return create_model(config, weights=self.config.distill_weights)
 
     def _make_validation(self) -> Validation | None:
         if self.config.val_data is None:
@@ -196,7 +174,9 @@ class _Run:
             stop=self.stop.asked,
         )
         self._announce()
-        logs = place.together("output", lambda: self._open_logs() if place.leads else [])
+        # what is owed has no line yet, or one of a run that paid and was killed before it saved
+        logged = trainer.step - (self._owed is not None)
+        logs = place.together("output", lambda: open_logs(self.output, config, logged) if place.leads else [])
         skipped = SkippedLog(self.output / f"skipped-{place.rank}.jsonl")
         with (
             contextlib.closing(batches),
@@ -318,23 +298,11 @@ class _Run:
 
     # --- what a person sees -------------------------------------------------------------------------------
 
-    def _open_logs(self) -> list[JsonLog | TensorBoardLog]:
-        self.output.mkdir(parents=True, exist_ok=True)
-        (self.output / "config.json").write_text(json.dumps(asdict(self.config), indent=1) + "\n", encoding="utf-8")
-        # what is owed has no line yet, or one of a run that paid and was killed before it saved
-        step = self.trainer.step - (self._owed is not None)
-        logs: list[JsonLog | TensorBoardLog] = [JsonLog(self.output / "log.jsonl", step)]
-        if self.config.tensorboard:
-            try:
-                logs.append(TensorBoardLog(self.output / "tensorboard", step))
-            except ImportError as error:
-                warnings.warn(f"no logs for TensorBoard: {error}: pip install 'clipfast[train]'", stacklevel=2)
-        return logs
-
     def _announce(self) -> None:
         place, say = self.place, self._say
         parameters = sum(p.numel() for p in self.trainer.model.parameters())
-        say(f"model {os.fspath(self.config.model)}: {parameters / 1e6:.1f} M parameters, {self.training.precision}")
+        how = self.training.precision + (", sigmoid loss" if self.trainer.loss == "siglip" else "")
+        say(f"model {os.fspath(self.config.model)}: {parameters / 1e6:.1f} M parameters, {how}")
         where = f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else "cuda"
         say(f"ranks: {place.world_size} ({self.training.strategy}), {where}, {self.config.workers} workers each")
         say(f"pairs: {len(self.source)}, {self.config.batch_size} a step, {self.training.steps} steps")

@@ -29,12 +29,19 @@ class Features(NamedTuple):
         text: ``[b, D]``; None without tokens.
         logit_scale: A scalar.
         sent: The texts on their way to the other ranks, where they were sent.
+        logit_bias: A scalar; None for a model without one.
     """
 
     image: Tensor | None
     text: Tensor | None
     logit_scale: Tensor
     sent: TextExchange | None = None
+    logit_bias: Tensor | None = None
+
+    @property
+    def scalars(self) -> tuple[Tensor, Tensor | None]:
+        """The scale and the bias of the logits."""
+        return self.logit_scale, self.logit_bias
 
 
 class Towers(nn.Module):
@@ -82,7 +89,8 @@ class Towers(nn.Module):
             _seed(seeds and seeds[1])
             images = images.to(self.model.visual.conv1.weight.dtype)
             image = self._normalized(self.model.encode_image, images, self.image_learns)
-        return Features(image, text, self.model.logit_scale.exp(), sent)
+        bias = self.model.logit_bias
+        return Features(image, text, self.model.logit_scale.exp(), sent, None if bias is None else bias.clone())
 
     @property
     def image_learns(self) -> bool:

@@ -15,7 +15,8 @@ from clipfast.models.clip import CLIP
 from clipfast.models.warm_up import warm_up
 from clipfast.train.config import Compile, TrainConfig
 from clipfast.train.gradients import StepSeeds, compute_gradients
-from clipfast.train.limits import GRAPH_MODES
+from clipfast.train.limits import GRAPH_MODES, check_sigmoid
+from clipfast.train.objective import loss_of
 from clipfast.train.optimizer import (
     clip_gradients,
     copy_each,
@@ -40,12 +41,14 @@ class StepResult:
         logit_scale: The factor between cosines and logits (not its logarithm), before the update.
         learning_rate: Of this step.
         grad_norm: The norm of all gradients, before clipping.
+        logit_bias: What is added to logits, before the update; None without one.
     """
 
     loss: float
     logit_scale: float
     learning_rate: float
     grad_norm: float
+    logit_bias: float | None = None
 
 
 class Trainer:
@@ -60,6 +63,8 @@ class Trainer:
 
     Attributes:
         step: Steps taken.
+        loss: By which the model learns, ``"clip"`` or ``"siglip"``. The bias of a model that learns by the former is
+            frozen: it cannot change that loss.
         weights: The trainable weights in full precision, by name: the model's parameters, or copies that the optimizer
             works on.
         frozen: The weights that do not learn, in full precision, by name.
@@ -69,7 +74,8 @@ class Trainer:
 
     Raises:
         ValueError: ``micro_batch_size`` for a model with BatchNorm, whose statistics depend on the batch; groups of a
-            ResNet to unlock, which is frozen as a whole; or ``label_smoothing`` with a teacher.
+            ResNet to unlock, which is frozen as a whole; ``label_smoothing`` with a teacher; the sigmoid loss with one
+            of them, or for a model without ``logit_bias``.
     """
 
     def __init__(
@@ -87,6 +93,11 @@ class Trainer:
         self.step = 0
         if teacher is not None and config.label_smoothing:
             raise ValueError(f"label_smoothing: got {config.label_smoothing} with a teacher, expected 0")
+        self.loss = loss_of(model, config.loss)
+        if self.loss == "siglip":
+            check_sigmoid(config.label_smoothing, teacher is not None)
+        elif model.logit_bias is not None:
+            model.logit_bias.requires_grad_(False)
         _lock(model, config)
         if config.micro_batch_size is not None and any(
             isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()
@@ -123,7 +134,9 @@ class Trainer:
         self.weights: dict[str, Tensor] = {n: masters.get(n, p) for n, p in self._parameters.items()}
         others = ((n, p) for n, p in model.named_parameters() if not p.requires_grad)
         self.frozen: dict[str, Tensor] = {n: frozen.get(n, p) for n, p in others}
-        self.optimizer = make_optimizer(model, config.learning_rate, config.weight_decay, self.weights)
+        self.optimizer = make_optimizer(
+            model, config.learning_rate, config.weight_decay, self.weights, decay_positions=config.decay_positions
+        )
         self.ema = {n: w.detach().clone() for n, w in self.weights.items()} if config.ema_decay else {}
         self.buffers = dict(model.named_buffers())
         # DDP and FSDP2 have memory of their own for gradients
@@ -156,6 +169,7 @@ class Trainer:
                 micro_batch_size=config.micro_batch_size,
                 loss_factor=self.scaler.scale(torch.ones((), device=device)) if self.scaler.is_enabled() else 1.0,
                 equal_batches=self.equal_batches,
+                loss=self.loss,
                 label_smoothing=config.label_smoothing,
                 teacher=self.teacher,
             )
@@ -172,7 +186,8 @@ class Trainer:
             sound = sound & norm.isfinite()
         step_if(self.optimizer, sound, self.scaler)
         # the one wait for the device, after all its work is queued
-        loss, scale, norm = torch.stack([x.to(device, torch.float64) for x in (*found, norm)]).tolist()
+        numbers = [x.to(device, torch.float64) for x in (norm, *found) if x is not None]
+        norm, loss, scale, *bias = torch.stack(numbers).tolist()
         self.model.zero_grad()
         for weight in self._copies.values():
             weight.grad = None
@@ -185,10 +200,12 @@ class Trainer:
                 f"longer warm-up"
             )
         self._hand_weights_back()
-        self.model.clamp_logit_scale()
+        if self.loss == "clip":
+            # published SigLIP models have scales above 100
+            self.model.clamp_logit_scale()
         self._update_ema()
         self.step += 1
-        return StepResult(loss, scale, rate, norm)
+        return StepResult(loss, scale, rate, norm, *bias)
 
     @property
     def _copies(self) -> Mapping[str, Tensor]:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from clipfast import ops
 from clipfast.data.batches import read_pairs, why_unusable
 from clipfast.data.sources import PairSource
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform
 from clipfast.evaluate.retrieval import retrieval_recall
+from clipfast.train.objective import held_out_loss
 from clipfast.train.trainer import Trainer
 
 
@@ -52,7 +52,7 @@ class Validation:
         raise ValueError(f"val_data: got {self.count} pairs of which {found} can be read, expected 2 or more{more}")
 
     def measure(self, trainer: Trainer, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
-        """Return ``val_loss`` (the contrastive loss of all pairs as one batch) and ``val_<direction>_recall@k``.
+        """Return ``val_loss`` (the run's loss of all pairs as one batch) and ``val_<direction>_recall@k``.
 
         The same on every rank; None if ``stop()`` became true on one of them. The model is in ``eval()`` meanwhile.
         """
@@ -77,7 +77,7 @@ class Validation:
                 words = f"got {len(image)} pairs that can be read at step {trainer.step}, expected 2 or more"
                 warnings.warn(f"val_data: {words}: training goes on", stacklevel=2)
             return {"val_pairs": len(image)}
-        loss = ops.contrastive_loss(image, text, float(model.logit_scale.detach().exp()))
+        loss = held_out_loss(model, trainer.loss, image, text)
         recall = {f"val_{k}": v for k, v in retrieval_recall(image, text).items() if "recall" in k}
         return {"val_loss": float(loss), "val_pairs": len(image)} | recall
 

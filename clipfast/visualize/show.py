@@ -17,6 +17,7 @@ from torch import Tensor
 from clipfast.console import visible
 from clipfast.data.model_inputs import image_size_of, tokenizer_of
 from clipfast.data.transform import image_transform, load_image, to_pixels
+from clipfast.evaluate.probabilities import sigmoid_of
 from clipfast.models.clip import CLIP
 from clipfast.modules.vit import ViT
 from clipfast.visualize.attention_maps import attention_rollout, class_attention, plot_attention_maps, plot_heads
@@ -101,8 +102,12 @@ def show(
     if texts:
         text_features = _encode_texts(model, texts)
         cosines = similarity_matrix(sight.features, text_features)
-        words = "Cosine similarities" + ("; the best text of each picture is framed." if len(texts) > 1 else ".")
-        add("similarity.png", "Texts and pictures", words, plot_similarity_matrix(cosines, shown, sight.pictures))
+        sigmoid = sigmoid_of(model)
+        words = "Cosine similarities" if sigmoid is None else "How probable it is that each text fits each picture"
+        words += "; the best text of each picture is framed." if len(texts) > 1 else "."
+        probabilities = None if sigmoid is None else sigmoid(cosines)
+        figure = plot_similarity_matrix(cosines, shown, sight.pictures, probabilities)
+        add("similarity.png", "Texts and pictures", words, figure)
         if len(texts) == len(images) >= 3:
             points = project_features(sight.features, text_features, method=method)
             words = f"Pictures and their captions (orange), laid out by {_METHODS[method]}; pairs are joined."

@@ -40,7 +40,9 @@ def similarity_matrix(image_features: Tensor, text_features: Tensor) -> Tensor:
     return texts @ images.T
 
 
-def plot_similarity_matrix(cosines: Tensor, texts: Sequence[str], pictures: Sequence[np.ndarray]) -> Figure:
+def plot_similarity_matrix(
+    cosines: Tensor, texts: Sequence[str], pictures: Sequence[np.ndarray], probabilities: Tensor | None = None
+) -> Figure:
     """Plot cosines as a heat map, texts at the left and pictures above, as OpenAI's notebook does.
 
     In each column the best of several texts is framed.
@@ -49,6 +51,7 @@ def plot_similarity_matrix(cosines: Tensor, texts: Sequence[str], pictures: Sequ
         cosines: ``[texts, images]`` of :func:`similarity_matrix`.
         texts: One a row; long ones are cut short.
         pictures: One a column, each uint8 ``[H, W, 3]``, of any size.
+        probabilities: ``[texts, images]``, written into the cells in the place of cosines, which colour them.
 
     Raises:
         ValueError: The numbers do not fit, or there is nothing to plot.
@@ -60,6 +63,10 @@ def plot_similarity_matrix(cosines: Tensor, texts: Sequence[str], pictures: Sequ
         )
     values = cosines.detach().float().cpu().numpy()
     labels = [_short(text) for text in texts]
+    if probabilities is None:
+        written = [[f"{value:.2f}" for value in row] for row in values]
+    else:
+        written = [[_of_probability(value) for value in row] for row in probabilities.tolist()]
     rows, columns = values.shape
     lines = sum(label.count("\n") + 1 for label in labels)
     width = 2.3 + _CELL * columns
@@ -76,7 +83,7 @@ def plot_similarity_matrix(cosines: Tensor, texts: Sequence[str], pictures: Sequ
         for column in range(columns):
             # viridis is dark below and light above
             ink = "white" if values[row, column] < low + 0.6 * (high - low) else "black"
-            axes.text(column, row, f"{values[row, column]:.2f}", ha="center", va="center", fontsize=8, color=ink)
+            axes.text(column, row, written[row][column], ha="center", va="center", fontsize=8, color=ink)
     for column, best in enumerate(values.argmax(axis=0) if rows > 1 else ()):
         axes.plot(*_frame(column, best), color="white", linewidth=2.4, clip_on=False)
         axes.plot(*_frame(column, best), color=BLUE, linewidth=1.2, clip_on=False)
@@ -93,6 +100,11 @@ def plot_similarity_matrix(cosines: Tensor, texts: Sequence[str], pictures: Sequ
 def _frame(column: int, row: int) -> tuple[list[float], list[float]]:
     left, right, top, bottom = column - 0.47, column + 0.47, row - 0.46, row + 0.46
     return [left, right, right, left, left], [top, top, bottom, bottom, top]
+
+
+def _of_probability(value: float) -> str:
+    """Write a share so that small ones can be told apart: ``99.1%``, ``3e-05``."""
+    return f"{value:.1%}" if value >= 0.001 else f"{value:.0e}"
 
 
 def _short(text: str) -> str:

@@ -19,16 +19,16 @@ CONFIG = {
 WORDS = ("red", "green", "blue", "grey", "white", "black", "pink", "brown")
 
 
-def model(seed: int = 0) -> clipfast.CLIP:
-    """Return the model, the same for a seed."""
+def model(seed: int = 0, **changes: object) -> clipfast.CLIP:
+    """Return the model, the same for a seed; ``changes`` are of its configuration."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return clipfast.create_model(CONFIG).eval().requires_grad_(False)
+        return clipfast.create_model(CONFIG | changes).eval().requires_grad_(False)
 
 
-def run(folder: Path, seed: int = 0) -> Path:
+def run(folder: Path, seed: int = 0, **changes: object) -> Path:
     """Write the model as a training run leaves it, and return the folder."""
-    clip = model(seed)
+    clip = model(seed, **changes)
     write_model_folder(folder, clip.config, clip.state_dict())
     return folder
 

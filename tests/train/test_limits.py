@@ -23,6 +23,7 @@ BAD = {
     "weight_decay": [-0.1, math.nan, math.inf, 1e4],
     "max_grad_norm": [0.0, -1.0, math.nan, math.inf],
     "schedule": ["linear", "", 3],
+    "loss": ["sigmoid", "", 3],
     "precision": ["fp8", "FP32", ""],
     "strategy": ["dp", ""],
     "compile": ["yes", "", 3, "max-autotune-no-graphs"],
@@ -108,6 +109,16 @@ def test_graphs_are_refused_where_they_cannot_be_right(mode, name, value):
         return
     with pytest.raises(ValueError, match=rf"^compile: got '{mode}' with {name} = .*expected a mode without"):
         RunConfig(**GOOD | {"compile": mode, name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("label_smoothing", {"label_smoothing": 0.1}), ("distill_model", {"distill_model": "a", "distill_weights": "b"})],
+)
+def test_what_the_sigmoid_loss_has_no_place_for(name, settings):
+    RunConfig(**GOOD | settings, loss="clip")
+    with pytest.raises(ValueError, match=rf"^{name}: got .* with the sigmoid loss, expected .*loss = 'clip'"):
+        RunConfig(**GOOD | settings, loss="siglip")
 
 
 def test_compile_was_once_a_switch():

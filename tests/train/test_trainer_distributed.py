@@ -33,6 +33,10 @@ RECIPES = [
     (_TEXT, ("ddp", 2)),
     ({"teacher": True}, ("ddp", 2)),
     ({"teacher": True}, ("fsdp", None)),
+    ({"sigmoid": True}, ("ddp", 2)),
+    ({"sigmoid": True}, ("fsdp", None)),
+    # its bias cannot change a softmax
+    ({"sigmoid": True, "loss": "clip"}, ("ddp", None)),
 ]
 
 
@@ -62,7 +66,8 @@ def config(strategy: str, size: int | None, precision: str = "fp32", **others: o
 def trainer_of(place: Workplace, strategy: str, size: int | None, precision: str = "fp32", **others: object) -> Trainer:
     torch.manual_seed(0)
     dtype = torch.float64 if precision == "fp32" else torch.float32
-    model = clipfast.create_model(TINY, dtype=dtype)
+    bias = {"init_logit_bias": -4.0} if others.pop("sigmoid", False) else {}
+    model = clipfast.create_model(TINY | bias, dtype=dtype)
     teacher = clipfast.create_model(TINY | {"embed_dim": 12}, dtype=dtype) if others.pop("teacher", False) else None
     return Trainer(model, config(strategy, size, precision, **others), place, equal_batches=True, teacher=teacher)
 
