@@ -80,7 +80,9 @@ def test_sizes_and_defaults_are_transformers_own(kind: str, form: str, tmp_path:
     assert_equal(transformers_config(values), theirs)
 
 
-@pytest.mark.parametrize("ratio", [(1152, 4304), (768, 3072), (1664, 8192), (640, 1707), (1408, 6144), (49, 48)])
+@pytest.mark.parametrize(
+    "ratio", [(1152, 4304), (768, 3072), (1664, 8192), (640, 1707), (1408, 6144), (49, 48), (176, 240), (1664, 3840)]
+)
 def test_an_mlp_ratio_gives_the_hidden_width_back(ratio: tuple[int, int]) -> None:
     width, hidden = ratio
     part = {"hidden_size": width, "intermediate_size": hidden, "num_attention_heads": 1}
