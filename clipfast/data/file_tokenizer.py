@@ -45,6 +45,8 @@ class TokenizerSettings:
         cut_left: Whether of a text that is too long the beginning is cut.
         zeroed_id: An id that becomes 0 in the end: open_clip's ``strip_sep_token``.
         fairseq_ids: Whether a ``.model``'s ids are XLM-RoBERTa's.
+        spelled: Special tokens that count where a text spells them out, and their ids; of a ``.model``, for
+            SentencePiece knows none.
     """
 
     clean: tuple[str, ...] = ()
@@ -55,6 +57,7 @@ class TokenizerSettings:
     cut_left: bool = False
     zeroed_id: int | None = None
     fairseq_ids: bool = False
+    spelled: tuple[tuple[str, int], ...] = ()
 
 
 class FileTokenizer(AnyTokenizer):
@@ -248,8 +251,32 @@ def _of_spm(model: Spm, settings: TokenizerSettings) -> tuple[_Encode, _Decode]:
         def encode(text: str) -> list[int]:
             return plain(lower(text))
 
-    if not settings.fairseq_ids:
-        return encode, model.decode
+    decode = model.decode
+    if settings.fairseq_ids:
+        encode, decode = _as_fairseq(model, encode)
+    if settings.spelled:
+        encode = _around_specials(dict(settings.spelled), encode)
+    return encode, decode
+
+
+def _around_specials(specials: dict[str, int], encode: _Encode) -> _Encode:
+    """Return what cuts a text at special tokens that it spells out, and what is between them by itself."""
+    split = _splitter(specials)
+
+    def whole(text: str) -> list[int]:
+        parts = split(text)
+        if len(parts) == 1:
+            return encode(text)
+        return [i for n, part in enumerate(parts) for i in ([specials[part]] if n % 2 else encode(part))]
+
+    return whole
+
+
+def _splitter(specials: Iterable[str]) -> Callable[[str], list[str]]:
+    return re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")").split
+
+
+def _as_fairseq(model: Spm, encode: _Encode) -> tuple[_Encode, _Decode]:
     unknown, own = model.file.unk_id, encode
     back = {0: "<s>", 1: "<pad>", 2: "</s>", len(model.file.pieces) + 1: "<mask>"}
 
@@ -271,7 +298,7 @@ def _as_siglip(model: Spm) -> _Encode:
     """
     pieces, unknown, clean = model.file.pieces, model.file.unk_id, CLEANERS["siglip"]
     specials = {pieces[index].text: index for index in (model.file.eos_id, unknown) if index is not None}
-    split = re.compile("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")").split
+    split = _splitter(specials)
     prefix = pieces[unknown].text
     skipped = len(model.encode(prefix))
     blank = next((index for index, piece in enumerate(pieces) if piece.text == SPACE), unknown)

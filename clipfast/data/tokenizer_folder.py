@@ -22,7 +22,13 @@ from clipfast.data.spm import Spm
 
 _CLEAN = ("none", *CLEANERS, "lowercase")
 # the names of SentencePiece's files: as of T5 and SigLIP, Llama and Gemma, and fairseq
-_SPM_FILES = ("spiece.model", "tokenizer.model", "sentencepiece.model", "sentencepiece.bpe.model", "gemma_tokenizer.model")
+_SPM_FILES = (
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "gemma_tokenizer.model",
+)
 _FAIRSEQ_FILE = "sentencepiece.bpe.model"
 
 
@@ -36,6 +42,7 @@ class _Habits:
         tokens: What special tokens are by default.
         pad_left: Whether rows are filled from the left by default.
         from_spm: Whether a ``.model`` file is read as transformers reads it for this class.
+        spelled: Whether special tokens count where a text spells them out; for ``.model`` files.
     """
 
     clean: tuple[str, ...] = ()
@@ -44,12 +51,13 @@ class _Habits:
     tokens: dict[str, str] = field(default_factory=dict)
     pad_left: bool = False
     from_spm: bool = True
+    spelled: bool = False
 
 
 _GEMMA_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
 _T5_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>"}
 _SIGLIP = _Habits(("siglip",), (), ("eos_token",), {"eos_token": "</s>", "pad_token": "</s>"})
-_T5 = _Habits((), (), ("eos_token",), _T5_TOKENS)
+_T5 = _Habits((), (), ("eos_token",), _T5_TOKENS, spelled=True)
 _CLASSES = {
     "SiglipTokenizer": _SIGLIP,
     "Siglip2Tokenizer": _Habits(("lowercase",), None, None, _GEMMA_TOKENS, True),
@@ -57,7 +65,11 @@ _CLASSES = {
     "T5Tokenizer": _T5,
     "MT5Tokenizer": _T5,
     "XLMRobertaTokenizer": _Habits(
-        (), ("bos_token",), ("eos_token",), {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+        (),
+        ("bos_token",),
+        ("eos_token",),
+        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
+        spelled=True,
     ),
     "BertTokenizer": _Habits(
         (),
@@ -249,7 +261,15 @@ def _resolve(
         raise ValueError(f"strip_sep_token: got True for a vocabulary without {separator}, expected one with it")
     side = said.config.get("padding_side") or ("left" if habits.pad_left else own_padding.get("direction", "right"))
     settings = TokenizerSettings(
-        steps, before, after, pad_id, side == "left", said.config.get("truncation_side") == "left", zeroed, fairseq
+        steps,
+        before,
+        after,
+        pad_id,
+        side == "left",
+        said.config.get("truncation_side") == "left",
+        zeroed,
+        fairseq,
+        _spelled(said, habits, ids) if of_spm and habits.spelled else (),
     )
     return settings, _context(said, habits)
 
@@ -285,7 +305,7 @@ class _Ids:
         if isinstance(model, Spm):
             ids = {piece.text: index for index, piece in enumerate(model.file.pieces)}
             if fairseq:
-                ids |= {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+                ids |= {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": len(model.file.pieces) + 1}
             self.of = ids.get
         else:
             self.of = model.token_to_id
@@ -322,6 +342,13 @@ def _around(
         return _template(model)
     found = [tuple(ids.expected(name, said.token(name, habits)) for name in names) for names in (before, after)]
     return found[0], found[1]
+
+
+def _spelled(said: _Said, habits: _Habits, ids: _Ids) -> tuple[tuple[str, int], ...]:
+    names = [f"{name}_token" for name in ("bos", "eos", "pad", "cls", "sep", "mask")]
+    tokens = {said.token(name, habits) for name in names} | {said.token("unk_token", habits) or "<unk>"}
+    found = {token: ids.of(token) for token in sorted(token for token in tokens if token)}
+    return tuple((token, index) for token, index in found.items() if index is not None)
 
 
 def _template(model: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
