@@ -28,6 +28,7 @@ from clipfast.models.twin_blocks import (
     linear_of,
     of_type,
     require,
+    scales_of,
 )
 from clipfast.models.twin_pooling import TwinAttentionPool, TwinProbeAttention
 from clipfast.models.twin_state import Twin
@@ -161,8 +162,6 @@ def _are_tokens(x: object) -> bool:
 
 def _block(source: nn.Module, name: str) -> TwinBlock:
     of_type(source, vision_transformer.Block, name)
-    for part in ("ls1", "ls2"):
-        of_type(getattr(source, part), nn.Identity, f"{name}'s layer scale")
     for part in ("drop_path1", "drop_path2"):
         of_type(getattr(source, part), (nn.Identity, timm_layers.DropPath), f"{name}'s {part}")
     attention = of_type(source.attn, timm_layers.Attention, f"{name}'s attention")
@@ -184,6 +183,7 @@ def _block(source: nn.Module, name: str) -> TwinBlock:
         TwinLayerNorm(source.norm2, _NORMS, f"{name}'s norm2"),
         *_mlp(source.mlp, f"{name}'s"),
         name,
+        scales_of(source.ls1, source.ls2, timm_layers.LayerScale, name),
     )
 
 
