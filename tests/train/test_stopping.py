@@ -105,7 +105,7 @@ def test_it_stops_saved_and_goes_on_to_the_same_end(place, straight, tmp_path, w
 
 def test_while_the_run_is_prepared_nothing_is_left(place, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
-        signal_at(patch, run, "create_model", 1)
+        signal_at(patch, run, "make_model", 1)
         with pytest.raises(Stopped):
             train(place, tmp_path / "run")
     assert not (tmp_path / "run").exists()
