@@ -42,7 +42,8 @@ def software(monkeypatch: pytest.MonkeyPatch) -> None:
 BFLOAT16 = torch.bfloat16
 SEVERAL = (
     "images", "captions", "captions, all tokens", "a later token", "tanh", "quick", "heads of 80", "heads of 8",
-    "heads of 72", "hidden 72", "as wide as ViT-B", "one layer", "one token",
+    "heads of 72", "heads of 88", "heads of 104", "hidden 72", "as wide as ViT-B", "one layer", "one token",
+    "read at the last, not causal",
 )  # fmt: skip
 
 

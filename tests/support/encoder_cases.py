@@ -54,6 +54,7 @@ def encoder_of(
     causal: bool = False,
     approximate: str = "none",
     hidden: int | None = None,
+    eps: float = 1e-5,
     rounded_to: torch.dtype | None = None,
 ) -> PackedEncoder:
     """Return an encoder in ``dtype`` whose weights were rounded to ``rounded_to``, by default the same."""
@@ -61,7 +62,7 @@ def encoder_of(
     for i in range(layers):
         pairs = block_weights(width, 4 * width if hidden is None else hidden, i)
         blocks.append(BlockWeights(*(tuple(t.to(rounded_to or dtype).to(dtype) for t in pair) for pair in pairs)))
-    return PackedEncoder(blocks, heads, causal, approximate, 1e-5)
+    return PackedEncoder(blocks, heads, causal, approximate, eps)
 
 
 def tokens_of(lengths: list[int], width: int = 64, seed: int = 9) -> tuple[Tensor, Tensor]:
@@ -91,6 +92,17 @@ CASES = {
     "heads of 72": ({"width": 288, "heads": 4, "hidden": 1076, "layers": 1}, [33, 20], None),
     "hidden 72": ({"hidden": 72}, [50], 0),
     "as wide as ViT-B": ({"width": 768, "heads": 12, "layers": 2}, [50, 50], None),
+    "heads of 88": ({"width": 352, "heads": 4, "hidden": 42, "layers": 1}, [33, 9], None),
+    "heads of 96": ({"width": 192, "approximate": "tanh"}, [33, 9], None),
+    "heads of 104": ({"width": 416, "heads": 4, "layers": 1}, [33, 9], 0),
+    "as wide as SigLIP's so400m": (
+        {"width": 1152, "heads": 16, "hidden": 4304, "layers": 1, "approximate": "tanh", "eps": 1e-6},
+        [37, 5],
+        None,
+    ),
+    "as wide as bigG": ({"width": 1664, "heads": 16, "hidden": 8192, "layers": 1}, [17], 0),
+    "read at the last, not causal": ({}, [64, 64, 1, 5], -1),
+    "pictures of any aspect": ({"width": 96, "layers": 2, "approximate": "tanh"}, [1, 1024, 7, 300, 256, 2], None),
     "more than a chunk": ({"layers": 2}, [197] * 4 + [600], 0),
 }
 
@@ -99,9 +111,12 @@ def check_exactness(backend: str, dtype: torch.dtype, changes: dict, lengths: li
     """Hold an encoder, as in :data:`CASES`, to the bound of every fast path."""
     x, offsets = tokens_of(lengths, changes.get("width", 64))
     x = x.to(dtype)
-    fast = run(backend, x, encoder_of(dtype, **changes), offsets, read)
-    reference = run("reference", x, encoder_of(dtype, **changes), offsets, read)
-    exact = run("reference", x.double(), encoder_of(torch.float64, rounded_to=dtype, **changes), offsets, read)
+    encoder = encoder_of(dtype, **changes)
+    options = encoder.heads, encoder.causal, encoder.approximate, encoder.eps
+    oracle = PackedEncoder([block.to(torch.float64) for block in encoder.blocks], *options)
+    fast = run(backend, x, encoder, offsets, read)
+    reference = run("reference", x, encoder, offsets, read)
+    exact = run("reference", x.double(), oracle, offsets, read)
     assert_as_exact_as_reference(fast, reference, exact, "tokens")
 
 
