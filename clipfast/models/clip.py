@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast.models.config import CLIPConfig
+from clipfast.modules.initialization import init_as_big_vision
 from clipfast.modules.resnet import ModifiedResNet
 from clipfast.modules.text import TextTower
 from clipfast.modules.vit import ViT
@@ -22,8 +23,9 @@ class CLIP(TextTower):
 
     Args:
         config: Sizes; :func:`clipfast.create_model` makes a model from a name, a dict or a file.
-        init_logit_scale: Where the learned temperature starts, as a logarithm.
-        init_logit_bias: Where the learned bias of SigLIP's loss starts; None leaves it out.
+        init_logit_scale: Where the learned temperature starts, as a logarithm; None is the configuration's.
+        init_logit_bias: Where the learned bias of SigLIP's loss starts; None is the configuration's, which may leave it
+            out.
         output_dict: Whether ``forward`` returns a dict.
 
     Attributes:
@@ -38,7 +40,7 @@ class CLIP(TextTower):
         self,
         config: CLIPConfig,
         *,
-        init_logit_scale: float = math.log(1 / 0.07),
+        init_logit_scale: float | None = None,
         init_logit_bias: float | None = None,
         output_dict: bool = False,
     ) -> None:
@@ -54,10 +56,20 @@ class CLIP(TextTower):
             text.layers,
             text.heads,
             text.mlp_ratio,
-            config.embed_dim,
-            config.approximate,
+            None if text.proj_type == "none" else config.embed_dim,
+            config.text_approximate,
             text.eos_id,
+            text.pool_type,
+            text.no_causal_mask,
+            text.proj_bias,
+            norm_eps=text.norm_eps,
+            ls_init_value=text.ls_init_value,
+            qkv_bias=text.qkv_bias,
         )
+        if config.vision_cfg.pool_type == "map":
+            init_as_big_vision(self)
+        init_logit_scale = _first(init_logit_scale, config.init_logit_scale, math.log(1 / 0.07))
+        init_logit_bias = _first(init_logit_bias, config.init_logit_bias)
         self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
         self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
 
@@ -224,6 +236,10 @@ class CLIP(TextTower):
         return {"positional_embedding"} | {f"visual.{name}" for name in self.visual.no_weight_decay()}
 
 
+def _first(*values: float | None) -> float | None:
+    return next((value for value in values if value is not None), None)
+
+
 def _image_tower(config: CLIPConfig) -> nn.Module:
     vision = config.vision_cfg
     if isinstance(vision.layers, int):
@@ -234,8 +250,18 @@ def _image_tower(config: CLIPConfig) -> nn.Module:
             vision.layers,
             vision.heads,
             vision.mlp_ratio,
-            config.embed_dim,
-            approximate=config.approximate,
+            None if vision.proj_type == "none" else config.embed_dim,
+            approximate=config.vision_approximate,
             patch_dropout=vision.patch_dropout,
+            pool_type=vision.pool_type,
+            class_token=vision.class_token,
+            reg_tokens=vision.reg_tokens,
+            no_ln_pre=vision.no_ln_pre,
+            final_ln_after_pool=vision.final_ln_after_pool,
+            patch_bias=vision.patch_bias,
+            norm_eps=vision.norm_eps,
+            ls_init_value=vision.ls_init_value,
+            qkv_bias=vision.qkv_bias,
+            naflex=vision.naflex,
         )
     return ModifiedResNet(vision.layers, config.embed_dim, vision.heads, vision.image_size, vision.width)

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clipfast.models.named import rows
+from clipfast.models.open_clip_config import translated
+
 
 @dataclass(frozen=True)
 class VisionConfig:
@@ -24,6 +27,19 @@ class VisionConfig:
         mlp_ratio: The MLPs' hidden width over ``width`` (ViT only).
         patch_size: Pixels a patch's side (ViT only).
         patch_dropout: Share of patches dropped in training (ViT only).
+        pool_type: How tokens become features: ``"tok"`` (class token), ``"avg"`` (mean of the patches) or ``"map"``
+            (SigLIP's attention pooling). This and what follows is for ViT only.
+        class_token: Whether a learned token lies before the patches.
+        reg_tokens: How many register tokens do, too.
+        no_ln_pre: Whether the LayerNorm before the first block is left out.
+        final_ln_after_pool: Whether the last LayerNorm is applied to the mean and not to the tokens.
+        patch_bias: Whether the embedding of patches has a bias.
+        norm_eps: The LayerNorms' epsilon.
+        approximate: The GELU, as in :class:`CLIPConfig`; None is the model's.
+        ls_init_value: Where LayerScale's factors start; None leaves them out.
+        qkv_bias: Whether the projections to queries, keys and values have a bias.
+        proj_type: ``"linear"``, or ``"none"`` for features of the tower's own width, without a projection.
+        naflex: Whether images of any aspect come as packed patches.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -33,6 +49,18 @@ class VisionConfig:
     mlp_ratio: float = 4.0
     patch_size: int | None = 16
     patch_dropout: float = 0.0
+    pool_type: str = "tok"
+    class_token: bool = True
+    reg_tokens: int = 0
+    no_ln_pre: bool = False
+    final_ln_after_pool: bool = False
+    patch_bias: bool = False
+    norm_eps: float = 1e-5
+    approximate: str | None = None
+    ls_init_value: float | None = None
+    qkv_bias: bool = True
+    proj_type: str = "linear"
+    naflex: bool = False
 
     def __post_init__(self) -> None:
         # JSON has lists where these have tuples
@@ -61,6 +89,14 @@ class TextConfig:
         layers: The number of blocks.
         mlp_ratio: The MLPs' hidden width over ``width``.
         eos_id: Id of the end-of-text token, where features are read; None is the last id, as in CLIP's vocabulary.
+        pool_type: Where features are read: ``"eos"``, ``"argmax"`` (the largest id), ``"last"`` or ``"first"``.
+        no_causal_mask: Whether a token attends to all others, padding too.
+        proj_bias: Whether the projection is a linear layer with a bias.
+        proj_type: ``"linear"``, or ``"none"`` for features of the tower's own width, without a projection.
+        norm_eps: The LayerNorms' epsilon.
+        approximate: The GELU, as in :class:`CLIPConfig`; None is the model's.
+        ls_init_value: Where LayerScale's factors start; None leaves them out.
+        qkv_bias: Whether the projections to queries, keys and values have a bias.
     """
 
     context_length: int = 77
@@ -70,6 +106,14 @@ class TextConfig:
     layers: int = 12
     mlp_ratio: float = 4.0
     eos_id: int | None = None
+    pool_type: str = "eos"
+    no_causal_mask: bool = False
+    proj_bias: bool = False
+    proj_type: str = "linear"
+    norm_eps: float = 1e-5
+    approximate: str | None = None
+    ls_init_value: float | None = None
+    qkv_bias: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,24 +126,51 @@ class CLIPConfig:
         text_cfg: The text tower.
         approximate: The GELU of all transformers: ``"none"`` (erf, open_clip's own weights), ``"tanh"`` or
             ``"quick"`` (OpenAI's weights).
+        init_logit_scale: Where the learned temperature starts, as a logarithm; None is ``ln(1 / 0.07)``.
+        init_logit_bias: Where the learned bias of SigLIP's loss starts; None leaves it out.
     """
 
     embed_dim: int = 512
     vision_cfg: VisionConfig = field(default_factory=VisionConfig)
     text_cfg: TextConfig = field(default_factory=TextConfig)
     approximate: str = "none"
+    init_logit_scale: float | None = None
+    init_logit_bias: float | None = None
+
+    def __post_init__(self) -> None:
+        # JSON may have ints where these have floats
+        for name in ("init_logit_scale", "init_logit_bias"):
+            if isinstance(getattr(self, name), int):
+                object.__setattr__(self, name, float(getattr(self, name)))
+        for part in ("vision_cfg", "text_cfg"):
+            tower = getattr(self, part)
+            projection = getattr(tower, "proj_type", "linear")
+            if projection not in ("linear", "none"):
+                raise ValueError(f"{part}.proj_type: got {projection!r}, expected 'linear' or 'none'")
+            if projection == "none" and tower.width != self.embed_dim:
+                raise ValueError(
+                    f"{part}.proj_type: got 'none' with a width of {tower.width}, expected one of embed_dim = "
+                    f"{self.embed_dim}"
+                )
+
+    @property
+    def vision_approximate(self) -> str:
+        """The GELU of the image tower."""
+        return self.approximate if self.vision_cfg.approximate is None else self.vision_cfg.approximate
+
+    @property
+    def text_approximate(self) -> str:
+        """The GELU of the text tower."""
+        return self.approximate if self.text_cfg.approximate is None else self.text_cfg.approximate
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
-        """Make a configuration from a dict with this class's keys; open_clip's ``quick_gelu`` is understood too.
+        """Make a configuration from a dict with this class's keys; those of open_clip's files are understood too.
 
         Raises:
-            ValueError: A key is unknown.
+            ValueError: A key is unknown, or asks for what is not served.
         """
-        values = dict(values)
-        quick = values.pop("quick_gelu", False)
-        if quick:
-            values.setdefault("approximate", "quick")
+        values = translated(values)
         for name, kind in (("vision_cfg", VisionConfig), ("text_cfg", TextConfig)):
             if isinstance(values.get(name), Mapping):
                 values[name] = _from_fields(kind, values[name], name + ".")
@@ -124,43 +195,11 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(map(repr, near))}?" if near else f", expected one of {', '.join(known)}"
 
 
-def _vit(
-    embed: int,
-    width: int,
-    layers: int,
-    patch: int,
-    pixels: int,
-    text: tuple[int, int],
-    head: int = 64,
-    text_layers: int = 12,
-) -> CLIPConfig:
-    vision = VisionConfig(pixels, layers, width, head, patch_size=patch)
-    return CLIPConfig(embed, vision, TextConfig(width=text[0], heads=text[1], layers=text_layers))
-
-
-def _resnet(embed: int, width: int, layers: tuple[int, ...], pixels: int, text: tuple[int, int]) -> CLIPConfig:
-    vision = VisionConfig(pixels, layers, width, patch_size=None)
-    return CLIPConfig(embed, vision, TextConfig(width=text[0], heads=text[1]))
-
-
-# Radford et al. (2021), table 20; H/14 from LAION-2B's OpenCLIP models
-_NAMED = {
-    "ViT-B-32": _vit(512, 768, 12, 32, 224, (512, 8)),
-    "ViT-B-16": _vit(512, 768, 12, 16, 224, (512, 8)),
-    "ViT-L-14": _vit(768, 1024, 24, 14, 224, (768, 12)),
-    "ViT-L-14-336": _vit(768, 1024, 24, 14, 336, (768, 12)),
-    "ViT-H-14": _vit(1024, 1280, 32, 14, 224, (1024, 16), head=80, text_layers=24),
-    "RN50": _resnet(1024, 64, (3, 4, 6, 3), 224, (512, 8)),
-    "RN101": _resnet(512, 64, (3, 4, 23, 3), 224, (512, 8)),
-    "RN50x4": _resnet(640, 80, (4, 6, 10, 6), 288, (640, 10)),
-    "RN50x16": _resnet(768, 96, (6, 8, 18, 8), 384, (768, 12)),
-    "RN50x64": _resnet(1024, 128, (3, 15, 36, 10), 448, (1024, 16)),
-}
-_NAMED |= {f"{name}-quickgelu": dataclasses.replace(config, approximate="quick") for name, config in _NAMED.items()}
+_NAMED = {name: CLIPConfig.from_dict(row) for name, row in rows().items()}
 
 
 def list_models() -> list[str]:
-    """Return the names that :func:`clipfast.create_model` knows; those with ``-quickgelu`` fit OpenAI's weights."""
+    """Return the names that :func:`clipfast.create_model` knows; see :mod:`clipfast.models.named`."""
     return list(_NAMED)
 
 

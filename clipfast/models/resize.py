@@ -54,24 +54,26 @@ def fit_image_positions(
     tower, key, new = _image_positions(model)
     if tower is None or key not in state or state[key].dim() != 2:
         return
-    patches = state[key].shape[0] - 1
+    patches = state[key].shape[0] - _rows_before(tower)
     grid = grid or _first_fitting(believed, patches)
     if grid is None and patches == new[0] * new[1]:
         return
     # a ResNet's maps are square, and so are its positions
-    old = grid or _only_grid(patches, square=isinstance(tower, ModifiedResNet))
+    old = grid or _only_grid(patches, square=isinstance(tower, ModifiedResNet), before=_rows_before(tower))
     if old[0] * old[1] != patches:
         raise ValueError(
             f"grid: got {old[0]}×{old[1]}, expected rows · columns = {patches}, the patches that {key} is for"
         )
     if old != new:
-        state[key] = interpolate_positions(state[key], old, new)
+        state[key] = interpolate_positions(state[key], old, new, _rows_before(tower))
 
 
 def check_image_grid(model: nn.Module, state: Mapping[str, Tensor], believed: Sequence[tuple[int, int]]) -> None:
     """Raise ValueError where weights are known to be of another grid than the model's, though of as many patches."""
     tower, key, new = _image_positions(model)
-    if tower is None or key not in state or state[key].dim() != 2 or state[key].shape[0] != 1 + new[0] * new[1]:
+    if tower is None or key not in state or state[key].dim() != 2:
+        return
+    if state[key].shape[0] != _rows_before(tower) + new[0] * new[1]:
         return
     old = _first_fitting(believed, new[0] * new[1])
     if old not in (None, new):
@@ -137,11 +139,16 @@ def _image_positions(model: nn.Module) -> tuple[nn.Module | None, str, tuple[int
     return None, "", (0, 0)
 
 
+def _rows_before(tower: nn.Module) -> int:
+    """Return how many rows of an image tower's positions lie before the patches': the class token's, or none."""
+    return int(tower.class_token) if isinstance(tower, ViT) else 1
+
+
 def _first_fitting(grids: Sequence[tuple[int, int]], patches: int) -> tuple[int, int] | None:
     return next((grid for grid in grids if grid[0] * grid[1] == patches), None)
 
 
-def _only_grid(patches: int, square: bool) -> tuple[int, int]:
+def _only_grid(patches: int, square: bool, before: int = 1) -> tuple[int, int]:
     """Return the one grid that so many patches can be; a row or column of patches is none."""
     grids = [(h, patches // h) for h in range(1, patches + 1) if patches % h == 0]
     grids = [(h, w) for h, w in grids if h == w or (not square and h > 1 and w > 1)]
@@ -150,6 +157,6 @@ def _only_grid(patches: int, square: bool) -> tuple[int, int]:
     grids.sort(key=lambda sides: max(sides) / min(sides))
     may = f": {patches} patches may be {', '.join(f'{h}×{w}' for h, w in grids[:3])} or others" if grids else ""
     raise ValueError(
-        f"positions: got {patches + 1} rows, expected 1 + rows · columns of a grid that is known{may}; pass "
-        f"grid=(rows, columns), which the weights were trained with"
+        f"positions: got {patches + before} rows, expected {before} + rows · columns of a grid that is known{may}; "
+        f"pass grid=(rows, columns), which the weights were trained with"
     )

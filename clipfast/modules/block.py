@@ -6,7 +6,6 @@ A block leaves its last addition to the LayerNorm that comes next, where a stack
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from clipfast import ops
 from clipfast.modules import few_rows, plainness
-from clipfast.modules.block_states import ADAPTED, CHANGED, PLAIN, is_as_defined, is_rowwise
+from clipfast.modules.norm import LayerNorm, LayerScale
 from clipfast.modules.plainness import is_untouched
 from clipfast.ops.attention import attention_weights
 from clipfast.ops.bias_gelu import check_approximate, kernel_adds_bias
@@ -44,14 +43,6 @@ class Branch(NamedTuple):
         return stream + (self.x if self.bias is None else with_bias_gradient(self.x, self.bias))
 
 
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last dimension with float32 statistics, in and out in the dtype of its input."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``[..., C]`` from ``[..., C]``."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
 class SelfAttention(nn.Module):
     """Multi-head self-attention with the parameters of ``nn.MultiheadAttention``.
 
@@ -59,16 +50,17 @@ class SelfAttention(nn.Module):
         width: The width W of tokens.
         heads: The number of heads.
         causal: Whether a token attends to itself and those before it only.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
     """
 
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+    def __init__(self, width: int, heads: int, causal: bool = False, qkv_bias: bool = True) -> None:
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"SelfAttention(heads): got {heads} for width {width}, expected a divisor of the width")
         self.heads = heads
         self.causal = causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.register_parameter("in_proj_bias", nn.Parameter(torch.zeros(3 * width)) if qkv_bias else None)
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -114,8 +106,8 @@ class SelfAttention(nn.Module):
         """Return the attention weights ``[B, H, N, N]`` (query, key) for ``[B, N, W]``."""
         return attention_weights(self._qkv(x), self.heads, causal=self.causal)
 
-    def qkv_parameters(self) -> tuple[Tensor, Tensor]:
-        """Return the weight ``[3·W, W]`` and bias ``[3·W]`` of the projection to queries, keys and values."""
+    def qkv_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Return the weight ``[3·W, W]`` and bias ``[3·W]``, or None, of the projection to queries, keys and values."""
         return self.in_proj_weight, self.in_proj_bias
 
     def _qkv(self, x: Tensor) -> Tensor:
@@ -125,7 +117,7 @@ class SelfAttention(nn.Module):
         """Return the queries ``[S, W]`` of the tokens that ask, and keys and values of all."""
         width = x.shape[-1]
         # two views by one split: their gradients come together without a sum over the whole
-        weights, biases = (t.split([width, 2 * width]) for t in self.qkv_parameters())
+        weights, biases = ((None, None) if t is None else t.split([width, 2 * width]) for t in self.qkv_parameters())
         key, value = F.linear(x, weights[1], biases[1]).chunk(2, dim=-1)
         return F.linear(query, weights[0], biases[0]), key, value
 
@@ -173,16 +165,34 @@ class ResidualAttentionBlock(nn.Module):
         mlp_ratio: The MLP's hidden width over W.
         approximate: The GELU, as in :func:`clipfast.ops.bias_gelu`.
         causal: Whether a token attends to itself and those before it only.
+        norm_eps: The LayerNorms' epsilon.
+        ls_init_value: Where the factors of :class:`LayerScale` behind attention and MLP start; None leaves them out.
+        qkv_bias: Whether the projection to queries, keys and values has a bias.
     """
 
+    # of the class, so that a block without them pays for no more than this
+    has_layer_scale = False
+
     def __init__(
-        self, width: int, heads: int, mlp_ratio: float = 4.0, approximate: str = "none", causal: bool = False
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        approximate: str = "none",
+        causal: bool = False,
+        *,
+        norm_eps: float = 1e-5,
+        ls_init_value: float | None = None,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(width)
-        self.attn = SelfAttention(width, heads, causal)
-        self.ln_2 = LayerNorm(width)
+        self.ln_1 = LayerNorm(width, eps=norm_eps)
+        self.attn = SelfAttention(width, heads, causal, qkv_bias)
+        self.ln_2 = LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), approximate)
+        if ls_init_value is not None:
+            self.has_layer_scale = True
+            self.ls_1, self.ls_2 = LayerScale(width, ls_init_value), LayerScale(width, ls_init_value)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, read: Read | None = None) -> Tensor:
         """Return ``[B, N, W]`` from ``[B, N, W]``.
@@ -226,10 +236,14 @@ class ResidualAttentionBlock(nn.Module):
             sequences = x.shape[0]
             rows = sequences + few_rows.missing(sequences, x)
             x, query = few_rows.filled_up(x, rows), few_rows.filled_up(query, rows)
-            branch = Branch(few_rows.filled_up(self.attn.forward_one(y, query, read, cu_seqlens), rows))
-            y, x = self._add_norm(self.ln_2, x, branch)
-            x, y = (t if rows == sequences else t[:sequences] for t in (x, self.mlp(y)))
+            attended = few_rows.filled_up(self.attn.forward_one(y, query, read, cu_seqlens), rows)
+            y, x = self._add_norm(self.ln_2, x, Branch(self.ls_1(attended) if self.has_layer_scale else attended))
+            y = self.ls_2(self.mlp(y)) if self.has_layer_scale else self.mlp(y)
+            x, y = (t if rows == sequences else t[:sequences] for t in (x, y))
             return x, Branch(y)
+        if self.has_layer_scale:
+            y, x = self._add_norm(self.ln_2, x, Branch(self.ls_1(self.attn(y, cu_seqlens))))
+            return x, Branch(self.ls_2(self.mlp(y)))
         if self._leaves_bias(self.attn, "out_proj", self.ln_2, y, x):
             branch = self.attn.branch(y, cu_seqlens)
         else:
@@ -280,9 +294,10 @@ class ResidualAttentionBlock(nn.Module):
     def weights(self) -> BlockWeights:
         """Return the parameters as :class:`~clipfast.ops.encoder.PackedEncoder` takes them."""
         out, fc, proj = self.attn.out_proj, self.mlp.c_fc, self.mlp.c_proj
+        weight, bias = self.attn.qkv_parameters()
         return BlockWeights(
             (self.ln_1.weight, self.ln_1.bias),
-            self.attn.qkv_parameters(),
+            (weight, weight.new_zeros(weight.shape[0]) if bias is None else bias),
             (out.weight, out.bias),
             (self.ln_2.weight, self.ln_2.bias),
             (fc.weight, fc.bias),
@@ -302,46 +317,6 @@ def take_tokens(x: Tensor, read: Read) -> Tensor:
     if x.dim() == 2:
         return x.index_select(0, read)
     return x[torch.arange(x.shape[0], device=x.device), read]
-
-
-def options_of(block: nn.Module) -> tuple[int, bool, str, float, float]:
-    """Return a block's heads, mask, GELU and its norms' epsilons."""
-    return block.attn.heads, block.attn.causal, block.mlp.approximate, block.ln_1.eps, block.ln_2.eps
-
-
-def state_of(block: nn.Module) -> str:
-    """Return whether a block's parameters say all that it computes, or which of its parts have to be called."""
-    if not (
-        is_as_defined(block, ResidualAttentionBlock, weights=False)
-        and is_as_defined(block.attn, SelfAttention, weights=False)
-        and is_as_defined(block.mlp, MLP, weights=False)
-        and all(is_as_defined(norm, LayerNorm, weights=False) for norm in (block.ln_1, block.ln_2))
-    ):
-        return CHANGED
-    linears = (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj)
-    parts = ((block, ResidualAttentionBlock), (block.attn, SelfAttention), (block.mlp, MLP))
-    norms = ((norm, LayerNorm) for norm in (block.ln_1, block.ln_2))
-    if all(is_as_defined(*part) for part in (*parts, *norms)) and all(_is_plain_now(linear) for linear in linears):
-        return PLAIN
-    return ADAPTED if all(is_rowwise(linear) for linear in linears) else CHANGED
-
-
-def _is_plain_now(linear: nn.Module) -> bool:
-    return type(linear) in plainness.LINEARS and linear.bias is not None and plainness.departure(linear) is None
-
-
-def is_own(block: nn.Module) -> bool:
-    """Return to a compiler whether a block and its attention compute what this file says."""
-    return (
-        isinstance(block, ResidualAttentionBlock)
-        and type(block).forward is ResidualAttentionBlock.forward
-        and isinstance(block.forward, MethodType)
-        and isinstance(block.attn, SelfAttention)
-        and type(block.attn).forward is SelfAttention.forward
-        and type(block.attn).forward_one is SelfAttention.forward_one
-        and isinstance(block.attn.forward, MethodType)
-        and isinstance(block.mlp.forward, MethodType)
-    )
 
 
 # the parts, and what they computed first

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from clipfast.modules import plainness
 from clipfast.ops import dispatch, encoder
 from clipfast.ops.fingerprint import Fingerprint, can_be_read
 
@@ -162,10 +163,17 @@ def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor],
     return torch.ops.clipfast.packed_linear(x.to(dtype).contiguous(), packed[0], None, packed[1])
 
 
-def project(owner: nn.Module, x: Tensor, projection: Tensor | None) -> Tensor:
-    """Return ``x @ projection``, ``[S, E]`` from ``[S, W]`` and ``[W, E]``; ``x`` where there is no projection."""
+def project(owner: nn.Module, x: Tensor, projection: Tensor | nn.Module | None) -> Tensor:
+    """Return ``x @ projection``, ``[S, E]`` from ``[S, W]`` and ``[W, E]`` or a linear layer; ``x`` without any."""
     if projection is None:
         return x
+    if isinstance(projection, nn.Module):
+        if not plainness.is_untouched(projection, plainness.LINEARS) or type(projection.weight) is not nn.Parameter:
+            return projection(x)
+        projected = linear(owner, x, projection.weight, lambda weight: weight)
+        if projected is None:
+            return projection(x)
+        return projected if projection.bias is None else projected + projection.bias.to(projected.dtype)
     projected = linear(owner, x, projection, lambda weight: weight.T)
     return x @ projection if projected is None else projected
 

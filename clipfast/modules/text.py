@@ -4,219 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from clipfast.modules import few_rows, inference, plainness
-from clipfast.modules.block import LayerNorm, take_tokens
-from clipfast.modules.locking import set_trainable, unlock_last
-from clipfast.modules.packing import pack
-from clipfast.modules.plainness import is_untouched
-from clipfast.modules.transformer import Transformer
-from clipfast.ops import capturing, transfer
+from clipfast.modules.text_tower import POOLINGS, TextTower
 
-POOLINGS = ("eos", "argmax")
-
-_HOST = torch.device("cpu")
-
-
-class TextTower(nn.Module):
-    """The parameters of the text tower and what they compute, for the modules that hold them at their root.
-
-    OpenAI's key layout puts the text tower's parameters beside ``visual`` and not under a name of their own, so
-    both :class:`TextTransformer` and ``CLIP`` hold them like this.
-    """
-
-    def _add_text_tower(
-        self,
-        context_length: int,
-        vocab_size: int,
-        width: int,
-        layers: int,
-        heads: int,
-        mlp_ratio: float,
-        output_dim: int | None,
-        approximate: str,
-        eos_id: int | None,
-        pooling: str = "eos",
-    ) -> None:
-        self.context_length = context_length
-        self.vocab_size = vocab_size
-        self.eos_id = vocab_size - 1 if eos_id is None else eos_id
-        if not 0 <= self.eos_id < vocab_size:
-            raise ValueError(f"TextTransformer(eos_id): got {eos_id}, expected an id below vocab_size = {vocab_size}")
-        if pooling not in POOLINGS:
-            raise ValueError(
-                f"TextTransformer(pooling): got {pooling!r}, expected one of {', '.join(map(repr, POOLINGS))}"
-            )
-        self.pooling = pooling
-        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.text_projection = None if output_dim is None else nn.Parameter(torch.empty(width, output_dim))
-        self.transformer = Transformer(width, layers, heads, mlp_ratio, approximate, causal=True)
-        self.token_embedding = nn.Embedding(vocab_size, width)
-        self.ln_final = LayerNorm(width)
-        self._init_text_tower()
-
-    @torch.no_grad()
-    def _init_text_tower(self) -> None:
-        """Draw the weights as OpenAI and open_clip do."""
-        width, layers = self.transformer.width, self.transformer.layers
-        nn.init.normal_(self.token_embedding.weight, std=0.02)
-        nn.init.normal_(self.positional_embedding, std=0.01)
-        for block in self.transformer.resblocks:
-            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-            nn.init.normal_(block.attn.out_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-            nn.init.normal_(block.mlp.c_proj.weight, std=width**-0.5 * (2 * layers) ** -0.5)
-        if self.text_projection is not None:
-            nn.init.normal_(self.text_projection, std=width**-0.5)
-
-    @property
-    def attn_mask(self) -> Tensor:
-        """What the blocks' attention amounts to: ``[L, L]``, 0 where a token attends and −inf where it does not.
-
-        open_clip's towers hold it as a buffer. Here it is made when it is read: no block needs it.
-        """
-        like = self.positional_embedding
-        shape = (self.context_length, self.context_length)
-        return torch.full(shape, -torch.inf, dtype=like.dtype, device=like.device).triu_(1)
-
-    @attn_mask.setter
-    def attn_mask(self, mask: object) -> None:
-        if not isinstance(mask, Tensor) or not torch.equal(mask.to(self.attn_mask), self.attn_mask):
-            came = tuple(mask.shape) if isinstance(mask, Tensor) else mask
-            raise ValueError(
-                f"attn_mask: got {came}, expected the causal one of {self.context_length} tokens: there is no other "
-                f"here; clipfast.accelerate serves open_clip's models, whose mask can be changed"
-            )
-
-    def _lock_text_tower(self, unlocked_layers: int, freeze_layer_norm: bool) -> None:
-        if not freeze_layer_norm:
-            raise ValueError(
-                "freeze_layer_norm: got False, expected True: a LayerNorm is frozen with its layer, as in open_clip"
-            )
-        embeddings = [self.token_embedding, self.positional_embedding]
-        *blocks, last = self.transformer.resblocks
-        groups = [embeddings, *([b] for b in blocks), [last, self.ln_final], [self.text_projection]]
-        if self.text_projection is None:
-            groups.pop()
-        for group in groups:
-            set_trainable(group, False)
-        unlock_last(groups, min(unlocked_layers, len(groups)))
-
-    def _text_intermediates(
-        self, tokens: Tensor, indices: int | Sequence[int] | None, stop_early: bool, norm: bool, features: bool
-    ) -> dict[str, Tensor | list[Tensor]]:
-        x, chosen = self.transformer.intermediates(self._all_tokens(tokens), indices, stop_early=stop_early)
-        output: dict[str, Tensor | list[Tensor]] = {
-            "text_intermediates": [self.ln_final(t) for t in chosen] if norm else chosen
-        }
-        if features:
-            pooled = self.ln_final(take_tokens(x, self._read_positions(self._sent(tokens))))
-            output["text_features"] = inference.project(self, pooled, self.text_projection)
-        return output
-
-    def _text_features(self, tokens: Tensor) -> Tensor:
-        """Return ``[B, E]`` from ``[B, L]``: the token that is read, after the last LayerNorm and projection."""
-        self._check_tokens(tokens)
-        embeddings = self.token_embedding.weight
-        return inference.each_alone(
-            self._features_of, tokens, lambda: self.transformer.packed_encoder(embeddings) is not None
-        )
-
-    def _features_of(self, tokens: Tensor) -> Tensor:
-        if _cannot_read_values(tokens) or not self._takes_packed_rows():
-            tokens = self._sent(tokens)
-            read = self._read_positions(tokens)
-            pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
-        else:
-            # the mask hides what lies behind the token that is read: it is left out
-            read = self._read_positions(tokens)
-            packing = pack(tokens, read, self._place_of(tokens), self._captions_to_add(read))
-            x = self.token_embedding(packing.tokens)
-            x = x + F.embedding(packing.positions, self.positional_embedding)
-            x = self.transformer(x, packing.cu_seqlens, packing.ends)
-            # LayerNorm works row by row: the rows that are read suffice
-            pooled = self.ln_final(x)[packing.order]
-        return inference.project(self, pooled, self.text_projection)
-
-    def _takes_packed_rows(self) -> bool:
-        """Return whether nothing would notice that captions are cut at the token that is read."""
-        return is_untouched(self.token_embedding, plainness.EMBEDDINGS) and self.transformer.can_pack()
-
-    def _embed_tokens(self, tokens: Tensor) -> Tensor:
-        return self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-
-    def _all_tokens(self, tokens: Tensor) -> Tensor:
-        """Return ``[B, L, W]``, what goes into the first block."""
-        self._check_tokens(tokens)
-        return self._embed_tokens(self._sent(tokens))
-
-    def _captions_to_add(self, read: Tensor) -> int:
-        """Return how many captions of a token should be packed too, for products as exact as those of all tokens."""
-        weight = self.token_embedding.weight
-        if read.device.type != "cpu" or weight.device.type != "cpu":
-            return 0
-        return few_rows.missing(int(read.sum()) + len(read), weight)
-
-    def _sent(self, tokens: Tensor) -> Tensor:
-        """Return tokens where they are computed, on their way there if they lie in host memory."""
-        return transfer.to_device(tokens, self._place_of(tokens))
-
-    def _place_of(self, tokens: Tensor) -> torch.device:
-        """Return where tokens are computed: on the model's card if they lie in host memory, else where they are."""
-        device = self.token_embedding.weight.device
-        # weights that are offloaded have no device until they are needed
-        return tokens.device if tokens.device != _HOST or device.type == "meta" else device
-
-    def _read_positions(self, tokens: Tensor) -> Tensor:
-        """Return ``[B]``, the position of the token that each row is read at."""
-        if self.pooling == "argmax":
-            return tokens.argmax(dim=-1)
-        return (tokens == self.eos_id).to(torch.uint8).argmax(dim=-1)
-
-    def _check_tokens(self, tokens: Tensor) -> None:
-        expected = f"expected token ids [B, L] (int64 or int32) with 1 ≤ L ≤ {self.context_length}"
-        if not isinstance(tokens, Tensor):
-            raise TypeError(f"tokens: got {type(tokens).__name__}, {expected}; clipfast.tokenize makes them of strings")
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise TypeError(f"tokens: got {tokens.dtype}, {expected}")
-        if tokens.dim() != 2 or not 1 <= tokens.shape[1] <= self.context_length:
-            raise ValueError(f"tokens: got shape {tuple(tokens.shape)}, {expected}")
-        device = self.token_embedding.weight.device
-        if device != self._place_of(tokens):
-            raise ValueError(
-                f"tokens: got device {tokens.device}, expected {device}, where the model is, or host memory"
-            )
-        # values are checked in host memory only: elsewhere that would wait for the device
-        if tokens.device.type == "cpu" and not _cannot_read_values(tokens):
-            low, high = tokens.aminmax()
-            if low < 0 or high >= self.vocab_size:
-                raise ValueError(f"tokens: got ids {int(low)} to {int(high)}, expected 0 to {self.vocab_size - 1}")
-            missing = (tokens != self.eos_id).all(dim=-1)
-            if self.pooling == "eos" and missing.any():
-                rows = missing.nonzero().flatten().tolist()
-                raise ValueError(
-                    f"tokens: got {len(rows)} rows without the EOS id {self.eos_id} (the first is row {rows[0]}), "
-                    f"expected one in every row: the text's features are read there"
-                )
-
-
-def _cannot_read_values(tokens: Tensor) -> bool:
-    """Return whether values cannot be read now: they are being traced, captured in a graph, or are none."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or tokens.is_meta
-        or capturing.is_rehearsed()
-        or (tokens.is_cuda and torch.cuda.is_current_stream_capturing())
-        or tokens.numel() == 0
-    )
+__all__ = ["POOLINGS", "TextTower", "TextTransformer"]
 
 
 class TextTransformer(TextTower):
-    """CLIP's causal text transformer: token ids to features, in OpenAI's key layout.
+    """CLIP's text transformer: token ids to features, in OpenAI's key layout.
 
     Args:
         context_length: The longest caption, in tokens.
@@ -229,12 +25,18 @@ class TextTransformer(TextTower):
         approximate: The GELU: ``"none"`` (erf), ``"tanh"`` or ``"quick"`` (OpenAI's weights).
         eos_id: The id of the end-of-text token, where features are read; by default the last id, as in CLIP's
             vocabulary.
-        pooling: Where features are read: ``"eos"``, at the first EOS token; ``"argmax"``, at the largest id (the first
-            of them), as OpenAI's code and open_clip do: the same place, unless a row has no EOS.
+        pool_type: Where features are read: ``"eos"``, at the first EOS token; ``"argmax"``, at the largest id (the
+            first of them), as OpenAI's code and open_clip do: the same place, unless a row has no EOS; ``"last"`` and
+            ``"first"``, at that token of every row, padding or not.
+        no_causal_mask: Whether a token attends to all tokens, padding too, and not only to those before it.
+        proj_bias: Whether the projection is a linear layer with a bias.
+        norm_eps: The LayerNorms' epsilon.
+        ls_init_value: Where LayerScale's factors start; None leaves them out.
+        qkv_bias: Whether the projections to queries, keys and values have a bias.
 
     Raises:
         ValueError: ``heads`` does not divide ``width``, ``eos_id`` is outside the vocabulary, or ``approximate`` or
-            ``pooling`` is not one of its values.
+            ``pool_type`` is not one of its values.
 
     Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021).
     """
@@ -251,20 +53,28 @@ class TextTransformer(TextTower):
         *,
         approximate: str = "none",
         eos_id: int | None = None,
-        pooling: str = "eos",
+        pool_type: str = "eos",
+        no_causal_mask: bool = False,
+        proj_bias: bool = False,
+        norm_eps: float = 1e-5,
+        ls_init_value: float | None = None,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         self.output_dim = output_dim
         self._add_text_tower(
-            context_length, vocab_size, width, layers, heads, mlp_ratio, output_dim, approximate, eos_id, pooling
-        )
+            context_length, vocab_size, width, layers, heads, mlp_ratio, output_dim, approximate, eos_id,
+            pool_type, no_causal_mask, proj_bias,
+            norm_eps=norm_eps, ls_init_value=ls_init_value, qkv_bias=qkv_bias,
+        )  # fmt: skip
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Encode captions.
 
         Args:
-            tokens: Token ids ``[B, L]``, int64 or int32, L up to the context length, each row with an EOS:
-                best left in host memory where the model is on a GPU, since then nothing has to wait for their lengths.
+            tokens: Token ids ``[B, L]``, int64 or int32, L up to the context length, each row with an EOS if that is
+                read: best left in host memory where the model is on a GPU, since then nothing has to wait for their
+                lengths.
 
         Returns:
             Features ``[B, E]``, not normalised.

@@ -9,17 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipfast.modules import inference, plainness
-from clipfast.modules.block import (
-    MLP,
-    LayerNorm,
-    Read,
-    ResidualAttentionBlock,
-    SelfAttention,
-    is_own,
-    options_of,
-    state_of,
-    take_tokens,
-)
+from clipfast.modules.block import MLP, LayerNorm, Read, ResidualAttentionBlock, SelfAttention, take_tokens
+from clipfast.modules.block_judge import is_own, options_of, state_of
 from clipfast.modules.block_states import CHANGED, BlockStates, states_of
 from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
 from clipfast.ops.dispatch import leaves_clipfast
@@ -39,6 +30,7 @@ class Transformer(nn.Module):
         mlp_ratio: The MLPs' hidden width over W.
         approximate: The GELU, as in :func:`clipfast.ops.bias_gelu`.
         causal: Whether a token attends to itself and those before it only.
+        norm_eps, ls_init_value, qkv_bias: Of the blocks; see :class:`ResidualAttentionBlock`.
 
     Attributes:
         grad_checkpointing: Whether training keeps only each block's input and computes the rest again in the
@@ -53,14 +45,22 @@ class Transformer(nn.Module):
         mlp_ratio: float = 4.0,
         approximate: str = "none",
         causal: bool = False,
+        *,
+        norm_eps: float = 1e-5,
+        ls_init_value: float | None = None,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
         self.width = width
         self.layers = layers
         self.grad_checkpointing = False
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, mlp_ratio, approximate, causal) for _ in range(layers)
-        )
+            ResidualAttentionBlock(
+                width, heads, mlp_ratio, approximate, causal,
+                norm_eps=norm_eps, ls_init_value=ls_init_value, qkv_bias=qkv_bias,
+            )
+            for _ in range(layers)
+        )  # fmt: skip
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, read: Read | None = None) -> Tensor:
         """Return what the last block gives; arguments and result as :meth:`ResidualAttentionBlock.forward`.

@@ -91,7 +91,7 @@ def test_weights_are_all_taken() -> None:
         ("ViT-B/16", ValueError, "did you mean 'ViT-B-16'"),
         ("what is this", ValueError, "expected one of ViT-B-32, "),
         ({"embed_dims": 3}, ValueError, "got 'embed_dims'; did you mean 'embed_dim'"),
-        ({"vision_cfg": {"ls_init_value": 1}}, ValueError, "got 'vision_cfg.ls_init_value'"),
+        ({"vision_cfg": {"qk_norm": True}}, ValueError, "got 'vision_cfg.qk_norm', which is not served"),
         (7, TypeError, "got int, expected a model's name"),
         ({"vision_cfg": {"width": 100}}, ValueError, "head_width: got 64, expected a divisor of the width 100"),
         ({"approximate": "relu"}, ValueError, "got 'relu'"),

@@ -122,7 +122,7 @@ def test_normalized_and_whole_calls(graphs: Graphs) -> None:
 @pytest.mark.parametrize("pooling", ["eos", "argmax"])
 def test_a_text_tower_and_captions_of_other_lengths(pooling: str, graphs: Graphs) -> None:
     torch.manual_seed(0)
-    tower = clipfast.TextTransformer(20, 100, 32, 2, 2, output_dim=16, pooling=pooling).eval().requires_grad_(False)
+    tower = clipfast.TextTransformer(20, 100, 32, 2, 2, output_dim=16, pool_type=pooling).eval().requires_grad_(False)
     encoded = clipfast.graphed(tower, SIZES)
     for length in (20, 17, 16, 9, 8, 5, 20):
         ids = tokens(3, length, seed=length)

@@ -117,14 +117,14 @@ def test_text_is_the_same_as_dense_for_any_lengths(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"output_dim": None}, {"approximate": "quick"}, {"pooling": "argmax"}, {"layers": 1}]
+    "changes", [{"output_dim": None}, {"approximate": "quick"}, {"pool_type": "argmax"}, {"layers": 1}]
 )
 def test_text_towers_of_other_kinds(changes: dict) -> None:
     assert_same_as_dense(text_tower(**changes), captions_of([5, 3, 9]))
 
 
 def test_argmax_pooling_reads_rows_without_an_eos() -> None:
-    model, tokens = text_tower(pooling="argmax"), captions_of([5, 3, 9])
+    model, tokens = text_tower(pool_type="argmax"), captions_of([5, 3, 9])
     tokens[1] = torch.arange(CONTEXT) % 50 + 1
     expected = model.forward_features(tokens)[[0, 1, 2], tokens.argmax(-1)] @ model.text_projection
     assert relative_error(model(tokens), expected) <= BOUND
@@ -303,5 +303,7 @@ def test_no_captions() -> None:
 
 
 def test_wrong_pooling() -> None:
-    with pytest.raises(ValueError, match=r"pooling\): got 'last', expected one of 'eos', 'argmax'"):
-        text_tower(pooling="last")
+    with pytest.raises(
+        ValueError, match=r"pool_type\): got 'middle', expected one of 'eos', 'argmax', 'last', 'first'"
+    ):
+        text_tower(pool_type="middle")
