@@ -212,6 +212,23 @@ def attention_of_pytorch(source: nn.Module, name: str, causal: bool = False) -> 
     return TwinAttention([source], source.out_proj, source.num_heads, causal, name=name)
 
 
+class TwinMLP(MLP):
+    """clipfast's MLP over another one's layers.
+
+    Args:
+        c_fc: The first layer.
+        c_proj: The second.
+        approximate: The GELU between them.
+        name: The MLP's name, for refusals.
+    """
+
+    def __init__(self, c_fc: nn.Module, c_proj: nn.Module, approximate: str, name: str) -> None:
+        nn.Module.__init__(self)
+        self.approximate = approximate
+        self.c_fc = linear_of(c_fc, f"{name}'s first linear layer")
+        self.c_proj = linear_of(c_proj, f"{name}'s second linear layer")
+
+
 class TwinBlock(ResidualAttentionBlock):
     """clipfast's block over another one's parts.
 
@@ -238,14 +255,10 @@ class TwinBlock(ResidualAttentionBlock):
         nn.Module.__init__(self)
         linear_of(attention.out_proj, f"{name}'s output")
         self.ln_1, self.attn, self.ln_2 = ln_1, attention, ln_2
-        self.mlp = MLP.__new__(MLP)
-        nn.Module.__init__(self.mlp)
-        self.mlp.approximate = approximate
-        self.mlp.c_fc = linear_of(c_fc, f"{name}'s first linear layer")
-        self.mlp.c_proj = linear_of(c_proj, f"{name}'s second linear layer")
-        # its parameters say all that it computes
+        self.mlp = TwinMLP(c_fc, c_proj, approximate, name)
+        # its parameters say all that it computes, and packed weights have a place for them
         self.is_plain = not attention.is_adapted and not any(
-            is_lora(linear) for linear in (attention.out_proj, c_fc, c_proj)
+            is_lora(linear) or linear.bias is None for linear in (attention.out_proj, c_fc, c_proj)
         )
 
     def carries(self) -> bool:
