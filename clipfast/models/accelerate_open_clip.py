@@ -30,6 +30,7 @@ from clipfast.models.twin_blocks import (
     gelu_of,
     of_type,
     require,
+    scales_of,
 )
 from clipfast.models.twin_state import Twin
 from clipfast.models.twins import TwinText, TwinTransformer, TwinViT
@@ -164,8 +165,6 @@ def _transformer(source: nn.Module, causal: bool) -> TwinTransformer:
 
 def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
     of_type(source, open_clip_transformer.ResidualAttentionBlock, name)
-    for scale in (source.ls_1, source.ls_2):
-        of_type(scale, nn.Identity, f"{name}'s layer scale")
     require(not hasattr(source, "ln_1_kv"), f"{name} attends across modalities")
     of_type(source.mlp, nn.Sequential, f"{name}'s MLP")
     require(list(source.mlp._modules) == ["c_fc", "gelu", "c_proj"], f"{name}'s MLP has parts that are not known")
@@ -177,6 +176,7 @@ def _block(source: nn.Module, name: str, causal: bool) -> TwinBlock:
         source.mlp.c_proj,
         gelu_of(source.mlp.gelu, _GELUS, f"{name}'s activation"),
         name,
+        scales_of(source.ls_1, source.ls_2, open_clip_transformer.LayerScale, name),
     )
 
 

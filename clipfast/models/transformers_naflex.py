@@ -164,7 +164,7 @@ class NaFlexTower(Accelerated):
         return output_of(self, kwargs, tokens if self._clipfast_options["token_outputs"] else None, pooled)
 
     def _packed_pool(self) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """Return what pools packed tokens, or None where there is no head, or it has to be called as transformers does."""
+        """Return what pools packed tokens, or None where there is no head, or it has to be called by itself."""
         head = self.head if self.use_head else None
         return head.packed_pool() if isinstance(head, PoolingHead) else None
 

@@ -32,7 +32,7 @@ from clipfast.models.transformers_calls import (
 from clipfast.models.twin_blocks import TwinLayerNorm, of_type, require
 from clipfast.models.twin_state import Twin
 from clipfast.models.twins import TwinText
-from clipfast.modules.block import Read, take_tokens
+from clipfast.modules.block import take_tokens
 from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
 
 
@@ -87,7 +87,7 @@ class TextTower(Accelerated):
         read = twin.read_positions(input_ids)
         whole = hides_nothing(attention_mask)
         # what lies behind the token that is read does not matter where it is not seen
-        served = whole or (isinstance(read, Tensor) and hides_nothing(attention_mask, read))
+        served = whole or (_is_causal(twin) and hides_nothing(attention_mask, read))
         wanted = hidden_states_wanted(self, kwargs, twin.transformer.layers)
         if wanted is not None and whole:
             return self._with_hidden_states(twin, input_ids, read, wanted, kwargs)
@@ -126,13 +126,13 @@ class TextTower(Accelerated):
             return "another eos_token_id"
         if attention_mask is not None and not can_be_read(attention_mask, input_ids):
             return "an attention_mask that is not [B, L], or whose values cannot be read"
-        return refusal(self, kwargs, twin.transformer.resblocks[0].attn.causal)
+        return refusal(self, kwargs, _is_causal(twin))
 
     def _original(self, input_ids: Any, attention_mask: Any, position_ids: Any, **kwargs: Any) -> Result:
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     def _with_hidden_states(
-        self, twin: TwinText, input_ids: Tensor, read: Read, wanted: list[int], kwargs: dict[str, Any]
+        self, twin: TwinText, input_ids: Tensor, read: Tensor, wanted: list[int], kwargs: dict[str, Any]
     ) -> Result:
         head = self._head()
         return with_hidden_states(
@@ -194,6 +194,10 @@ class SiglipTextTower(TextTower):
 
     def _head(self) -> nn.Module | None:
         return self.head
+
+
+def _is_causal(twin: TwinText) -> bool:
+    return twin.transformer.resblocks[0].attn.causal
 
 
 def _position_state(ids: Tensor) -> tuple[Any, ...]:

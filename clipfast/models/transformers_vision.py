@@ -132,7 +132,7 @@ class PoolingHead(Accelerated):
         return Twin(self, twin, self.replaced_children)
 
     def packed_pool(self) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        """Return what pools packed tokens ``[total, W]`` with offsets, or None where somebody wants this head called."""
+        """Return what pools packed tokens ``[total, W]`` with offsets, or None where this head has to be called."""
         if has_hooks(self) or plainness.is_shadowed(self, "forward"):
             return None
         return self.serving_twin()

@@ -100,8 +100,10 @@ class TwinAttention(SelfAttention):
         self.out_proj = out_proj
         self._packed = len(source) == 1 and isinstance(source[0], nn.MultiheadAttention)
         self.is_adapted = any(is_lora(part) for part in source)
-        weight, bias = (self._joined(kind) for kind in ("weight", "bias"))
-        require(weight is not None and bias is not None, f"{name} has no joint projection with a bias")
+        weight = self._joined("weight")
+        require(weight is not None, f"{name} has no joint projection")
+        biases = [self._packed or base_of(part).bias is not None for part in source]
+        require(len({*biases}) == 1, f"{name} projects with biases and without")
         require(
             weight.dim() == 2 and weight.shape[0] == 3 * weight.shape[1] and weight.shape[1] % heads == 0,
             f"{name} projects to {weight.shape[0]} values, expected three times the width {weight.shape[1]}",
@@ -114,7 +116,7 @@ class TwinAttention(SelfAttention):
 
     @property
     def in_proj_bias(self) -> Tensor | None:
-        """``[3W]``."""
+        """``[3W]``, or None."""
         return self._joined("bias")
 
     def _joined(self, kind: str) -> Tensor | None:
@@ -195,6 +197,16 @@ def linear_of(module: nn.Module, name: str) -> nn.Module:
     return module if is_lora(module) else of_type(module, tuple(plainness.LINEARS), name)
 
 
+def scales_of(first: nn.Module, second: nn.Module, kind: type, name: str) -> tuple[nn.Module, nn.Module] | None:
+    """Return both layer scales of a block, or None where it has none."""
+    if type(first) is type(second) is nn.Identity:
+        return None
+    for scale in (first, second):
+        of_type(scale, kind, f"{name}'s layer scale")
+        require(scale.gamma.dim() == 1, f"{name}'s layer scale is no factor a channel")
+    return first, second
+
+
 def attention_of_pytorch(source: nn.Module, name: str, causal: bool = False) -> TwinAttention:
     """Return the twin of an ``nn.MultiheadAttention`` that attends to its own input."""
     wrapped = type(source).__module__ == "peft.tuners.lora.layer" and type(source).__name__ == "MultiheadAttention"
@@ -240,6 +252,7 @@ class TwinBlock(ResidualAttentionBlock):
         c_proj: Its second.
         approximate: The GELU between them.
         name: The block's name, for refusals.
+        scales: What multiplies the results of attention and MLP before they are added, or None.
     """
 
     def __init__(
@@ -251,14 +264,20 @@ class TwinBlock(ResidualAttentionBlock):
         c_proj: nn.Module,
         approximate: str,
         name: str,
+        scales: tuple[nn.Module, nn.Module] | None = None,
     ) -> None:
         nn.Module.__init__(self)
         linear_of(attention.out_proj, f"{name}'s output")
         self.ln_1, self.attn, self.ln_2 = ln_1, attention, ln_2
+        if scales is not None:
+            self.has_layer_scale = True
+            self.ls_1, self.ls_2 = scales
         self.mlp = TwinMLP(c_fc, c_proj, approximate, name)
         # its parameters say all that it computes, and packed weights have a place for them
-        self.is_plain = not attention.is_adapted and not any(
-            is_lora(linear) or linear.bias is None for linear in (attention.out_proj, c_fc, c_proj)
+        self.is_plain = (
+            scales is None
+            and not attention.is_adapted
+            and not any(is_lora(linear) or linear.bias is None for linear in (attention.out_proj, c_fc, c_proj))
         )
 
     def carries(self) -> bool:

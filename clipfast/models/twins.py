@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from clipfast.models.twin_blocks import TwinBlock, TwinLayerNorm, of_type, require
-from clipfast.modules.block import Read
 from clipfast.modules.text import TextTransformer
 from clipfast.modules.transformer import Transformer
 from clipfast.modules.vit import ViT
@@ -73,7 +72,7 @@ class TwinViT(ViT):
     def __init__(self, transformer: TwinTransformer, ln_post: nn.Module) -> None:
         nn.Module.__init__(self)
         self.transformer, self.ln_post = transformer, ln_post
-        self.proj = self.output_dim = None
+        self.pool_type, self.proj, self.output_dim = "tok", None, None
 
     def tokens(self, x: Tensor) -> Tensor:
         """Return the last block's tokens, ``[B, N, W]``, before the last LayerNorm."""
@@ -101,10 +100,6 @@ class _Embedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Return ``[..., W]`` from ``[...]``."""
         return self.source(tokens).to(self.linear.weight.dtype)
-
-
-# where tokens are read whose ids do not matter
-_POSITIONS = {"first": 0, "last": -1}
 
 
 class TwinText(TextTransformer):
@@ -148,7 +143,7 @@ class TwinText(TextTransformer):
 
     def _takes_packed_rows(self) -> bool:
         """Return whether captions may be cut: nothing of the other's would notice."""
-        return self.pooling not in _POSITIONS and self.transformer.can_pack()
+        return self.transformer.can_pack()
 
     def takes(self, tokens: object) -> bool:
         """Return whether ``tokens`` are ids ``[B, L]``, of which nothing but the values can be wrong."""
@@ -167,14 +162,9 @@ class TwinText(TextTransformer):
         """Return ``[B, L, W]``, what goes into the first block."""
         return self._embed_tokens(tokens)
 
-    def read_positions(self, tokens: Tensor) -> Read:
-        """Return the position of the token that each row is read at, ``[B]``, or one for all."""
+    def read_positions(self, tokens: Tensor) -> Tensor:
+        """Return ``[B]``, the position of the token that each row is read at."""
         return self._read_positions(tokens)
-
-    def _read_positions(self, tokens: Tensor) -> Read:
-        if self.pooling in _POSITIONS:
-            return _POSITIONS[self.pooling] % tokens.shape[1]
-        return super()._read_positions(tokens)
 
     def _check_tokens(self, tokens: Tensor) -> None:
         """Leave it to the other library what it takes: rows without an EOS are read at their first token."""

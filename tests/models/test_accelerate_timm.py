@@ -34,6 +34,7 @@ def without_head_bias() -> nn.Module:
     return model
 
 
+SIGLIP = "vit_base_patch16_siglip_224"
 CLIP = Case("CLIP", vit, images)
 CASES = [
     CLIP,
@@ -45,6 +46,10 @@ CASES = [
     Case("registers", partial(vit, reg_tokens=2, no_embed_class=True), images),
     Case("any image size", partial(vit, dynamic_img_size=True), images),
     Case("patch dropout", partial(vit, patch_drop_rate=0.5), images),
+    Case("pooled by attention", partial(vit, SIGLIP), images),
+    Case("pooled behind the norm", partial(vit, global_pool="avg", fc_norm=False, pool_include_prefix=True), images),
+    Case("layer scale", partial(vit, init_values=0.1, reg_tokens=1), images),
+    Case("no biases", partial(vit, qkv_bias=False, proj_bias=False), images),
 ]
 
 
@@ -53,7 +58,10 @@ def test_accelerated(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 
-@parametrize([CLIP], (*RARE, check_checkpointed_gradients))
+@parametrize(
+    [CLIP, *(c for c in CASES if c.name in ("pooled by attention", "layer scale"))],
+    (*RARE, check_checkpointed_gradients),
+)
 def test_accelerated_clip(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
@@ -84,9 +92,8 @@ def test_dropout_in_training_runs_the_original() -> None:
 @pytest.mark.parametrize(
     ("name", "changes", "reason"),
     [
-        ("vit_base_patch32_clip_224", {"init_values": 1e-5}, "block 0's layer scale is a timm.*LayerScale"),
         ("vit_base_patch32_clip_224", {"qk_norm": True}, "block 0's q_norm"),
-        ("vit_base_patch32_clip_224", {"qkv_bias": False}, "no joint projection with a bias"),
+        ("vit_base_patch32_clip_224", {"scale_mlp_norm": True}, "block 0's LayerNorm in its MLP"),
         ("deit_tiny_distilled_patch16_224", {}, "its forward_head is not that of timm's VisionTransformer"),
         ("vit_base_patch16_rpn_224", {}, "block 0 is a timm.*expected timm's Block"),
     ],

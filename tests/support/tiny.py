@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import open_clip
 import timm
 import torch
@@ -14,6 +16,19 @@ CONFIG = {
     "embed_dim": 32,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
     "text_cfg": {"context_length": 16, "vocab_size": 100, "width": 48, "heads": 2, "layers": 3},
+}
+SIGLIP_CONFIG = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "image_size": 32,
+        "timm_model_name": "vit_base_patch16_siglip_224",
+        "timm_pool": "map",
+        "timm_proj": "none",
+    },
+    "text_cfg": CONFIG["text_cfg"]
+    | {"no_causal_mask": True, "proj_bias": True, "pool_type": "last", "act_kwargs": {"approximate": "tanh"}}
+    | {"norm_kwargs": {"eps": 1e-6}},
+    "init_logit_bias": -10.0,
 }
 QUICK_CONFIG = CONFIG | {"approximate": "quick"}
 RESNET_CONFIG = CONFIG | {"vision_cfg": {"image_size": 32, "layers": (1, 1, 1, 1), "width": 8}}
@@ -72,6 +87,18 @@ def open_clip_clip(*, custom_text: bool = False, resnet: bool = False, **changes
     """Return open_clip's ``CLIP`` or ``CustomTextCLIP``."""
     kind = open_clip.CustomTextCLIP if custom_text else open_clip.CLIP
     return drawn(kind(**(RESNET_CONFIG if resnet else CONFIG), **changes))
+
+
+def open_clip_siglip(**changes: object) -> nn.Module:
+    """Return open_clip's SigLIP, whose image tower is timm's, made with further arguments."""
+    create = timm.create_model
+    sizes = {"img_size": 32, "patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2} | changes
+
+    def small(name: str, **options: object) -> nn.Module:
+        return create(name, **(options | sizes))
+
+    with mock.patch.object(open_clip.timm_model.timm, "create_model", small):
+        return drawn(open_clip.CustomTextCLIP(**SIGLIP_CONFIG))
 
 
 def transformers_clip(hidden_act: str = "gelu") -> nn.Module:

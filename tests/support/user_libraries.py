@@ -122,6 +122,43 @@ TIMM = partial(
 )
 
 
+SIGLIP = partial(
+    subject,
+    tiny.open_clip_siglip,
+    lambda dtype: {"image": images(dtype), "text": captions(2, 16, 100)},
+    [
+        *COMMON_FUNCTIONS,
+        (timm.layers.AttentionPoolLatent, "forward"),
+        (timm.layers.attention_pool, "maybe_add_mask"),
+        (timm.layers.Attention, "forward"),
+        (timm_vit.VisionTransformer, "pool"),
+        (timm_vit.VisionTransformer, "forward_head"),
+        (timm_vit.VisionTransformer, "forward_features"),
+        (open_clip.transformer, "text_global_pool"),
+        (open_clip.transformer.TextTransformer, "forward"),
+        (open_clip.transformer.TextTransformer, "_embeds"),
+        (open_clip.transformer.Transformer, "forward"),
+        (open_clip.timm_model.TimmModel, "forward"),
+        (nn.MultiheadAttention, "forward"),
+    ],
+    {
+        timm.layers.AttentionPoolLatent: [
+            ("num_heads", 1),
+            ("head_dim", 16),
+            ("latent_len", 2),
+            ("scale", 0.5),
+            ("fused_attn", False),
+            ("pool", "avg"),
+            ("pool", ""),
+            ("note", "mine"),
+        ],
+        timm_vit.VisionTransformer: [("global_pool", "avg"), ("pool_include_prefix", True), ("attn_pool", None)],
+        open_clip.transformer.TextTransformer: [("pool_type", "first"), ("pool_type", "argmax"), ("eos_id", 3)],
+    },
+    ["kv", "attn_pool.q", "attn_pool.proj", "qkv", "resblocks.0.attn", "resblocks.2.attn", "c_fc", "fc1", "fc2"],
+)
+
+
 def torchvision_model() -> nn.Module:
     model = tiny.drawn(torchvision_vit.VisionTransformer(32, 16, 2, 2, 64, 128, num_classes=8))
     nn.init.normal_(model.heads.head.weight)  # which starts at zero
@@ -162,6 +199,7 @@ LIBRARIES = {
     "open_clip": OPEN_CLIP,
     "transformers": TRANSFORMERS,
     "timm": TIMM,
+    "siglip": SIGLIP,
     "torchvision": TORCHVISION,
     "clipfast": OWN,
 }
