@@ -180,8 +180,9 @@ class _Exported(nn.Module):
             ends = torch.randint(1, length, (texts,), generator=generator) if length > 1 else torch.zeros(texts).long()
             tokens[torch.arange(length) > ends[:, None]] = 0
             tokens[torch.arange(texts), ends] = eos
-            # the largest id is read by some: it may be no other than the end
-            tokens[tokens > eos] = 0
+            if getattr(self.model, "pooling", "argmax") == "argmax":
+                # the largest id is read by some: it may be no other than the end
+                tokens[tokens > eos] = 0
             made.append(tokens)
         return tuple(made)
 
