@@ -185,14 +185,14 @@ def _pack(weight: Tensor) -> tuple[Tensor, int]:
     return torch.ops.clipfast.pack_weight(weight.contiguous()), weight.shape[0]
 
 
-def each_alone(forward: Callable[[Tensor], Tensor], batch: Tensor, invariant: Callable[[], bool]) -> Tensor:
+def each_alone(forward: Callable[[Any], Tensor], batch: Any, invariant: Callable[[], bool]) -> Tensor:
     """Return ``forward(batch)``; of one row at a time where results may not depend on the batch, but would.
 
     Args:
         forward: Maps ``[B, ...]`` to ``[B, E]``.
-        batch: What it is given.
+        batch: What it is given: a tensor, or what has a length and splits as one.
         invariant: Whether ``forward`` gives a row the same bits in every batch.
     """
-    if not dispatch.is_deterministic() or dispatch.leaves_clipfast() or batch.shape[0] < 2 or invariant():
+    if not dispatch.is_deterministic() or dispatch.leaves_clipfast() or len(batch) < 2 or invariant():
         return forward(batch)
     return torch.cat([forward(row) for row in batch.split(1)])

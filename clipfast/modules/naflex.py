@@ -40,6 +40,20 @@ def uncut(patches: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:
     return parts.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
+def size_of(images: Tensor, patch_size: int) -> tuple[int, int] | None:
+    """Return the height and width of images ``[B, 3, H, W]``, or None where they are none.
+
+    Raises:
+        ValueError: They are no multiples of the patch size.
+    """
+    if not isinstance(images, Tensor) or images.dim() != 4:
+        return None
+    height, width = images.shape[2:]
+    if min(height, width) < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(f"images: got {height}×{width} pixels, expected multiples of patch_size = {patch_size}")
+    return height, width
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class NaFlexBatch:
     """Pictures of any aspect as one sequence of patches, which ``ViT(naflex=True)`` takes in the place of images.

@@ -1,7 +1,7 @@
 """What a ViT computes of pictures of any aspect: all of them packed, or grid by grid where somebody would notice.
 
-Blocks take packed rows with offsets. Pictures are ordered by their lengths for them, so that attention takes those of one
-length as one batch without moving them. What comes out is in the order in which the pictures came.
+Blocks take packed rows with offsets. Pictures are ordered by their lengths for them, so that attention takes those of
+one length as one batch without moving them. What comes out is in the order in which the pictures came.
 """
 
 from __future__ import annotations
