@@ -167,7 +167,11 @@ def _is_rate(module: nn.Module, name: str) -> bool:
 def _is_idle(hook: object) -> bool:
     """Return whether a hook does not mind which modules compute.
 
-    transformers' hooks wait for calls that ask for hidden states or attention weights, which the original serves
-    anyway; the first such call leaves them behind for good. PyTorch's counter of operations asks where it is.
+    transformers' hooks wait for calls that ask for hidden states or attention weights, which do not come from modules
+    here; the first such call leaves them behind for good. Those that it puts on embeddings for checkpointing want
+    their results to have gradients, and embeddings are called. PyTorch's counter of operations asks where it is.
     """
-    return getattr(hook, "__module__", "") in ("transformers.utils.output_capturing", "torch.utils.module_tracker")
+    home = getattr(hook, "__module__", "")
+    if home == "transformers.modeling_utils":
+        return getattr(hook, "__name__", "") == "make_inputs_require_grads"
+    return home in ("transformers.utils.output_capturing", "torch.utils.module_tracker")

@@ -11,6 +11,7 @@ from clipfast.models.twin_blocks import TwinBlock, TwinLayerNorm, of_type, requi
 from clipfast.modules.text import TextTransformer
 from clipfast.modules.transformer import Transformer
 from clipfast.modules.vit import ViT
+from clipfast.ops.encoder_part import EncoderPart
 
 
 class TwinTransformer(Transformer):
@@ -44,6 +45,18 @@ class TwinTransformer(Transformer):
     def _is_packable(self) -> bool:
         """Return whether the blocks' parameters say all that they compute."""
         return all(block.is_plain for block in self.resblocks)
+
+    def between(self, x: Tensor, first: int, last: int, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Return what comes out of the block before ``last``, given what goes into the block ``first``.
+
+        ``cu_seqlens`` as in :meth:`forward`.
+        """
+        if first >= last:
+            return x
+        encoder = self.packed_encoder(x)
+        if encoder is not None:
+            return self._encode(EncoderPart(encoder, first, last), x, cu_seqlens, None)
+        return self._through(list(self.resblocks)[first:last], x, cu_seqlens)[0]
 
 
 class TwinViT(ViT):
@@ -144,6 +157,10 @@ class TwinText(TextTransformer):
     def tokens(self, tokens: Tensor) -> Tensor:
         """Return all tokens after the last LayerNorm, ``[B, L, W]``."""
         return self.ln_final(self.transformer(self._embed_tokens(tokens)))
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """Return ``[B, L, W]``, what goes into the first block."""
+        return self._embed_tokens(tokens)
 
     def read_positions(self, tokens: Tensor) -> Tensor:
         """Return ``[B]``, the position of the token that each row is read at."""

@@ -132,7 +132,9 @@ def _is_foreign(owner: Any, name: str, value: Any) -> bool:
             return True
     last = layers[-1] if layers else value
     if not isinstance(owner, type):
-        return getattr(last, "__name__", name) != name and not name.startswith("has_torch_function")
+        # PyTorch's files import some under a name with an underscore before it
+        known = getattr(last, "__name__", name).lstrip("_")
+        return known != name.lstrip("_") and not name.startswith("has_torch_function")
     if defined_in in (nn.Module, object):
         return False  # Module.__call__ is _wrapped_call_impl by another name
     return getattr(last, "__qualname__", None) != f"{defined_in.__qualname__}.{name}"
