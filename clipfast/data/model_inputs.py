@@ -2,20 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from PIL import Image
 from torch import Tensor
 
+from clipfast.data.naflex import NaFlexTransform, naflex_transform
 from clipfast.data.options import DataOptions
 from clipfast.data.tokenizer import Tokenizer
-from clipfast.data.transform import image_transform, load_image
+from clipfast.data.transform import ImageTransform, image_transform, load_image
 from clipfast.models.clip import CLIP
+from clipfast.models.config import VisionConfig
+from clipfast.modules.naflex import Patches
 
 
-def picture_loader(model: CLIP, options: DataOptions | None = None) -> Callable[[bytes | Image.Image], Tensor]:
-    """Return what decodes a picture, or the bytes of its file, and makes it the model's input ``[3, H, W]``."""
-    transform = image_transform(model.config.vision_cfg.image_size, **(options or DataOptions()).of_pictures())
+def transform_of(
+    vision: VisionConfig, options: DataOptions | None = None, *, train: bool = False, max_patches: int | None = None
+) -> ImageTransform | NaFlexTransform:
+    """Return what makes a picture the input of an image tower: ``[3, H, W]``, or patches for one of any aspect.
+
+    Args:
+        vision: The tower's sizes.
+        options: How pictures are read.
+        train: Whether a random part of a picture is taken.
+        max_patches: Of a picture of any aspect; by default as many as the tower has positions.
+    """
+    of_pictures = (options or DataOptions()).of_pictures()
+    if not vision.naflex:
+        return image_transform(vision.image_size, train, **of_pictures)
+    if max_patches is None:
+        size = vision.image_size
+        max_patches = math.prod(side // vision.patch_size for side in ((size, size) if isinstance(size, int) else size))
+    return naflex_transform(max_patches, vision.patch_size, train=train, **of_pictures)
+
+
+def picture_loader(
+    model: CLIP, options: DataOptions | None = None
+) -> Callable[[bytes | Image.Image], Tensor | Patches]:
+    """Return what decodes a picture, or the bytes of its file, and makes it the model's input; see `transform_of`."""
+    transform = transform_of(model.config.vision_cfg, options)
     return lambda picture: transform(load_image(picture) if isinstance(picture, bytes) else picture)
 
 

@@ -9,9 +9,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from clipfast.data.model_inputs import image_size_of, tokenizer_of
+from clipfast.data.model_inputs import tokenizer_of, transform_of
 from clipfast.data.read_ahead import read_ahead
 from clipfast.models.clip import CLIP
+from clipfast.modules.naflex import NaFlexBatch, Patches
 
 T = TypeVar("T")
 
@@ -46,14 +47,15 @@ class Encoder(Generic[T]):
     filler: T
 
 
-def picture_encoder(model: CLIP) -> Encoder[Tensor]:
+def picture_encoder(model: CLIP) -> Encoder[Tensor | Patches]:
     """Return what makes features of pictures that :func:`clipfast.data.model_inputs.picture_loader` prepared."""
     like = model.logit_scale
 
-    def collate(items: list[Tensor]) -> Tensor:
-        return torch.stack(items).to(device=like.device, dtype=like.dtype)
+    def collate(items: list[Tensor | Patches]) -> Tensor | NaFlexBatch:
+        batch = NaFlexBatch.of(items) if isinstance(items[0], Patches) else torch.stack(items)
+        return batch.to(device=like.device, dtype=like.dtype)
 
-    return Encoder(collate, model.encode_image, torch.zeros(3, *image_size_of(model)))
+    return Encoder(collate, model.encode_image, transform_of(model.config.vision_cfg).blank())
 
 
 def text_encoder(model: CLIP) -> Encoder[str]:

@@ -105,6 +105,10 @@ class RunConfig(TrainConfig, DataOptions):
         model: A name of :func:`clipfast.list_models`, or a JSON file.
         weights: A file of weights to begin with.
         patch_dropout: The share of patches that the image tower leaves out in training.
+        naflex_max_patches: Of a model that takes pictures of any aspect: the most patches of one; None is as many as it
+            has positions. Of several, such as ``"128,256,576"``, each step draws one.
+        naflex_tokens_per_batch: Of such a model: the patches of a step, over all ranks. A step holds as many pairs as
+            they have room for, in the place of ``batch_size``.
         distill_model: A teacher, as ``model``: the loss is the contrastive one and the cross-entropy with the teacher's
             logits, added up as in open_clip. It reads the model's pictures and captions: sizes must be the same.
         distill_weights: The teacher's weights.
@@ -131,6 +135,10 @@ class RunConfig(TrainConfig, DataOptions):
     model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
     weights: Annotated[str | None, "A file of weights to begin with."] = None
     patch_dropout: Annotated[float, "The share of patches that the image tower leaves out."] = 0.0
+    naflex_max_patches: Annotated[
+        str | None, "Of NaFlex: patches of a picture at most; of several, a step draws one."
+    ] = None
+    naflex_tokens_per_batch: Annotated[int | None, "Of NaFlex: patches a step, in the place of batch_size."] = None
     distill_model: Annotated[str | None, "A teacher to learn from too, as model."] = None
     distill_weights: Annotated[str | None, "The teacher's weights."] = None
     val_data: Annotated[str | None, "Held-out pairs, as data."] = None
@@ -163,10 +171,11 @@ class RunConfig(TrainConfig, DataOptions):
         """
         return DataOptions(**{field.name: getattr(self, field.name) for field in fields(DataOptions)})
 
-    def training(self, pairs: int) -> TrainConfig:
-        """Return how to train on so many pairs: epochs become steps."""
+    def training(self, pairs: int, pairs_a_step: float | None = None) -> TrainConfig:
+        """Return how to train on so many pairs: epochs become steps, of ``batch_size`` pairs if not of others."""
+        pairs_a_step = pairs_a_step or self.batch_size
         values = {field.name: getattr(self, field.name) for field in fields(TrainConfig)}
-        values["steps"] = self.steps or math.ceil(self.epochs * pairs / self.batch_size)
+        values["steps"] = self.steps or math.ceil(self.epochs * pairs / pairs_a_step)
         if values["steps"] > MOST_STEPS:
             raise ValueError(
                 f"epochs: got {self.epochs:g}, which are {values['steps']:,} steps, expected {MOST_STEPS:,}"
@@ -210,4 +219,6 @@ def make_run_config(settings: Mapping[str, Any]) -> RunConfig:
         name: float(value) if type(value) is int and float in (hints[name], *get_args(hints[name])) else value
         for name, value in settings.items()
     }
+    if type(most := values.get("naflex_max_patches")) is int:
+        values["naflex_max_patches"] = str(most)
     return RunConfig(**values)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clipfast.models.clip import CLIP
+from clipfast.modules.naflex import NaFlexBatch
 from clipfast.train.config import TrainConfig
 from clipfast.train.interrupt import stop_on_interrupt
 from clipfast.train.trainer import Trainer
@@ -63,7 +64,7 @@ class TrainResult:
 
 def train(
     model: CLIP,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor | NaFlexBatch, Tensor]],
     config: TrainConfig,
     *,
     log_path: Path | None = None,
@@ -76,7 +77,7 @@ def train(
 
     Args:
         model: On its device, in float32.
-        batches: Of ``(images [B, 3, H, W], tokens [B, L])``, with ``config.steps`` batches or more.
+        batches: Of ``(images [B, 3, H, W] or packed patches, tokens [B, L])``, with ``config.steps`` batches or more.
         config: How to train.
         log_path: A file that gets one JSON line for each step, at once; an old one is overwritten.
         on_step: Called with each step's record.
@@ -95,7 +96,7 @@ def train(
 
 def train_on(
     trainer: Trainer,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[tuple[Tensor | NaFlexBatch, Tensor]],
     listeners: Sequence[Callable[[StepRecord], object]] = (),
 ) -> TrainResult:
     """Go on training from where a trainer stands, up to its ``config.steps``.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clipfast import ops
+from clipfast.modules.naflex import NaFlexBatch
 from clipfast.train.towers import Features, Towers
 
 
@@ -45,7 +46,7 @@ class StepLoss(NamedTuple):
 
 def compute_gradients(
     shared: nn.Module,
-    images: Tensor,
+    images: Tensor | NaFlexBatch,
     tokens: Tensor,
     seeds: StepSeeds,
     *,
@@ -66,7 +67,7 @@ def compute_gradients(
 
     Args:
         shared: :class:`clipfast.train.towers.Towers`, or what :func:`clipfast.train.towers.share_towers` made of it.
-        images: This rank's ``[b, 3, H, W]``.
+        images: This rank's ``[b, 3, H, W]``, or packed patches of b pictures.
         tokens: This rank's ``[b, L]``.
         seeds: Of the random numbers.
         micro_batch_size: Pairs encoded at once; all of them if None.
@@ -99,7 +100,7 @@ def compute_gradients(
 
 def _by_parts(
     shared: nn.Module,
-    images: Sequence[Tensor],
+    images: Sequence[Tensor | NaFlexBatch],
     tokens: Sequence[Tensor],
     seeds: StepSeeds,
     loss_of: Callable[[Features], Tensor],
@@ -164,7 +165,7 @@ def _mean_over_ranks(value: Tensor, shared: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _encoded(teacher: Towers, images: Sequence[Tensor], tokens: Sequence[Tensor]) -> Features:
+def _encoded(teacher: Towers, images: Sequence[Tensor | NaFlexBatch], tokens: Sequence[Tensor]) -> Features:
     parts = [teacher(i, t) for i, t in zip(images, tokens, strict=True)]
     image, text = (torch.cat([part[k] for part in parts]) for k in (0, 1))
     return Features(image, text, parts[0].logit_scale)

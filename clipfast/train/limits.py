@@ -14,6 +14,14 @@ MOST_STEPS = 999_999_999
 # torch.compile's modes that capture CUDA graphs, and the nearest that does not
 GRAPH_MODES = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
+
+def patch_counts(text: str) -> tuple[int, ...]:
+    """Return the numbers of ``"128,256"``; none where one is no number from 1 up."""
+    parts = [part.strip() for part in text.split(",")]
+    whole = all(part.isascii() and part.isdecimal() and 1 <= int(part) <= 1_000_000 for part in parts)
+    return tuple(int(part) for part in parts) if whole else ()
+
+
 RULES: dict[str, Rule] = {
     "steps": at_least(1),
     "learning_rate": above(0),
@@ -48,6 +56,10 @@ RUN_RULES: dict[str, Rule] = RULES | {
     "model": SOME_TEXT,
     "weights": SOME_TEXT,
     "patch_dropout": share(),
+    "naflex_max_patches": Rule(
+        "numbers of patches from 1 up, such as '256' or '128,256'", lambda text: bool(patch_counts(text))
+    ),
+    "naflex_tokens_per_batch": at_least(2),
     "distill_model": SOME_TEXT,
     "distill_weights": SOME_TEXT,
     "caption_key": SOME_TEXT,
@@ -115,6 +127,12 @@ def check_together(values: dict[str, Any], usual_warmup: int) -> None:
         for name in names:
             if values[name] and not values[lock]:
                 raise ValueError(f"{name}: got {values[name]} without {lock}, expected both or neither")
+    most = values.get("naflex_max_patches")
+    if most is not None and len(patch_counts(most)) > 1 and values["naflex_tokens_per_batch"] is None:
+        raise ValueError(
+            f"naflex_max_patches: got {most!r} without naflex_tokens_per_batch, expected one number, or both: large "
+            f"pictures take the place of several small ones"
+        )
     teacher, weights = values.get("distill_model"), values.get("distill_weights")
     if (teacher is None) != (weights is None):
         raise ValueError(f"distill_model, distill_weights: got {teacher} and {weights}, expected both or neither")

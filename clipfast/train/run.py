@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from clipfast.console import make_console, tell
-from clipfast.data.batches import Shares, training_batches
+from clipfast.data.batches import training_batches
 from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer import Tokenizer
-from clipfast.data.transform import ImageTransform, image_transform
 from clipfast.models.model_folder import write_model_folder
 from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig, compile_mode
@@ -32,6 +31,7 @@ from clipfast.train.plan import leave_plan
 from clipfast.train.progress import TrainingProgress
 from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, open_logs, step_values
 from clipfast.train.run_models import config_of_run, make_model, make_teacher
+from clipfast.train.run_pictures import Pictures
 from clipfast.train.trainer import Trainer
 from clipfast.train.validation import Validation
 from clipfast.train.workplace import Workplace, join_workplace
@@ -114,8 +114,8 @@ class _Run:
         place.together("output", lambda: check_output(self.output))
         self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
-        self.shares = Shares(config.batch_size, place.rank, place.world_size)
-        self.training: TrainConfig = config.training(len(self.source))
+        self.pictures = Pictures(config, self.model_config, place)
+        self.training: TrainConfig = config.training(len(self.source), self.pictures.pairs_a_step)
         self.validation = place.together("val_data", self._make_validation)
         model = place.together("model", lambda: make_model(config, self.model_config))
         teacher = place.together("distill_model", lambda: make_teacher(config, self.model_config))
@@ -131,7 +131,6 @@ class _Run:
     def _make_validation(self) -> Validation | None:
         if self.config.val_data is None:
             return None
-        batch = min(self.config.micro_batch_size or 256, self.shares.per_rank)
         try:
             source = open_pairs(self.config.val_data, self.config.data_options())
         except (ValueError, OSError) as error:
@@ -141,16 +140,12 @@ class _Run:
         validation = Validation(
             DistinctPictures(source, self.config.val_pairs),
             self.config.val_pairs,
-            self._transform(train=False),
+            self.pictures.transform(train=False),
             self._tokenizer(),
-            batch,
+            self.pictures.pairs_measured,
         )
         validation.check()
         return validation
-
-    def _transform(self, train: bool) -> ImageTransform:
-        size = self.model_config.vision_cfg.image_size
-        return image_transform(size, train, **self.config.data_options().of_pictures())
 
     def _tokenizer(self) -> Tokenizer:
         return Tokenizer(context_length=self.model_config.text_cfg.context_length)
@@ -162,9 +157,9 @@ class _Run:
         self.checkpoints.check_room(trainer.state())
         batches = training_batches(
             self.source,
-            self._transform(train=True),
+            self.pictures.transform(train=True),
             self._tokenizer(),
-            self.shares,
+            self.pictures.shares,
             seed=config.seed,
             first_step=trainer.step,
             last_step=self.training.steps,
@@ -305,7 +300,7 @@ class _Run:
         say(f"model {os.fspath(self.config.model)}: {parameters / 1e6:.1f} M parameters, {how}")
         where = f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else "cuda"
         say(f"ranks: {place.world_size} ({self.training.strategy}), {where}, {self.config.workers} workers each")
-        say(f"pairs: {len(self.source)}, {self.config.batch_size} a step, {self.training.steps} steps")
+        say(f"pairs: {len(self.source)}, {self.pictures}, {self.training.steps} steps")
         if self.trainer.step:
             say(f"going on from step {self.trainer.step}")
 

@@ -49,6 +49,12 @@ def make_teacher(config: RunConfig, own: CLIPConfig) -> CLIP | None:
         return None
     sizes = get_config(config.distill_model)
     for name, of_teacher, of_model in (
+        ("naflex", sizes.vision_cfg.naflex, own.vision_cfg.naflex),
+        # of pictures of any aspect, patches come
+        (
+            "patch_size",
+            *((tower.patch_size if own.vision_cfg.naflex else None) for tower in (sizes.vision_cfg, own.vision_cfg)),
+        ),
         ("image_size", sizes.vision_cfg.image_size, own.vision_cfg.image_size),
         ("context_length", sizes.text_cfg.context_length, own.text_cfg.context_length),
         ("vocab_size", sizes.text_cfg.vocab_size, own.text_cfg.vocab_size),

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from clipfast import ops
 from clipfast.models.clip import CLIP
+from clipfast.modules.naflex import NaFlexBatch
 from clipfast.ops.contrastive_ranks import TextExchange
 from clipfast.train.config import Precision, Strategy
 from clipfast.train.workplace import Workplace
@@ -64,13 +65,13 @@ class Towers(nn.Module):
 
     def forward(
         self,
-        images: Tensor | None,
+        images: Tensor | NaFlexBatch | None,
         tokens: Tensor | None,
         seeds: tuple[int, int] | None = None,
         send: bool = False,
         equal_batches: bool = False,
     ) -> Features:
-        """Encode images ``[b, 3, H, W]`` and tokens ``[b, L]``, or one of them.
+        """Encode images ``[b, 3, H, W]``, or packed patches, and tokens ``[b, L]``, or one of them.
 
         Args:
             images: The pictures.
@@ -103,7 +104,7 @@ class Towers(nn.Module):
         others = ("visual.", "logit_scale", "logit_bias")
         return any(p.requires_grad for n, p in self.model.named_parameters() if not n.startswith(others))
 
-    def _normalized(self, encode: nn.Module, inputs: Tensor, learns: bool) -> Tensor:
+    def _normalized(self, encode: nn.Module, inputs: Tensor | NaFlexBatch, learns: bool) -> Tensor:
         grad = nullcontext() if learns else torch.no_grad()
         # where the weights are: captions may lie in host memory
         with autocast_of(self.precision, self.workplace.device), grad:

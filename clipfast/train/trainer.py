@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.models.clip import CLIP
 from clipfast.models.warm_up import warm_up
+from clipfast.modules.naflex import NaFlexBatch
 from clipfast.train.config import Compile, TrainConfig
 from clipfast.train.gradients import StepSeeds, compute_gradients
 from clipfast.train.limits import GRAPH_MODES, check_sigmoid
@@ -144,8 +145,8 @@ class Trainer:
         self._token_gradient = TokenGradient(model.token_embedding if alone else nn.Identity())
         self.scaler = torch.amp.GradScaler(self.workplace.device.type, enabled=config.precision == "fp16")
 
-    def take_step(self, images: Tensor, tokens: Tensor) -> StepResult:
-        """Train on one batch: this rank's ``[b, 3, H, W]`` and ``[b, L]``.
+    def take_step(self, images: Tensor | NaFlexBatch, tokens: Tensor) -> StepResult:
+        """Train on one batch: this rank's ``[b, 3, H, W]``, or packed patches of b pictures, and ``[b, L]``.
 
         Raises:
             FloatingPointError: The loss is not finite, or without fp16's scale the norm of the gradients. The weights,

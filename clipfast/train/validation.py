@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from clipfast.data.batches import read_pairs, why_unusable
+from clipfast.data.batches import Transform, read_pairs, why_unusable
 from clipfast.data.sources import PairSource
 from clipfast.data.tokenizer import Tokenizer
-from clipfast.data.transform import ImageTransform
 from clipfast.evaluate.retrieval import retrieval_recall
+from clipfast.modules.naflex import NaFlexBatch
 from clipfast.train.objective import held_out_loss
 from clipfast.train.trainer import Trainer
 
@@ -29,7 +29,7 @@ class Validation:
     """
 
     def __init__(
-        self, source: PairSource, pairs: int, transform: ImageTransform, tokenizer: Tokenizer, batch_size: int
+        self, source: PairSource, pairs: int, transform: Transform, tokenizer: Tokenizer, batch_size: int
     ) -> None:
         self.source = source
         self.count = min(pairs, len(source))
@@ -83,7 +83,7 @@ class Validation:
 
     def _shares(
         self, trainer: Trainer, stop: Callable[[], bool] | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor] | None]:
+    ) -> Iterator[tuple[Tensor | NaFlexBatch, Tensor, Tensor] | None]:
         """Yield this rank's batches: as many of one size on every rank, for FSDP2's ranks take every step together."""
         place = trainer.workplace
         rounds = -(-self.count // (self.batch_size * place.world_size))
@@ -93,7 +93,7 @@ class Validation:
             yield read_pairs(self.source, share, self.count, self.transform, self.tokenizer, stop=stop)
 
     def _encoded(
-        self, shared: nn.Module, batch: tuple[Tensor, Tensor, Tensor], device: torch.device
+        self, shared: nn.Module, batch: tuple[Tensor | NaFlexBatch, Tensor, Tensor], device: torch.device
     ) -> tuple[Tensor, Tensor, Tensor]:
         images, tokens, counts = batch
         towers = getattr(shared, "module", shared)

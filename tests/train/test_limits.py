@@ -10,7 +10,7 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from clipfast.train.config import RunConfig, TrainConfig, make_run_config
-from clipfast.train.limits import RULES, RUN_RULES
+from clipfast.train.limits import RULES, RUN_RULES, patch_counts
 
 HINTS = get_type_hints(RunConfig)
 GOOD = {"data": "shards", "steps": 100}
@@ -30,6 +30,8 @@ BAD = {
     "micro_batch_size": [0, -8, 1.5],
     "ema_decay": [-0.1, 1.0, 1.5, math.nan],
     "patch_dropout": [-0.1, 1.0, math.nan],
+    "naflex_max_patches": ["", "many", "0", "128,", "128;256", "-1", 2.5],
+    "naflex_tokens_per_batch": [0, -1, 1.5],
     "label_smoothing": [-0.1, 1.0, math.nan],
     "lock_image_unlocked_groups": [1, 0.5],
     "lock_text_unlocked_layers": [1, 0.5],
@@ -119,6 +121,17 @@ def test_what_the_sigmoid_loss_has_no_place_for(name, settings):
     RunConfig(**GOOD | settings, loss="clip")
     with pytest.raises(ValueError, match=rf"^{name}: got .* with the sigmoid loss, expected .*loss = 'clip'"):
         RunConfig(**GOOD | settings, loss="siglip")
+
+
+def test_several_numbers_of_patches_want_a_budget():
+    several = {"naflex_max_patches": "128, 256"}
+    with pytest.raises(
+        ValueError, match="^naflex_max_patches: got '128, 256' without naflex_tokens_per_batch, expected"
+    ):
+        RunConfig(**GOOD | several)
+    assert patch_counts(RunConfig(**GOOD | several, naflex_tokens_per_batch=4096).naflex_max_patches) == (128, 256)
+    # as TOML has one
+    assert make_run_config(GOOD | {"naflex_max_patches": 256}).naflex_max_patches == "256"
 
 
 def test_compile_was_once_a_switch():

@@ -20,7 +20,7 @@ import torch.distributed as dist  # noqa: E402
 from open_clip import timm_model  # noqa: E402
 from open_clip_train.scheduler import cosine_lr  # noqa: E402
 from ranks import run_on_ranks  # noqa: E402
-from siglip_keys import clipfast_keys  # noqa: E402
+from siglip_rivals import clipfast_keys  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.nn.parallel import DistributedDataParallel  # noqa: E402
 
