@@ -145,6 +145,13 @@ SOURCES = {
     "open_clip SigLIP image": Source(
         "open_clip", lambda: tiny_siglip.open_clip_siglip().visual, vit(approximate="none"), image_of, image_of
     ),
+    "open_clip over timm's mean, with a projection": Source(
+        "open_clip",
+        tiny_siglip.open_clip_mean,
+        clip(tiny_siglip.MEAN),
+        lambda model: (model.encode_image(tiny_siglip.images()), model.encode_text(clip_inputs()[1])),
+        lambda model: (model.encode_image(tiny_siglip.images()), model.encode_text(clip_inputs()[1])),
+    ),
     "open_clip SigLIP text": Source(
         "openai", lambda: tiny_siglip.open_clip_siglip().text, text(approximate="none"), text_of, text_of
     ),
@@ -363,6 +370,25 @@ class TestClassifiers:
             load_weights(clip(tiny_siglip.SIGLIP)(), classifier.state_dict())
         with pytest.raises(ValueError, match=r"no place for: classifier\.weight, classifier\.bias"):
             convert_weights(classifier.state_dict(), tmp_path / "w.pt", "transformers")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "tower"),
+    [
+        (transformers.CLIPForImageClassification, lambda: tiny.transformers_clip().config, tiny.vit),
+        (transformers.MetaClip2ForImageClassification, tiny_siglip.metaclip2_config, tiny.vit),
+        (transformers.Siglip2ForImageClassification, tiny_siglip.siglip2_config, vit()),
+    ],
+    ids=["CLIP", "MetaClip2", "Siglip2"],
+)
+def test_towers_of_other_classifiers(kind: type, config: Callable, tower: Callable) -> None:
+    theirs = tiny_siglip.drawn(kind(config()))
+    # CLIP's hold no projection
+    mine = tower() if "Siglip2" in kind.__name__ else tower(output_dim=None)
+    load_weights(mine.double(), theirs.state_dict())
+    kept = {f"visual.{k}": v for k, v in mine.state_dict().items()}
+    written = from_openai(kept, "transformers", naflex="Siglip2" in kind.__name__)
+    tiny.assert_same_state(written, {k: v for k, v in theirs.state_dict().items() if not k.startswith("classifier.")})
 
 
 def renamed(state: Mapping[str, Tensor], key: str) -> str:
