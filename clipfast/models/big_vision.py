@@ -19,7 +19,12 @@ _ROOT = "params/"
 _NOT_PARAMETERS = ("opt/", "extra/")
 
 _ATTENTION = "MultiHeadDotProductAttention_0/"
-_MLP = {
+# stands in a name for each of the projections that OpenAI's layout packs
+_PACKED = "{}"
+_PROJECTIONS = ("query", "key", "value")
+_SHARED = {
+    "attn.in_proj_weight": f"{_ATTENTION}{_PACKED}/kernel",
+    "attn.in_proj_bias": f"{_ATTENTION}{_PACKED}/bias",
     "mlp.c_fc.weight": "MlpBlock_0/Dense_0/kernel",
     "mlp.c_fc.bias": "MlpBlock_0/Dense_0/bias",
     "mlp.c_proj.weight": "MlpBlock_0/Dense_1/kernel",
@@ -27,13 +32,13 @@ _MLP = {
     "attn.out_proj.weight": _ATTENTION + "out/kernel",
     "attn.out_proj.bias": _ATTENTION + "out/bias",
 }
-_IN_BLOCK = _MLP | {
+_IN_BLOCK = _SHARED | {
     "ln_1.weight": "LayerNorm_0/scale",
     "ln_1.bias": "LayerNorm_0/bias",
     "ln_2.weight": "LayerNorm_1/scale",
     "ln_2.bias": "LayerNorm_1/bias",
 }
-_IN_POOL = _MLP | {"probe": "probe", "ln.weight": "LayerNorm_0/scale", "ln.bias": "LayerNorm_0/bias"}
+_IN_POOL = _SHARED | {"probe": "probe", "ln.weight": "LayerNorm_0/scale", "ln.bias": "LayerNorm_0/bias"}
 _NAMES = {
     "visual.conv1.weight": "img/embedding/kernel",
     "visual.conv1.bias": "img/embedding/bias",
@@ -49,11 +54,12 @@ _NAMES = {
     "logit_scale": "t",
     "logit_bias": "b",
 }
-# where names are those of a block or of the pooling: OpenAI's beginning of keys, big_vision's, the names behind it
-_IMAGE_BLOCK = ("visual.transformer.resblocks.", "img/Transformer/encoderblock_")
-_TEXT_BLOCK = ("transformer.resblocks.", "txt/Encoder_0/encoderblock_")
+# beginnings of keys, OpenAI's and big_vision's
+_BLOCKS = {
+    "visual.transformer.resblocks.": "img/Transformer/encoderblock_",
+    "transformer.resblocks.": "txt/Encoder_0/encoderblock_",
+}
 _POOL = ("visual.attn_pool.", "img/MAPHead_0/")
-_PROJECTIONS = ("query", "key", "value")
 
 # big_vision's variants of a ViT: heads by width (Ti, S, M, B, L, So400m, H, g, g-opt, G, e)
 _HEADS = {192: 3, 384: 6, 512: 8, 768: 12} | dict.fromkeys((1024, 1152, 1280, 1408, 1536, 1664, 1792), 16)
@@ -105,19 +111,14 @@ def from_big_vision(state: Mapping[str, Tensor]) -> State:
             unstacked[name] = row
     converted: State = {}
     parts: dict[str, dict[str, Tensor]] = {}
-    names = {new: old for old, new in _NAMES.items()}
     for key, value in unstacked.items():
-        prefix, rest, known = _own_place(key)
-        found = re.fullmatch(rf"{_ATTENTION}(query|key|value)/(kernel|bias)", rest) if prefix else None
-        if found:
-            kind = "weight" if found[2] == "kernel" else "bias"
-            parts.setdefault(f"{prefix}attn.in_proj_{kind}", {})[found[1]] = value
-            continue
-        name = {new: old for old, new in known.items()}.get(rest) if prefix else names.get(key)
-        converted[key if name is None else prefix + name] = value if name is None else _own_shape(prefix + name, value)
-    for name, values in parts.items():
-        converted[name] = _join(name, values)
-    return converted
+        found = re.fullmatch(rf"(.*{_ATTENTION})(query|key|value)(/.*)", key)
+        name = _own_name(f"{found[1]}{_PACKED}{found[3]}" if found else key)
+        if found and name:
+            parts.setdefault(name, {})[found[2]] = value
+        else:
+            converted[name or key] = _own_shape(name, value) if name else value
+    return converted | {name: _join(name, values) for name, values in parts.items()}
 
 
 def to_big_vision(
@@ -137,44 +138,47 @@ def to_big_vision(
     Raises:
         ValueError: Heads that are not known or do not divide the width, or positions that do not fill the grid.
     """
+    homeless = [key for key in state if _flax_name(key) is None]
+    if homeless:
+        return {}, homeless
     converted: State = {}
-    homeless = []
     for key, value in state.items():
-        prefix, rest, names = _flax_place(key)
+        name = _ROOT + str(_flax_name(key))
         number = heads[0] if key.startswith("visual.") else heads[1]
-        if prefix and rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-            kind = "kernel" if rest.endswith("weight") else "bias"
+        if _PACKED in name:
             for part, values in zip(_PROJECTIONS, _by_head(key, value, number), strict=True):
-                converted[f"{_ROOT}{prefix}{_ATTENTION}{part}/{kind}"] = values
-            continue
-        name = names.get(rest) if prefix else _NAMES.get(key)
-        if name is None:
-            homeless.append(key)
+                converted[name.replace(_PACKED, part)] = values
         else:
-            converted[_ROOT + prefix + name] = _flax_shape(key, value, number, naflex, grid)
-    return converted, homeless
+            converted[name] = _flax_shape(key, value, number, naflex, grid)
+    return converted, []
 
 
-def _own_place(key: str) -> tuple[str, str, Mapping[str, str]]:
-    """Return OpenAI's beginning for big_vision's key, the rest of the key, and the names behind that beginning."""
-    for (own, flax), names in ((_IMAGE_BLOCK, _IN_BLOCK), (_TEXT_BLOCK, _IN_BLOCK)):
-        found = re.fullmatch(rf"{flax}(\d+)/(.+)", key)
-        if found:
-            return f"{own}{found[1]}.", found[2], names
-    if key.startswith(_POOL[1]):
-        return _POOL[0], key.removeprefix(_POOL[1]), _IN_POOL
-    return "", key, {}
-
-
-def _flax_place(key: str) -> tuple[str, str, Mapping[str, str]]:
-    """Return big_vision's beginning for OpenAI's key, the rest of the key, and the names behind that beginning."""
-    for (own, flax), names in ((_IMAGE_BLOCK, _IN_BLOCK), (_TEXT_BLOCK, _IN_BLOCK)):
-        found = re.fullmatch(rf"{re.escape(own)}(\d+)\.(.+)", key)
-        if found:
-            return f"{flax}{found[1]}/", found[2], names
+def _flax_name(key: str) -> str | None:
+    """Return big_vision's name for a key of OpenAI's; None where it has none."""
+    for own, flax in _BLOCKS.items():
+        if found := re.fullmatch(rf"{re.escape(own)}(\d+)\.(.+)", key):
+            name = _IN_BLOCK.get(found[2])
+            return name and f"{flax}{found[1]}/{name}"
     if key.startswith(_POOL[0]):
-        return _POOL[1], key.removeprefix(_POOL[0]), _IN_POOL
-    return "", key, {}
+        name = _IN_POOL.get(key.removeprefix(_POOL[0]))
+        return name and _POOL[1] + name
+    return _NAMES.get(key)
+
+
+def _own_name(key: str) -> str | None:
+    """Return OpenAI's key for a name of big_vision's; None where it has none."""
+    for own, flax in _BLOCKS.items():
+        if found := re.fullmatch(rf"{flax}(\d+)/(.+)", key):
+            name = _inverted(_IN_BLOCK).get(found[2])
+            return name and f"{own}{found[1]}.{name}"
+    if key.startswith(_POOL[1]):
+        name = _inverted(_IN_POOL).get(key.removeprefix(_POOL[1]))
+        return name and _POOL[0] + name
+    return _inverted(_NAMES).get(key)
+
+
+def _inverted(names: Mapping[str, str]) -> dict[str, str]:
+    return {new: old for old, new in names.items()}
 
 
 def _own_shape(key: str, value: Tensor) -> Tensor:

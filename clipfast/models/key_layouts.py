@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from clipfast.models.big_vision import from_big_vision, is_big_vision, to_big_vision
@@ -58,6 +59,8 @@ _NOT_WEIGHTS = re.compile(r"(^|\.)(attn_mask|position_ids)$")
 
 # open_clip keeps an image tower of timm's as a trunk, and its projection, if there is one, behind it
 _TRUNK, _TRUNK_PROJECTION = "visual.trunk.", "visual.head.proj.weight"
+# timm's name of a last norm behind the pooling
+_AFTER_POOL = "fc_norm."
 # timm's NaFlexVit names what comes before the blocks otherwise than its ViT
 _NAFLEX_VIT = {"embeds.proj.": "patch_embed.proj.", "embeds.pos_embed": "pos_embed"}
 
@@ -94,6 +97,11 @@ def is_naflex(state: Mapping[str, Tensor]) -> bool:
     """Tell whether a state dict of another library is a NaFlex model's: it embeds patches by a matrix."""
     ends = ("embeddings.patch_embedding.weight", "img/embedding/kernel", "embeds.proj.weight")
     return any(value.dim() == 2 and key.endswith(ends) for key, value in state.items())
+
+
+def is_norm_after_pool(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a state dict is timm's with its last norm behind the pooling."""
+    return any(key.endswith(f"{_AFTER_POOL}weight") for key in state)
 
 
 def check_layout(layout: str) -> None:
@@ -138,6 +146,7 @@ def from_openai(
     naflex: bool = False,
     heads: tuple[int | None, int | None] = (None, None),
     grid: tuple[int, int] | None = None,
+    norm_after_pool: bool = False,
 ) -> State:
     """Bring a state dict of OpenAI's layout into another.
 
@@ -146,13 +155,14 @@ def from_openai(
         layout: - ``"openai"``: this project's own.
             - ``"open_clip"``: the same, but for towers that open_clip takes from timm: those without a class token,
               which get the prefix ``visual.trunk.``, and the text tower beside them ``text.``.
-            - ``"transformers"``: a whole model or one tower of it, with the prefixes that a whole model's keys have.
-            - ``"timm"``: an image tower, whose projection gets a bias of zeros as in timm's own conversions, and whose
-              last norm is called ``norm``.
+            - ``"transformers"``: a whole model or one tower of it, with the prefixes that a whole model's keys have. A
+              SigLIP whose text tower does not project gets the identity, as in transformers' own conversions.
+            - ``"timm"``: an image tower, whose projection gets a bias of zeros as in timm's own conversions.
             - ``"big_vision"``: SigLIP's parameters, block by block.
         naflex: Whether it is to be a NaFlex model's there, which embeds patches by a matrix.
         heads: The heads of image and text tower, for ``"big_vision"``: None is its variant's of the tower's width.
-        grid: NaFlex's grid of positions, for ``"big_vision"``; None is a square.
+        grid: NaFlex's grid of positions, for ``"timm"`` and ``"big_vision"``; None is a square.
+        norm_after_pool: Whether the last norm of ``"timm"`` stands behind the pooling, where its name is ``fc_norm``.
 
     Returns:
         Contiguous tensors, views of those that came where they can be.
@@ -175,6 +185,8 @@ def from_openai(
         converted, homeless = to_big_vision(state, heads, naflex, grid)
     elif layout == "timm":
         converted, homeless = renamed_to(state, TIMM)
+        if norm_after_pool:
+            converted = {_AFTER_POOL + k[5:] if k.startswith("norm.") else k: v for k, v in converted.items()}
         converted = _of_naflex_vit(converted, grid) if naflex else converted
     else:
         converted, homeless = _to_transformers(state)
@@ -209,8 +221,14 @@ def _to_transformers(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     of_clip = any(k.startswith(OF_TRANSFORMERS_CLIP) or k == "text_projection" for k in state)
     if of_clip:
         homeless += [k for k in state if k.startswith(OF_TRANSFORMERS_SIGLIP)]
-    elif "logit_bias" in state:
+        return converted, homeless
+    if "logit_bias" in state:
         converted |= {k: v.reshape(1) for k, v in converted.items() if k in _KEYS_OF_BOTH}
+    norm = state.get("ln_final.weight")
+    of_siglip = any(k.startswith(OF_TRANSFORMERS_SIGLIP) for k in state)
+    if of_siglip and norm is not None and "text_projection.weight" not in state:
+        converted["text_model.head.weight"] = torch.eye(norm.numel(), dtype=norm.dtype, device=norm.device)
+        converted["text_model.head.bias"] = torch.zeros_like(norm)
     return converted, homeless
 
 

@@ -105,6 +105,17 @@ def stated_naflex(path: str | os.PathLike[str]) -> bool:
     return isinstance(vision, dict) and vision.get("naflex") is True
 
 
+def stated_norm_after_pool(path: str | os.PathLike[str]) -> bool:
+    """Tell whether the configuration beside weights puts the image tower's last norm behind the pooling.
+
+    Raises:
+        ValueError: The configuration is not JSON.
+    """
+    folder = _folder_of(Path(path))
+    vision = None if folder is None else _own_or_open_clips(folder).get("vision_cfg")
+    return isinstance(vision, dict) and vision.get("final_ln_after_pool") is True
+
+
 def _family(config: Mapping[str, Any]) -> str | None:
     """Return the family of transformers' configuration: ``"clip"``, ``"metaclip_2"`` or ``"siglip"``."""
     kind = str(config.get("model_type"))

@@ -19,6 +19,7 @@ from clipfast.models.key_layouts import (
     is_classifier,
     is_from_openai,
     is_naflex,
+    is_norm_after_pool,
     text_tower_of,
     to_openai,
 )
@@ -29,11 +30,11 @@ from clipfast.models.resize import (
     fit_image_positions,
     fit_text_positions,
 )
-from clipfast.models.stated import stated_gelus, stated_grid, stated_heads, stated_naflex
+from clipfast.models.stated import stated_gelus, stated_grid, stated_heads, stated_naflex, stated_norm_after_pool
 from clipfast.models.wrappers import without_prefixes
 from clipfast.modules.block import MLP
 from clipfast.modules.resnet import ModifiedResNet
-from clipfast.modules.text import TextTransformer
+from clipfast.modules.text import TextTower, TextTransformer
 from clipfast.modules.vit import ViT
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -132,7 +133,8 @@ def convert_weights(
             at once or not at all.
         layout: ``"openai"`` (this project's own, and open_clip's but for SigLIP), ``"open_clip"``,
             ``"transformers"``, ``"timm"``, which takes the image tower of the source, or ``"big_vision"``. See
-            :func:`~clipfast.models.key_layouts.from_openai`.
+            :func:`~clipfast.models.key_layouts.from_openai`. timm's last norm is ``fc_norm`` where the source or the
+            configuration beside it says that it stands behind the pooling, and else ``norm``.
         naflex: Whether to write a NaFlex model of ``"transformers"``, ``"timm"`` or ``"big_vision"``, which embeds
             patches by a matrix; None does so where the source is one by its keys or the configuration beside it.
         heads: The attention heads of image and text tower, which big_vision's shapes tell. None is what the source or
@@ -166,6 +168,7 @@ def convert_weights(
         naflex=bool(naflex),
         heads=heads or (its[0] or told[0], its[1] or told[1]),
         grid=grid_of(raw),
+        norm_after_pool=is_norm_after_pool(raw) or (not isinstance(source, Mapping) and stated_norm_after_pool(source)),
     )
     write_state_dict(converted, target)
 
@@ -195,8 +198,20 @@ def _share_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
             share = {k: v for k, v in share.items() if not k.startswith("attn_pool.")}
         return share
     if isinstance(model, TextTransformer):
-        return text_tower_of(state)
+        state = text_tower_of(state)
+    if isinstance(model, TextTower) and model.text_projection is None and _is_identity(state):
+        return {k: v for k, v in state.items() if not k.startswith("text_projection.")}
     return state
+
+
+def _is_identity(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a projection of text does nothing; transformers has one where SigLIP's text tower has none."""
+    weight, bias = state.get("text_projection.weight"), state.get("text_projection.bias")
+    if weight is None or bias is None or weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+        return False
+    return not bias.count_nonzero() and torch.equal(
+        weight, torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    )
 
 
 def _check_gelu(model: nn.Module, gelus: Mapping[str, frozenset[str]]) -> None:

@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import clipfast
+from clipfast.models.clip import CLIP
+from clipfast.models.config import get_config
 from clipfast.models.foreign_config import folder_config, transformers_config
 from clipfast.models.open_model import open_model
 
@@ -104,7 +106,54 @@ def test_towers_may_have_a_gelu_each() -> None:
     assert (ours.vision_approximate, ours.text_approximate) == ("none", "tanh")
 
 
+SO400M = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+GIANT = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 40, "num_attention_heads": 16}
+HUGE = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
 VISION, TEXT = "vision_config", "text_config"
+PUBLISHED = {
+    "ViT-B-32-quickgelu": {"model_type": "clip"},
+    "ViT-H-14-worldwide": {
+        "model_type": "metaclip_2",
+        "projection_dim": 1024,
+        VISION: HUGE | {"patch_size": 14, "hidden_act": "gelu"},
+        TEXT: {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "vocab_size": 901_629,
+            "eos_token_id": 2,
+            "hidden_act": "gelu",
+        },
+    },
+    "ViT-B-16-SigLIP-tanhgelu": {"model_type": "siglip"},
+    "ViT-SO400M-14-SigLIP-384-tanhgelu": {
+        "model_type": "siglip",
+        VISION: SO400M | {"image_size": 384, "patch_size": 14},
+        TEXT: SO400M,
+    },
+    "ViT-gopt-16-SigLIP2-384-tanhgelu": {
+        "model_type": "siglip",
+        VISION: GIANT | {"image_size": 384},
+        TEXT: SO400M | {"vocab_size": 256_000, "projection_size": 1536},
+    },
+    "ViT-B-16-SigLIP2-NaFlex": {"model_type": "siglip2", TEXT: {"vocab_size": 256_000}},
+    "ViT-SO400M-16-SigLIP2-NaFlex": {"model_type": "siglip2", VISION: SO400M, TEXT: SO400M | {"vocab_size": 256_000}},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_are_the_named_models(name: str) -> None:
+    config, named = transformers_config(PUBLISHED[name]), get_config(name)
+    with torch.device("meta"):
+        ours, theirs = (CLIP(sizes).state_dict() for sizes in (config, named))
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
+    for field in ("vision_approximate", "text_approximate", "embed_dim", "init_logit_bias"):
+        assert getattr(config, field) == getattr(named, field)
+    for field in ("heads", "norm_eps", "pool_type", "naflex", "image_size"):
+        assert getattr(config.vision_cfg, field) == getattr(named.vision_cfg, field)
+    for field in ("heads", "norm_eps", "pool_type", "no_causal_mask", "context_length"):
+        assert getattr(config.text_cfg, field) == getattr(named.text_cfg, field)
 
 
 @pytest.mark.parametrize(

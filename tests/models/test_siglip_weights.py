@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,6 +145,13 @@ SOURCES = {
     "open_clip SigLIP image": Source(
         "open_clip", lambda: tiny_siglip.open_clip_siglip().visual, vit(approximate="none"), image_of, image_of
     ),
+    "open_clip over timm's mean, with a projection": Source(
+        "open_clip",
+        tiny_siglip.open_clip_mean,
+        clip(tiny_siglip.MEAN),
+        lambda model: (model.encode_image(tiny_siglip.images()), model.encode_text(clip_inputs()[1])),
+        lambda model: (model.encode_image(tiny_siglip.images()), model.encode_text(clip_inputs()[1])),
+    ),
     "open_clip SigLIP text": Source(
         "openai", lambda: tiny_siglip.open_clip_siglip().text, text(approximate="none"), text_of, text_of
     ),
@@ -159,6 +167,13 @@ SOURCES = {
         "timm",
         timm(name="vit_base_patch16_siglip_gap_224"),
         vit(approximate="none", pool_type="avg"),
+        image_of,
+        image_of,
+    ),
+    "timm norm behind the mean": Source(
+        "timm",
+        timm(name="vit_base_patch16_siglip_gap_224", fc_norm=True),
+        vit(approximate="none", pool_type="avg", final_ln_after_pool=True),
         image_of,
         image_of,
     ),
@@ -212,7 +227,8 @@ def test_loads_computes_the_same_and_goes_back_bitwise(source: Source, tmp_path:
     own = mine.state_dict()
     if not any(k.startswith(("visual.", "token_embedding.")) for k in own):
         own = {f"visual.{k}": v for k, v in own.items()}
-    converted = from_openai(own, source.layout, naflex=source.naflex)
+    after = getattr(mine, "final_ln_after_pool", False)
+    converted = from_openai(own, source.layout, naflex=source.naflex, norm_after_pool=after)
     if source.layout == "open_clip" and "logit_scale" not in own:
         converted = {k.removeprefix("visual."): v for k, v in converted.items()}
     fresh.load_state_dict({k.removeprefix(source.prefix): v for k, v in converted.items()}, strict=True)
@@ -356,6 +372,25 @@ class TestClassifiers:
             convert_weights(classifier.state_dict(), tmp_path / "w.pt", "transformers")
 
 
+@pytest.mark.parametrize(
+    ("kind", "config", "tower"),
+    [
+        (transformers.CLIPForImageClassification, lambda: tiny.transformers_clip().config, tiny.vit),
+        (transformers.MetaClip2ForImageClassification, tiny_siglip.metaclip2_config, tiny.vit),
+        (transformers.Siglip2ForImageClassification, tiny_siglip.siglip2_config, vit()),
+    ],
+    ids=["CLIP", "MetaClip2", "Siglip2"],
+)
+def test_towers_of_other_classifiers(kind: type, config: Callable, tower: Callable) -> None:
+    theirs = tiny_siglip.drawn(kind(config()))
+    # CLIP's hold no projection
+    mine = tower() if "Siglip2" in kind.__name__ else tower(output_dim=None)
+    load_weights(mine.double(), theirs.state_dict())
+    kept = {f"visual.{k}": v for k, v in mine.state_dict().items()}
+    written = from_openai(kept, "transformers", naflex="Siglip2" in kind.__name__)
+    tiny.assert_same_state(written, {k: v for k, v in theirs.state_dict().items() if not k.startswith("classifier.")})
+
+
 def renamed(state: Mapping[str, Tensor], key: str) -> str:
     """Return the one key of a state dict that ends with ``key``, or the first of blocks'."""
     return next(k for k in state if k.endswith(key))
@@ -422,6 +457,44 @@ def test_parts_of_a_projection_must_be_there_and_alike(
         state[name] = value[:-1] if fault == "shape" else value.half()
     with pytest.raises(ValueError, match=r"state dict: got .* for .*in_proj_(weight|bias), expected"):
         to_openai(state)
+
+
+class TestTextThatDoesNotProject:
+    """SigLIP so400m's multilingual text tower has no projection, and transformers an identity in its place."""
+
+    CONFIG = tiny_siglip.SIGLIP | {
+        "text_cfg": tiny_siglip.TEXT | {"width": 64, "proj_bias": False, "proj_type": "none"}
+    }
+
+    def state(self) -> dict[str, Tensor]:
+        state = tiny_siglip.drawn(clip(self.CONFIG)()).state_dict()
+        assert not any(k.startswith("text_projection") for k in state)
+        return state
+
+    def test_transformers_gets_the_identity_and_gives_it_back(self) -> None:
+        state = self.state()
+        config = tiny_siglip.siglip_config()
+        config.text_config.hidden_size, config.text_config.intermediate_size = 64, 128
+        theirs = transformers.SiglipModel(config).double().eval()
+        theirs.load_state_dict(from_openai(state, "transformers"), strict=True)
+        mine = load_weights(clip(self.CONFIG)(), theirs.state_dict())
+        tiny.assert_same_state(mine.state_dict(), state)
+        with torch.no_grad():
+            compare(both(mine)[1], transformers_features(theirs)[1])
+        tower = tiny_siglip.TEXT | {"width": 64, "output_dim": None, "approximate": "tanh", "proj_bias": False}
+        load_weights(clipfast.TextTransformer(**tower).double(), theirs.state_dict())
+
+    @pytest.mark.parametrize("key", ["text_model.head.weight", "text_model.head.bias"])
+    def test_another_projection_is_not_dropped(self, key: str) -> None:
+        weights = from_openai(self.state(), "transformers")
+        weights[key].view(-1)[3] += 1e-6
+        with pytest.raises(ValueError, match=r"2 unexpected: text_projection\.weight, text_projection\.bias"):
+            load_weights(clip(self.CONFIG)(), weights)
+
+    @pytest.mark.parametrize("layout", ["openai", "open_clip", "big_vision"])
+    def test_the_others_have_none(self, layout: str) -> None:
+        state = self.state()
+        tiny.assert_same_state(to_openai(from_openai(state, layout, heads=(2, 2))), state)
 
 
 def test_a_bias_of_logits_needs_a_place() -> None:
@@ -529,10 +602,18 @@ def test_heads_of_big_vision_are_asked_for_where_nothing_tells(tmp_path: Path) -
     assert from_openai(wide, "big_vision")[name].shape == (16, 72)
 
 
+def test_a_folder_says_where_timms_last_norm_stands(tmp_path: Path) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(clipfast.CLIPConfig.from_dict(tiny_siglip.CLIPA).to_dict()))
+    state = clip(tiny_siglip.CLIPA)().state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    for source, name in ((tmp_path, "fc_norm.weight"), (state, "norm.weight")):
+        convert_weights(source, tmp_path / "out.safetensors", "timm")
+        written = read_state_dict(tmp_path / "out.safetensors")
+        assert torch.equal(written[name], state["visual.ln_post.weight"])
+
+
 def test_a_naflex_folder_stays_one(tmp_path: Path) -> None:
     """What the configuration beside the weights says is followed, and --no-naflex overrules it."""
-    import json
-
     own = clip(tiny_siglip.SIGLIP)()
     (tmp_path / "model.json").write_text(json.dumps(clipfast.CLIPConfig.from_dict(tiny_siglip.NAFLEX).to_dict()))
     save_file(own.state_dict(), tmp_path / "model.safetensors")

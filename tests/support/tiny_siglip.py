@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import open_clip
@@ -34,6 +33,11 @@ CLIPA = tiny.CONFIG | {
     "vision_cfg": tiny.CONFIG["vision_cfg"] | {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True},
     "text_cfg": tiny.CONFIG["text_cfg"] | {"pool_type": "last", "no_causal_mask": True},
 }
+
+# a ViT of timm's under classic CLIP's text
+MEAN = tiny.CONFIG | {
+    "embed_dim": 40, "vision_cfg": VISION | {"pool_type": "avg", "proj_type": "linear", "approximate": "none"},
+}  # fmt: skip
 
 _SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2}
 _VISION = {"hidden_size": 64, "intermediate_size": 128, "patch_size": PATCH, **_SIZES}
@@ -93,6 +97,14 @@ def open_clip_siglip() -> nn.Module:
     return model
 
 
+def open_clip_mean() -> nn.Module:
+    """Return open_clip's ``CustomTextCLIP`` of a timm trunk that pools by the mean, with a projection behind it."""
+    vision = {"image_size": SIDE, "timm_model_name": "test_vit", "timm_pool": "avg", "timm_proj": "linear"}
+    model = open_clip.CustomTextCLIP(embed_dim=40, vision_cfg=vision, text_cfg=tiny.CONFIG["text_cfg"])
+    model.visual.trunk = timm_vit("vit_base_patch16_siglip_gap_224")
+    return model
+
+
 def open_clip_clipa(custom_text: bool = False) -> nn.Module:
     """Return open_clip's CLIPA."""
     return (open_clip.CustomTextCLIP if custom_text else open_clip.CLIP)(**CLIPA)
@@ -120,6 +132,3 @@ def patches(pixels: torch.Tensor) -> torch.Tensor:
     """Return images as SigLIP 2 of transformers takes them: ``[B, N, P·P·3]``, in (row, column, channel) order."""
     rows = pixels.unflatten(2, (-1, PATCH)).unflatten(4, (-1, PATCH))
     return rows.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-Make = Callable[[], nn.Module]
