@@ -237,9 +237,9 @@ class _Tower:
     def _padded(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of a row in a graph: of tokens the next length that captions are cut to.
 
-        Tokens behind a caption change nothing where the mask hides them; other libraries' towers get what came.
+        Tokens behind a caption change nothing where the mask hides them; other towers get what came.
         """
-        if not (self.takes_tokens and isinstance(self.model, TextTower)):
+        if not (self.takes_tokens and isinstance(self.model, TextTower) and self.model.ignores_padding):
             return tuple(shape)
         context = self.model.context_length
         return (min((n for n in CAPTION_BUCKETS if shape[0] <= n <= context), default=context),)

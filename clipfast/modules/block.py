@@ -188,11 +188,13 @@ class ResidualAttentionBlock(nn.Module):
         super().__init__()
         self.ln_1 = LayerNorm(width, eps=norm_eps)
         self.attn = SelfAttention(width, heads, causal, qkv_bias)
+        if ls_init_value is not None:
+            self.has_layer_scale = True
+            self.ls_1 = LayerScale(width, ls_init_value)
         self.ln_2 = LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width, int(width * mlp_ratio), approximate)
         if ls_init_value is not None:
-            self.has_layer_scale = True
-            self.ls_1, self.ls_2 = LayerScale(width, ls_init_value), LayerScale(width, ls_init_value)
+            self.ls_2 = LayerScale(width, ls_init_value)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, read: Read | None = None) -> Tensor:
         """Return ``[B, N, W]`` from ``[B, N, W]``.

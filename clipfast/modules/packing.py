@@ -77,6 +77,8 @@ def pack(tokens: Tensor, read: Tensor, device: torch.device | None = None, fill:
 def trim_captions(tokens: Tensor, *, eos_id: int = 49407, buckets: Sequence[int] = CAPTION_BUCKETS) -> Tensor:
     """Cut the columns off that lie behind every caption's end: the form of captions for ``torch.compile``.
 
+    It is for text towers like CLIP's, causal and read at the EOS. SigLIP's attends to its padding: do not cut it.
+
     A compiled model, or one in a CUDA graph, cannot pack: how many tokens there are is data. It computes the columns
     that it is given, so give it few. A model compiled with ``dynamic=False`` is compiled once for every bucket that
     occurs.

@@ -14,6 +14,7 @@ from clipfast.modules.block import LayerNorm, Read, take_tokens
 from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.packing import pack
 from clipfast.modules.plainness import is_untouched
+from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import Transformer
 from clipfast.ops import capturing, transfer
 
@@ -141,14 +142,15 @@ class TextTower(nn.Module):
     def _text_features(self, tokens: Tensor) -> Tensor:
         """Return ``[B, E]`` from ``[B, L]``: the token that is read, after the last LayerNorm and projection."""
         self._check_tokens(tokens)
-        embeddings = self.token_embedding.weight
-        return inference.each_alone(
-            self._features_of, tokens, lambda: self.transformer.packed_encoder(embeddings) is not None
-        )
+        return inference.each_alone(self._features_of, tokens, self._is_batch_invariant)
+
+    def _is_batch_invariant(self) -> bool:
+        # a projection that somebody watches is called
+        watched = isinstance(self.text_projection, nn.Module) and is_observed(self.text_projection)
+        return not watched and self.transformer.packed_encoder(self.token_embedding.weight) is not None
 
     def _features_of(self, tokens: Tensor) -> Tensor:
-        # read at the last token, there is nothing behind it to leave out
-        if self.pooling == "last" or _cannot_read_values(tokens) or not self._takes_packed_rows():
+        if _cannot_read_values(tokens) or not self.ignores_padding or not self._takes_packed_rows():
             tokens = self._sent(tokens)
             read = self._read(tokens)
             pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
@@ -162,6 +164,11 @@ class TextTower(nn.Module):
             # LayerNorm works row by row: the rows that are read suffice
             pooled = self.ln_final(x)[packing.order]
         return inference.project(self, pooled, self.text_projection)
+
+    @property
+    def ignores_padding(self) -> bool:
+        """Whether tokens behind the one that is read change nothing: none is, or the mask hides them."""
+        return self.pooling != "last" and all(block.attn.causal for block in self.transformer.resblocks)
 
     def _takes_packed_rows(self) -> bool:
         """Return whether nothing would notice that captions are cut at the token that is read."""

@@ -208,6 +208,19 @@ class ViT(nn.Module):
         """
         return self.transformer.attention_maps(self._embed(images))
 
+    def get_pool_weights(self, images: Tensor) -> Tensor:
+        """Return how much each of the last block's tokens counts in the features, ``[B, H, N]``; a row sums to 1.
+
+        Of the class token's and the mean's pooling there is one head; of ``"map"``, those of its attention.
+        """
+        x = self._embed(images)
+        if self.pool_type == "map":
+            return self.attn_pool.weights(self.ln_post(self.transformer(x)))
+        read = slice(0, 1) if self.pool_type == "tok" else slice(self.prefix_tokens, None)
+        weights = torch.zeros_like(x[..., 0])
+        weights[:, read] = 1 / weights[:, read].shape[1]
+        return weights[:, None]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Trade time for memory in training; see :attr:`Transformer.grad_checkpointing`."""
         self.transformer.grad_checkpointing = enable
@@ -226,7 +239,8 @@ class ViT(nn.Module):
         set_trainable([self], False)
         learned = [getattr(self, name, None) for name in ("class_embedding", "reg_tokens", "positional_embedding")]
         *blocks, last = self.transformer.resblocks
-        groups = [[self.conv1, *learned, self.ln_pre], *([b] for b in blocks), [last, self.ln_post, self.attn_pool]]
+        pool = getattr(self, "attn_pool", None)
+        groups = [[self.conv1, *learned, self.ln_pre], *([b] for b in blocks), [last, self.ln_post, pool]]
         unlock_last(groups if self.proj is None else [*groups, [self.proj]], unlocked_groups)
 
     @torch.no_grad()

@@ -137,8 +137,9 @@ def write_demo_report(
         chosen = order[:_ATTENTION_PICTURES]
         with torch.no_grad():
             images = normalized_pixels(pictures[chosen]).to(clip.logit_scale.device)
-            shares = attention_rollout(clip.visual.get_attention_maps(images))
-        report.add_section("Where it looks", "Attention from the class token, followed through all blocks (rollout).")
+            read = clip.visual.get_pool_weights(images).mean(dim=1)
+            shares = attention_rollout(clip.visual.get_attention_maps(images), read, clip.visual.prefix_tokens)
+        report.add_section("Where it looks", "Attention from what is read, followed through all blocks (rollout).")
         report.add_figure(plot_attention_maps(pictures[chosen], shares, clip.visual.grid_size), "attention maps")
 
     report.add_section("Configuration")

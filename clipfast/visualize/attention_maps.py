@@ -15,51 +15,66 @@ from torch import Tensor
 from clipfast.visualize.figures import INK, hide_frame, new_figure
 
 
-def attention_rollout(attention: Tensor) -> Tensor:
-    """Follow attention from the class token through all blocks down to the patches.
+def attention_rollout(attention: Tensor, read: Tensor | None = None, prefix: int = 1) -> Tensor:
+    """Follow attention from what the features are read from through all blocks down to the patches.
 
     Heads are averaged, and half of every token is taken to stay where it is, for the residual connection; the
     blocks' matrices are multiplied (attention rollout: Abnar & Zuidema, 2020).
 
     Args:
-        attention: ``[layers, B, heads, N, N]`` (query, key), as :meth:`clipfast.ViT.get_attention_maps` gives it,
-            the class token first.
+        attention: ``[layers, B, heads, N, N]`` (query, key), as :meth:`clipfast.ViT.get_attention_maps` gives it.
+        read: ``[B, N]``, how much each token counts: the mean over heads of :meth:`clipfast.ViT.get_pool_weights`; by
+            default the class token alone, which is the first.
+        prefix: How many tokens lie before the patches, ``ViT.prefix_tokens``.
 
     Returns:
-        float32 ``[B, N - 1]``, each patch's share of what the class token has seen; a row sums to 1.
+        float32 ``[B, N - prefix]``, each patch's share of what was seen; a row sums to 1.
 
     Raises:
-        ValueError: ``attention`` has another shape.
+        ValueError: ``attention`` or ``read`` has another shape.
     """
-    if attention.dim() != 5 or attention.shape[-1] != attention.shape[-2] or attention.shape[-1] < 2:
-        raise ValueError(f"attention: got shape {tuple(attention.shape)}, expected [layers, B, heads, N, N]")
+    _check(attention, read)
     blocks = attention.detach().float().mean(dim=2)
     blocks = 0.5 * blocks + 0.5 * torch.eye(blocks.shape[-1], device=blocks.device)
     flow = blocks[0]
     for block in blocks[1:]:
         flow = block @ flow
-    patches = flow[:, 0, 1:]
+    patches = _read(flow[:, None], read)[:, 0, prefix:]
     return patches / patches.sum(dim=-1, keepdim=True)
 
 
-def class_attention(attention: Tensor, block: int = -1) -> Tensor:
-    """Return how much the class token looks at each patch in one block, head by head.
+def class_attention(attention: Tensor, block: int = -1, read: Tensor | None = None, prefix: int = 1) -> Tensor:
+    """Return how much the class token, or what is read in its place, looks at each patch in one block, head by head.
 
     Args:
         attention: As for :func:`attention_rollout`.
         block: Its number; from the end if negative. The last is what the features are read from.
+        read, prefix: As for :func:`attention_rollout`.
 
     Returns:
-        float32 ``[B, heads, N - 1]``; what the class token looks at itself is left out, so a row sums to 1 at most.
+        float32 ``[B, heads, N - prefix]``; what is looked at before the patches is left out, so a row sums to 1 at
+        most.
 
     Raises:
-        ValueError: ``attention`` has another shape, or no such block.
+        ValueError: ``attention`` or ``read`` has another shape, or no such block.
     """
-    if attention.dim() != 5 or attention.shape[-1] != attention.shape[-2] or attention.shape[-1] < 2:
-        raise ValueError(f"attention: got shape {tuple(attention.shape)}, expected [layers, B, heads, N, N]")
+    _check(attention, read)
     if not -len(attention) <= block < len(attention):
         raise ValueError(f"block: got {block}, expected {-len(attention)} to {len(attention) - 1}")
-    return attention[block, :, :, 0, 1:].detach().float()
+    return _read(attention[block].detach().float(), read)[..., prefix:]
+
+
+def _check(attention: Tensor, read: Tensor | None) -> None:
+    if attention.dim() != 5 or attention.shape[-1] != attention.shape[-2] or attention.shape[-1] < 2:
+        raise ValueError(f"attention: got shape {tuple(attention.shape)}, expected [layers, B, heads, N, N]")
+    expected = (attention.shape[1], attention.shape[-1])
+    if read is not None and tuple(read.shape) != expected:
+        raise ValueError(f"read: got shape {tuple(read.shape)}, expected {list(expected)}, a weight for each token")
+
+
+def _read(maps: Tensor, read: Tensor | None) -> Tensor:
+    """Return ``[B, heads, N]``: of ``[B, heads, N, N]`` the class token's row, or rows by their weights."""
+    return maps[:, :, 0] if read is None else torch.einsum("bn,bhnm->bhm", read.to(maps), maps)
 
 
 def plot_attention_maps(

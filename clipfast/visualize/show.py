@@ -156,19 +156,21 @@ def _add_attention(model: CLIP, sight: Sight, block: int, add: object, report: R
     if not isinstance(model.visual, ViT):
         report.add_section("Attention", "This image tower is a ResNet: it has no attention between patches to draw.")
         return
-    grid = model.visual.grid_size
+    grid, prefix = model.visual.grid_size, model.visual.prefix_tokens
+    reader = "the class token" if model.visual.pool_type == "tok" else "the pooling"
     rollouts, heads = [], []
     for one in sight.inputs.split(1):  # the maps of every block and head are large
         with torch.no_grad():
             attention = model.visual.get_attention_maps(one)
-        rollouts.append(attention_rollout(attention)[0].cpu())
-        heads.append(class_attention(attention, block)[0].cpu())
-    words = "Attention from the class token, followed through all blocks (rollout)."
+            read = model.visual.get_pool_weights(one).mean(dim=1)
+        rollouts.append(attention_rollout(attention, read, prefix)[0].cpu())
+        heads.append(class_attention(attention, block, read, prefix)[0].cpu())
+    words = f"Attention from {reader}, followed through all blocks (rollout)."
     figure = plot_attention_maps(sight.crops, torch.stack(rollouts), grid, sight.names)
     add("attention.png", "Where it looks", words, figure)
     number = block % model.config.vision_cfg.layers + 1
     for index, name in enumerate(sight.names):
         stem = re.sub(r"[^\w.-]", "_", Path(name).stem)[:60]
         figure = plot_heads(sight.crops[index], heads[index], rollouts[index], grid)
-        words = f"What the class token looks at in block {number}, head by head, each with its own scale."
+        words = f"Where {reader} looks in block {number}, head by head, each with its own scale."
         add(f"heads-{index:02d}-{stem}.png", name, words, figure)
