@@ -8,6 +8,7 @@ shards or casts a Parameter therefore reaches the twin.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from clipfast import ops
 from clipfast.modules import plainness
 from clipfast.modules.block import MLP, Branch, LayerNorm, Read, ResidualAttentionBlock, SelfAttention, take_tokens
 from clipfast.modules.block_states import is_lora
+from clipfast.ops.encoder import BlockWeights
 
 
 class Refusal(Exception):
@@ -274,11 +276,16 @@ class TwinBlock(ResidualAttentionBlock):
             self.ls_1, self.ls_2 = scales
         self.mlp = TwinMLP(c_fc, c_proj, approximate, name)
         # its parameters say all that it computes, and packed weights have a place for them
-        self.is_plain = (
-            scales is None
-            and not attention.is_adapted
-            and not any(is_lora(linear) or linear.bias is None for linear in (attention.out_proj, c_fc, c_proj))
+        self.is_plain = not attention.is_adapted and not any(
+            is_lora(linear) or linear.bias is None for linear in (attention.out_proj, c_fc, c_proj)
         )
+
+    def weights(self) -> BlockWeights:
+        """Return the parameters as packed weights take them, with the layer scales in those that they multiply."""
+        made = super().weights()
+        if not self.has_layer_scale:
+            return made
+        return replace(made, out=_scaled(made.out, self.ls_1.gamma), proj=_scaled(made.proj, self.ls_2.gamma))
 
     def carries(self) -> bool:
         """Return that it does: whoever watches or changes the other's block is served by the other's code."""
@@ -287,3 +294,8 @@ class TwinBlock(ResidualAttentionBlock):
     def _may_skip(self, part: nn.Module) -> bool:
         """Return that it may, for the same reason, what needs no call of its own."""
         return not isinstance(part, TwinAdaptedAttention)
+
+
+def _scaled(layer: tuple[Tensor, Tensor], gamma: Tensor) -> tuple[Tensor, Tensor]:
+    weight, bias = (t.detach().to(torch.promote_types(t.dtype, torch.float32)) for t in layer)
+    return (gamma[:, None] * weight).to(layer[0].dtype).detach(), (gamma * bias).to(layer[1].dtype).detach()
