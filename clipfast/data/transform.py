@@ -155,6 +155,10 @@ class ImageTransform:
         values = pixels.to(torch.float32).div_(255)
         return values.sub_(per_channel(self.mean, values)).div_(per_channel(self.std, values))
 
+    def blank(self) -> torch.Tensor:
+        """A picture of zeros, for the place of one that cannot be read."""
+        return torch.zeros(3, *self.image_size, dtype=torch.float32, device="cpu")
+
     def _resized_center_crop(self, image: Image.Image) -> Image.Image:
         (width, height), (crop_height, crop_width) = image.size, self.image_size
         if crop_height == crop_width:

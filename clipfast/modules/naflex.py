@@ -197,7 +197,8 @@ def _checked_grids(grids: Tensor | Sequence[tuple[int, int]]) -> Tensor:
     """Return grids as int64 ``[B, 2]`` in host memory."""
     name = "NaFlexBatch(grids)"
     if not isinstance(grids, Tensor):
-        grids = torch.tensor([tuple(grid) for grid in grids], device="cpu")
+        grids = [tuple(grid) for grid in grids]
+        grids = torch.tensor(grids, device="cpu") if grids else torch.empty(0, 2, dtype=torch.int64, device="cpu")
     if grids.device.type != "cpu":
         raise ValueError(
             f"{name}: got them on {grids.device}, expected host memory: they say how much is to be computed"

@@ -21,6 +21,7 @@ from clipfast.modules.plainness import is_untouched
 from clipfast.modules.pooling import AttentionPool, ProbeAttention
 from clipfast.modules.positions import Grid, positions_for
 from clipfast.modules.shortcuts import is_observed
+from clipfast.modules.uncompiled import uncompiled
 from clipfast.ops import attention_packed, transfer
 
 _FORWARDS = {kind: kind.forward for kind in (LayerNorm, AttentionPool, ProbeAttention, PatchDropout)}
@@ -110,29 +111,24 @@ def check_batch(batch: NaFlexBatch, patch_size: int, weight: Tensor) -> None:
         raise TypeError(f"images: got {batch.dtype}, expected {weight.dtype}, the model's dtype: images.to(dtype)")
 
 
-@torch.compiler.disable(recursive=False, reason=_NOT_COMPILED)
+@uncompiled(_NOT_COMPILED, recursive=False)
 def features_of(tower: nn.Module, batch: NaFlexBatch) -> Tensor:
     """Return a ViT's pooled features ``[B, E]``, not normalised, in the order of the pictures."""
-    check_batch(batch, tower.patch_size, tower.conv1.weight)
-    if not takes_packed(tower):
+    begun = _begin(tower, batch)
+    if begun is None:
         return torch.stack(_grid_by_grid(batch, tower._features))
-    arranged, x = _packed_tokens(tower, batch)
-    if tower.pool_type == "map":
-        pooled = tower.attn_pool(tower.ln_post(x), arranged.cu_seqlens)
-    elif tower.final_ln_after_pool:
-        pooled = tower.ln_post(_means(x, arranged))
-    else:
-        pooled = _means(tower.ln_post(x), arranged)
-    return tower._project(pooled).index_select(0, arranged.order)
+    arranged, x = begun
+    return _pooled(tower, tower.transformer(x, arranged.cu_seqlens), arranged)
 
 
-@torch.compiler.disable(recursive=False, reason=_NOT_COMPILED)
+@uncompiled(_NOT_COMPILED, recursive=False)
 def tokens_of(tower: nn.Module, batch: NaFlexBatch) -> Tensor:
     """Return a ViT's tokens ``[total, W]``, as its ``forward_features`` does, in the order of the pictures."""
-    check_batch(batch, tower.patch_size, tower.conv1.weight)
-    if not takes_packed(tower):
+    begun = _begin(tower, batch)
+    if begun is None:
         return torch.cat(_grid_by_grid(batch, tower.forward_features))
-    arranged, x = _packed_tokens(tower, batch)
+    arranged, x = begun
+    x = tower.transformer(x, arranged.cu_seqlens)
     if not tower.final_ln_after_pool:
         x = tower.ln_post(x)
     return x if arranged.rows is None else attention_packed.permute(x, *arranged.tokens)
@@ -151,8 +147,12 @@ def takes_packed(tower: nn.Module) -> bool:
     )
 
 
-def _packed_tokens(tower: nn.Module, batch: NaFlexBatch) -> tuple[Arrangement, Tensor]:
-    """Return what the last block gives, ``[packed, W]``."""
+@uncompiled(_NOT_COMPILED)
+def _begin(tower: nn.Module, batch: NaFlexBatch) -> tuple[Arrangement, Tensor] | None:
+    """Return what goes into the first block, ``[packed, W]``, or None where nothing is packed."""
+    check_batch(batch, tower.patch_size, tower.conv1.weight)
+    if not takes_packed(tower):
+        return None
     dropped = tower.patch_dropout.prob if tower.training else 0.0
     arranged = arrange(batch, batch.device, dropped)
     patches = batch.patches if arranged.rows is None else batch.patches.index_select(0, arranged.rows)
@@ -161,9 +161,19 @@ def _packed_tokens(tower: nn.Module, batch: NaFlexBatch) -> tuple[Arrangement, T
     table = (torch.cat(table) if len(table) > 1 else table[0]).to(x.dtype)
     # whose gradient is added up in one order, unlike that of an index
     x = x + F.embedding(arranged.positions, table)
-    if tower.ln_pre is not None:
-        x = tower.ln_pre(x)
-    return arranged, tower.transformer(x, arranged.cu_seqlens)
+    return arranged, x if tower.ln_pre is None else tower.ln_pre(x)
+
+
+@uncompiled(_NOT_COMPILED)
+def _pooled(tower: nn.Module, x: Tensor, arranged: Arrangement) -> Tensor:
+    """Return features ``[B, E]`` of the last block's tokens, in the order of the pictures."""
+    if tower.pool_type == "map":
+        pooled = tower.attn_pool(tower.ln_post(x), arranged.cu_seqlens)
+    elif tower.final_ln_after_pool:
+        pooled = tower.ln_post(_means(x, arranged))
+    else:
+        pooled = _means(tower.ln_post(x), arranged)
+    return tower._project(pooled).index_select(0, arranged.order)
 
 
 def _means(x: Tensor, arranged: Arrangement) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import clipfast
-from clipfast.modules import packed_images, positions
+from clipfast.modules import packed_images, positions, transformer
 from clipfast.modules.naflex import Patches, cut, uncut
 from clipfast.modules.positions import resampled_positions
 from clipfast.modules.vit import ViT
@@ -94,19 +94,20 @@ def test_float64_is_transformers_with_its_masks_in_outputs_and_all_gradients():
     theirs, ours = theirs_and_ours(torch.float64)
     batch = batch_of(GRIDS)
     inputs = padded(batch)
-    expected = theirs(**inputs)
-    features, tokens = ours(batch), ours.forward_features(batch)
     mask = inputs["pixel_attention_mask"].bool()
-    assert (features - expected.pooler_output).abs().max() <= 1e-10
-    assert (tokens - expected.last_hidden_state[mask]).abs().max() <= 1e-10
-    # a loss that all features and all tokens are in
-    weights, more = torch.randn_like(features), torch.randn_like(tokens)
-    ((expected.pooler_output * weights).sum() + (expected.last_hidden_state[mask] * more).sum()).backward()
-    wanted = siglip2_keys.clipfast_keys({n: p.grad for n, p in theirs.named_parameters()}, PATCH)
-    found = gradients(ours, (features * weights).sum() + (tokens * more).sum())
-    assert found.keys() == wanted.keys()
-    for name, gradient in found.items():
-        assert (gradient - wanted[name]).abs().max() <= 1e-10 * max(1, wanted[name].abs().max()), name
+    for compute, read in (
+        (ours, lambda output: output.pooler_output),
+        (ours.forward_features, lambda output: output.last_hidden_state[mask]),
+    ):
+        found, wanted = compute(batch), read(theirs(**inputs))
+        assert (found - wanted).abs().max() <= 1e-10
+        weights = torch.randn_like(found)
+        found, wanted = gradients(ours, (found * weights).sum()), gradients(theirs, (wanted * weights).sum())
+        wanted = siglip2_keys.clipfast_keys({name: g for name, g in wanted.items() if g is not None}, PATCH)
+        assert {name for name, g in found.items() if g is not None} == wanted.keys()
+        for name, gradient in wanted.items():
+            assert gradient.abs().max() > 1e-3
+            assert (found[name] - gradient).abs().max() <= 1e-10, name
 
 
 def test_float32_in_inference_and_in_training():
@@ -219,6 +220,21 @@ def test_images_of_any_multiple_of_the_patch_size():
     torch.testing.assert_close(model(images), fixed(images), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+def test_inference_on_the_cpu_runs_the_packed_encoder_on_packed_rows(monkeypatch):
+    model, batch, calls = tower(torch.float32), batch_of(GRIDS, torch.float32), []
+
+    def encode(x, encoder, *, cu_seqlens, read=None):
+        calls.append((tuple(x.shape), cu_seqlens.tolist()))
+        return original(x, encoder, cu_seqlens=cu_seqlens, read=read)
+
+    original = transformer.encode
+    monkeypatch.setattr(transformer, "encode", encode)
+    model(batch)
+    # once for all, the shortest first
+    assert calls == [((90, WIDTH), [0, 12, 25, 39, 54, 90])]
+
+
 def test_a_projection_and_the_whole_model():
     config = {
         "embed_dim": 32,
@@ -230,7 +246,7 @@ def test_a_projection_and_the_whole_model():
     }  # fmt: skip
     model = clipfast.create_model(config, dtype=torch.float64)
     batch, tokens = batch_of(GRIDS), torch.full((5, 8), 15)
-    image, text, scale = model(batch, tokens)
+    image, text, _ = model(batch, tokens)
     assert image.shape == text.shape == (5, 32)
     torch.testing.assert_close(image.norm(dim=1), torch.ones(5, dtype=torch.float64))
     assert model.encode_image(batch).shape == (5, 32)
@@ -255,9 +271,9 @@ def test_dropped_patches():
     assert len(tokens) == 8 + 1 + 3 + 8
     torch.manual_seed(0)
     features = model(batch)
-    assert torch.equal(features[1], model(batch.split(1)[1])[0])
-    # tokens lie in the order of the pictures: the mean of a fixed linear tower of theirs is one of kept patches
-    torch.manual_seed(0)
+    # of one patch none is left out
+    torch.testing.assert_close(features[1], model(batch.split(1)[1])[0], rtol=0, atol=1e-12)
+    # and tokens lie in the order of the pictures
     pooled = model.attn_pool(tokens, torch.tensor([0, 8, 9, 12, 20]))
     torch.testing.assert_close(pooled, features, rtol=0, atol=1e-12)
     assert not torch.equal(features, model(batch))
@@ -316,6 +332,13 @@ class Doubled(nn.Module):
         return 2 * x + x.mean(dim=1, keepdim=True)
 
 
+class Mean(nn.Module):
+    """A pooling of somebody else's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=1)
+
+
 def changed(model: ViT, how: str) -> list[tuple[int, ...]]:
     """Change a tower, and return the list of the shapes that somebody sees."""
     seen: list[tuple[int, ...]] = []
@@ -332,7 +355,7 @@ def changed(model: ViT, how: str) -> list[tuple[int, ...]]:
         original = model.transformer.forward
         model.transformer.forward = lambda x: original(x) + x.mean(dim=1, keepdim=True)
     elif how == "another pooling":
-        model.attn_pool = Doubled()
+        model.attn_pool = Mean()
     elif how == "a patched convolution":
         original = model.conv1.forward
         model.conv1.forward = lambda x: 3 * original(x)
@@ -364,7 +387,6 @@ def test_changed_towers_are_computed_grid_by_grid_and_agree(how):
         # images of one grid at once, in the shape that dense images have
         assert len(seen) == 6
         assert sorted(shape[0] for shape in seen) == [1, 1, 1, 1, 1, 2]
-        assert torch.equal(features.shape, unchanged.shape) if False else features.shape == unchanged.shape
         torch.testing.assert_close(features, unchanged, rtol=0, atol=1e-11)
     alone = torch.cat([model(image) for image in pictures_of(batch)])
     torch.testing.assert_close(features, alone, rtol=0, atol=1e-11)
@@ -394,9 +416,10 @@ def test_adapted_layers_stay_packed():
     torch.testing.assert_close(after, torch.cat([model(image) for image in pictures_of(batch)]), rtol=0, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_a_compiled_tower(backend):
-    model, batch = tower(), batch_of(GRIDS)
+def test_a_compiled_tower():
+    model, backend = tower(), "eager"
+    del model.transformer.resblocks[1:]
+    model.transformer.layers = 1
     torch._dynamo.reset()
     compiled = torch.compile(model, backend=backend)
     for grids in (GRIDS, [(2, 2), (5, 1)]):
@@ -409,6 +432,7 @@ def test_a_compiled_tower(backend):
     images = torch.randn(2, 3, 2 * PATCH, 3 * PATCH, dtype=torch.float64)
     whole = torch.compile(model, backend=backend, fullgraph=True)
     torch.testing.assert_close(whole(images), model(images), rtol=0, atol=1e-12)
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match="how many patches a NaFlexBatch has is data"):
         whole(batch)
     torch._dynamo.reset()
@@ -438,9 +462,9 @@ def test_positions_are_resampled_once_a_grid_and_kept(monkeypatch):
     model(batch_of([(9, 9), (3, 5)], torch.float32))
     assert calls == [GRIDS, [], [(9, 9)]]
     # a write counts, as it does for other weights
-    model.positional_embedding[:] += 1
+    model.positional_embedding[:] *= 2
     assert (model(batch) - first).abs().max() > 1e-3
-    model.positional_embedding.data.sub_(1)
+    model.positional_embedding.data.div_(2)
     torch.testing.assert_close(model(batch), first, rtol=0, atol=1e-4)
     model.positional_embedding = nn.Parameter(torch.zeros_like(model.positional_embedding))
     assert (model(batch) - first).abs().max() > 1e-3
@@ -478,7 +502,7 @@ def test_no_more_are_kept_than_fit(monkeypatch):
 def test_batches():
     batch = batch_of(GRIDS, torch.float32)
     assert len(batch) == 5
-    assert batch.total == 89
+    assert batch.total == 90
     assert batch.cu_seqlens.tolist() == [0, 15, 29, 42, 78, 90]
     assert batch.patch_size == PATCH
     assert repr(batch) == "NaFlexBatch(5 pictures, 90 patches, torch.float32 on cpu)"
