@@ -142,7 +142,8 @@ def _of_tower(found: Acceleration, said: str, image: bool) -> str:
     """Return "served", or the reason that ``accelerate`` gave for leaving a tower alone."""
 
     def is_its(path: str) -> bool:
-        return path.startswith("visual") == image and not path.startswith("text_decoder")
+        # a pooling is served by itself, behind blocks that are left alone too
+        return path.startswith("visual") == image and not path.startswith("text_decoder") and "attn_pool" not in path
 
     if any(is_its(path) for path in found.accelerated):
         return "served"

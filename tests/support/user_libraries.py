@@ -10,12 +10,14 @@ from typing import Any
 import open_clip
 import timm
 import tiny
+import tiny_towers
 import torch
 from rivals import captions
 from timm.models import vision_transformer as timm_vit
 from torch import nn
 from torchvision.models import vision_transformer as torchvision_vit
 from transformers.models.clip import modeling_clip
+from transformers.models.siglip2 import modeling_siglip2
 from user_actions import COMMON_ATTRIBUTES, COMMON_FUNCTIONS, Subject
 
 import clipfast
@@ -96,6 +98,30 @@ TRANSFORMERS = partial(
             ("is_causal", True),
         ],
         modeling_clip.CLIPTextModel: [("eos_token_id", 2)],
+    },
+    ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+)
+TRANSFORMERS_SIGLIP = partial(
+    subject,
+    tiny_towers.siglip2,
+    lambda dtype: tiny_towers.patches(dtype)
+    | {"input_ids": captions(5, 16, 100), "output_hidden_states": [-2], "return_dict": True},
+    [
+        *COMMON_FUNCTIONS,
+        (modeling_siglip2, "eager_attention_forward"),
+        (modeling_siglip2.Siglip2Attention, "forward"),
+        (modeling_siglip2.Siglip2TextModel, "forward"),
+        (modeling_siglip2.Siglip2VisionModel, "forward"),
+        (modeling_siglip2.Siglip2Encoder, "forward"),
+        (modeling_siglip2.Siglip2MultiheadAttentionPoolingHead, "forward"),
+        (modeling_siglip2.Siglip2EncoderLayer, "__call__"),
+        (nn.functional, "interpolate"),
+        (nn.functional, "multi_head_attention_forward"),
+    ],
+    {
+        modeling_siglip2.Siglip2Attention: [("head_dim", 16), ("scale", 0.5), ("dropout", 0.5), ("is_causal", True)],
+        modeling_siglip2.Siglip2VisionModel: [("use_head", False)],
+        nn.MultiheadAttention: [("num_heads", 1), ("head_dim", 16), ("dropout", 0.5)],
     },
     ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
 )
@@ -198,6 +224,7 @@ OWN = partial(
 LIBRARIES = {
     "open_clip": OPEN_CLIP,
     "transformers": TRANSFORMERS,
+    "transformers siglip": TRANSFORMERS_SIGLIP,
     "timm": TIMM,
     "siglip": SIGLIP,
     "torchvision": TORCHVISION,
