@@ -347,6 +347,15 @@ def test_lora_stays_accelerated(case: Case) -> None:
     assert_same_gradients(model, original)
 
 
+def test_checkpointing_leaves_towers_accelerated() -> None:
+    model, _ = SIGLIP_2.pair()
+    # transformers hooks the embeddings for it
+    model.gradient_checkpointing_enable()
+    with counted() as calls:
+        SIGLIP_2.call(model)
+    assert len(calls) == 2
+
+
 def test_a_changed_probe_counts() -> None:
     model, original = SIGLIP.pair()
     for m in (model, original):
