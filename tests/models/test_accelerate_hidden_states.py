@@ -13,7 +13,7 @@ import tiny
 import tiny_towers
 import torch
 import transformers
-from acceleration import Case, assert_close, assert_same_gradients, loss_of, tensors_of
+from acceleration import Case, assert_close, assert_same_gradients, counted, loss_of, tensors_of
 from rivals import captions
 from torch import Tensor, nn
 
@@ -198,3 +198,11 @@ def test_a_whole_model_that_gives_hidden_states() -> None:
         actual, expected = case.call(model), case.call(original)
     assert_close(actual, expected, 1e-12)
     assert len(actual) == 9 + 2 * 3
+
+
+def test_paligemma() -> None:
+    case = Case("", tiny_towers.paligemma, lambda dtype: prompt(dtype, 2, 16))
+    model, original = case.pair()
+    with torch.no_grad(), counted() as calls:
+        assert_close(case.call(model), case.call(original), 1e-12)
+    assert len(calls) == 1

@@ -34,12 +34,13 @@ from acceleration_checks import (
     check_packed_inference,
     parametrize,
 )
-from torch import Tensor, nn
+from torch import nn
 from transformers.models.siglip import modeling_siglip
-from transformers.models.siglip2 import modeling_siglip2
+from user_actions import scaled, wrapped, wrapped_method
 
 import clipfast
-from clipfast.models.accelerate import AccelerateWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 POOLED = {"token_outputs": False}
 SIGLIP = Case("SigLIP", tiny.siglip, tiny.pair, towers=2)
@@ -132,3 +133,255 @@ def test_accelerated_rarely(check: Callable[[Case], None], case: Case) -> None:
 @parametrize([SIGLIP], (check_compiled,))
 def test_compiled(check: Callable[[Case], None], case: Case) -> None:
     check(case)
+
+
+def changed(case: Case, change: Callable[[dict[str, Any]], None]) -> Case:
+    def inputs(dtype: torch.dtype) -> dict[str, Any]:
+        arguments = case.inputs(dtype)
+        change(arguments)
+        return arguments
+
+    return Case("", case.make, inputs, case.towers, case.options)
+
+
+def left_padded(arguments: dict[str, Any]) -> None:
+    arguments["attention_mask"] = torch.ones(3, 16)
+    arguments["attention_mask"][:, 0] = 0
+
+
+def right_padded(arguments: dict[str, Any]) -> None:
+    arguments["attention_mask"] = torch.ones(3, 16, dtype=torch.long)
+    arguments["attention_mask"][1, 9:] = 0
+
+
+@pytest.mark.parametrize("options", [{}, POOLED], ids=["tokens", "pooled"])
+@pytest.mark.parametrize(
+    "change", [left_padded, right_padded, lambda a: a.update(position_ids=torch.arange(16)[None] // 2)]
+)
+def test_text_that_the_original_serves(change: Callable[[dict[str, Any]], None], options: dict[str, Any]) -> None:
+    case = changed(Case("", tiny.siglip_text, tiny.ids, options=options), change)
+    model, original = case.pair()
+    with counted() as calls, torch.no_grad():
+        assert_close(case.call(model), case.call(original), 0)
+    assert not calls
+    assert sum(clipfast.acceleration(model).fell_back[""].values()) == 1
+
+
+def test_a_mask_that_hides_nothing_is_served() -> None:
+    case = changed(Case("", tiny.siglip_text, tiny.ids), lambda a: a.update(attention_mask=torch.ones(3, 16)))
+    model, original = case.pair()
+    with counted() as calls:
+        assert_close(case.call(model), case.call(original), 1e-12)
+    assert len(calls) == 1
+
+
+def test_texts_are_read_without_computing_tokens() -> None:
+    case = Case("", tiny.siglip_text, tiny.ids)
+    model, original = case.pair()
+    with torch.no_grad(), counted() as calls:
+        actual, expected = (m(**tiny.ids(torch.float64)) for m in (model, original))
+        assert_close([actual.pooler_output], [expected.pooler_output], 1e-12)
+        assert len(calls) == 1
+        assert_close([actual.last_hidden_state], [expected.last_hidden_state], 1e-12)
+        assert len(calls) == 2
+        # who reads tokens gets the next call's at once
+        assert_close(case.call(model), case.call(original), 1e-12)
+        assert len(calls) == 3
+
+
+def other_mask(arguments: dict[str, Any]) -> None:
+    arguments["pixel_attention_mask"][1, 0] = 0
+
+
+def no_mask(arguments: dict[str, Any]) -> None:
+    arguments["pixel_attention_mask"] = None
+
+
+def noise_as_padding(arguments: dict[str, Any]) -> None:
+    arguments["pixel_values"][3, 9] = 1.0
+
+
+NAFLEX_CHANGES = {
+    other_mask: "a pixel_attention_mask other than that of spatial_shapes",
+    no_mask: "a pixel_attention_mask other than that of spatial_shapes",
+    noise_as_padding: "pixel_values whose padding is not alike",
+}
+
+
+@pytest.mark.parametrize("change", NAFLEX_CHANGES)
+def test_patches_that_the_original_serves(change: Callable[[dict[str, Any]], None]) -> None:
+    case = changed(NAFLEX, change)
+    model, original = case.pair()
+    with counted() as calls:
+        # a mask that hides nothing leaves the pooling to clipfast
+        assert_close(case.call(model), case.call(original), 1e-12)
+    assert not calls
+    assert clipfast.acceleration(model).fell_back[""] == {NAFLEX_CHANGES[change]: 1}
+
+
+def test_padding_does_not_matter_where_nobody_is_given_it() -> None:
+    case = changed(Case("", tiny.siglip2_vision, tiny.patches, options=POOLED), noise_as_padding)
+    model, original = case.pair()
+    with counted() as calls:
+        assert_close(case.call(model), comparable(case, case.call(original)), 1e-12)
+    assert len(calls) == 1
+
+
+def test_shortcuts_that_are_forbidden_pad() -> None:
+    model, original = NAFLEX.pair()
+    with clipfast.exact_shortcuts(False), counted() as calls:
+        assert_close(NAFLEX.call(model), NAFLEX.call(original), 1e-12)
+    assert not calls
+
+
+def test_wrong_patches_fail_as_in_the_original() -> None:
+    for change in ({"spatial_shapes": torch.tensor([[5, 5]] * 5)}, {"spatial_shapes": torch.zeros(5, 2).long()}):
+        errors = []
+        for m in NAFLEX.pair():
+            with pytest.raises((RuntimeError, ValueError, AssertionError)) as error:
+                m(**tiny.patches(torch.float64) | change)
+            errors.append(str(error.value))
+        assert errors[0] == errors[1]
+
+
+def test_packed_tokens_wait_until_they_are_read() -> None:
+    model, original = NAFLEX.pair(torch.float32)
+    with torch.no_grad():
+        if model.serving_twin().transformer.packed_encoder(torch.zeros(1, 64)) is None:
+            pytest.skip("there are no packed weights here")
+    arguments = tiny.patches(torch.float32)
+    with torch.no_grad(), counted() as calls:
+        expected = original(**arguments)
+        actual = model(**arguments)
+        assert len(calls) == 1
+        assert_close([actual.pooler_output], [expected.pooler_output], 2e-6)
+        arguments["pixel_values"].zero_()
+        assert_close([actual.last_hidden_state], [expected.last_hidden_state], 2e-6)
+        assert len(calls) == 2
+        # who reads tokens gets the next call's at once
+        assert_close(NAFLEX.call(model, torch.float32), tensors_of(expected), 2e-6)
+        assert len(calls) == 3
+
+
+PLACES = [
+    "vision_model.head.attention",
+    "vision_model.head.mlp.fc1",
+    "vision_model.head",
+    "vision_model.embeddings.patch_embedding",
+    "vision_model.encoder.layers.1.self_attn.k_proj",
+    "text_model.head",
+    "text_model.final_layer_norm",
+]
+
+
+@pytest.mark.parametrize("how", ["patched", "hooked"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("case", [SIGLIP, SIGLIP_2], ids=lambda case: case.name)
+def test_what_a_user_does_counts(case: Case, place: str, how: str) -> None:
+    model, original = case.pair()
+    before = case.call(original)
+    undo = []
+    for m in (model, original):
+        part = m.get_submodule(place)
+        if how == "patched":
+            part.forward = wrapped(part.forward)
+            undo.append(partial(delattr, part, "forward"))
+        else:
+            handle = part.register_forward_hook(lambda module, args, output: scaled(output))
+            undo.append(handle.remove)
+    expected = case.call(original)
+    assert max((a - b).abs().max() for a, b in zip(expected, before, strict=True)) > 1e-6
+    with torch.no_grad():
+        assert_close(case.call(model), expected, 1e-12)
+    assert_close(case.call(model), expected, 1e-12)
+    for take_back in undo:
+        take_back()
+    with counted() as calls:
+        assert_close(case.call(model), before, 1e-12)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        (modeling_siglip.SiglipEncoder, "forward"),
+        (modeling_siglip.SiglipMultiheadAttentionPoolingHead, "forward"),
+        (modeling_siglip.SiglipMLP, "forward"),
+        (nn.functional, "multi_head_attention_forward"),
+    ],
+)
+def test_patched_code_is_obeyed(module: Any, name: str) -> None:
+    model, original = SIGLIP.pair()
+    before = SIGLIP.call(original)
+    method = getattr(module, name)
+    changed = wrapped_method(method) if isinstance(module, type) else wrapped(method)
+    with mock.patch.object(module, name, changed):
+        expected = SIGLIP.call(original)
+        assert_close(SIGLIP.call(model), expected, 1e-12)
+        assert name in str(clipfast.acceleration(model))
+    assert max((a - b).abs().max() for a, b in zip(expected, before, strict=True)) > 1e-6
+    assert_close(SIGLIP.call(clipfast.accelerate(model)), before, 1e-12)
+
+
+@pytest.mark.parametrize("case", [SIGLIP, SIGLIP_2], ids=lambda case: case.name)
+def test_lora_stays_accelerated(case: Case) -> None:
+    model, original = case.pair()
+    adapted = [
+        peft.get_peft_model(m, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2)) for m in (model, original)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for parts in zip(*(a.named_parameters() for a in adapted), strict=True):
+        if "lora_" in parts[0][0]:
+            values = 0.2 * torch.randn(parts[0][1].shape, generator=generator)
+            for _, parameter in parts:
+                parameter.data.copy_(values)
+    for a in adapted:
+        a.double()
+    with counted() as calls:
+        actual = case.call(model)
+    assert len(calls) == 2
+    expected = case.call(original)
+    assert_close(actual, expected, 1e-12)
+    loss_of(actual).backward()
+    loss_of(expected).backward()
+    assert_same_gradients(model, original)
+
+
+def test_checkpointing_leaves_towers_accelerated() -> None:
+    model, _ = SIGLIP_2.pair()
+    # transformers hooks the embeddings for it
+    model.gradient_checkpointing_enable()
+    with counted() as calls:
+        SIGLIP_2.call(model)
+    assert len(calls) == 2
+
+
+def test_a_changed_probe_counts() -> None:
+    model, original = SIGLIP.pair()
+    for m in (model, original):
+        m.vision_model.head.probe = nn.Parameter(m.vision_model.head.probe.detach() * 2)
+    with counted() as calls:
+        assert_close(SIGLIP.call(model), SIGLIP.call(original), 1e-12)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(implementation: str) -> None:
+    for case in (SIGLIP, SIGLIP_2):
+        model, original = case.pair()
+        for m in (model, original):
+            m.set_attn_implementation(implementation)
+        with counted() as calls:
+            # eager attention rounds its weights to float32
+            assert_close(case.call(model), case.call(original), 1e-6 if implementation == "eager" else 1e-12)
+        assert len(calls) == 2
+
+
+@pytest.mark.exhaustive
+def test_patches_are_computed_by_the_original_under_a_compiler() -> None:
+    model, original = NAFLEX.pair()
+    torch._dynamo.reset()
+    with counted() as calls:
+        outputs = NAFLEX.call(torch.compile(model, backend="eager"))
+    assert not calls
+    assert_close(outputs, NAFLEX.call(original), 1e-12)

@@ -90,6 +90,19 @@ def llava(vision: Any, layer: int | list[int] = -2, strategy: str = "full", **op
     return drawn(transformers.LlavaForConditionalGeneration(config))
 
 
+def paligemma() -> nn.Module:
+    """Return ``PaliGemmaForConditionalGeneration``, which reads all tokens of an image tower without a head."""
+    vision = transformers.SiglipVisionConfig(**IMAGES, vision_use_head=False)
+    language = transformers.GemmaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=32, vocab_size=100, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    config = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=language, image_token_id=7, projection_dim=64, hidden_size=64
+    )
+    return drawn(transformers.PaliGemmaForConditionalGeneration(config))
+
+
 def images(dtype: torch.dtype, size: int = 32) -> dict[str, Any]:
     """Return three images."""
     return {"pixel_values": torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(3)).to(dtype)}

@@ -104,8 +104,10 @@ TRANSFORMERS = partial(
 TRANSFORMERS_SIGLIP = partial(
     subject,
     tiny_towers.siglip2,
-    lambda dtype: tiny_towers.patches(dtype)
-    | {"input_ids": captions(5, 16, 100), "output_hidden_states": [-2], "return_dict": True},
+    lambda dtype: (
+        tiny_towers.patches(dtype)
+        | {"input_ids": captions(5, 16, 100), "output_hidden_states": [-2], "return_dict": True}
+    ),
     [
         *COMMON_FUNCTIONS,
         (modeling_siglip2, "eager_attention_forward"),
