@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 
 from PIL import Image
 from torch import Tensor
@@ -28,13 +29,14 @@ def transform_of(
         train: Whether a random part of a picture is taken.
         max_patches: Of a picture of any aspect; by default as many as the tower has positions.
     """
-    of_pictures = (options or DataOptions()).of_pictures()
+    of_pictures, how = (options or DataOptions()).of_pictures(), asdict(vision.preprocess_cfg)
     if not vision.naflex:
-        return image_transform(vision.image_size, train, **of_pictures)
+        return image_transform(vision.image_size, train, **how, **of_pictures)
     if max_patches is None:
         size = vision.image_size
         max_patches = math.prod(side // vision.patch_size for side in ((size, size) if isinstance(size, int) else size))
-    return naflex_transform(max_patches, vision.patch_size, train=train, **of_pictures)
+    numbers = {"mean": how["mean"], "std": how["std"]}
+    return naflex_transform(max_patches, vision.patch_size, train=train, **numbers, **of_pictures)
 
 
 def picture_loader(

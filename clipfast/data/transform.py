@@ -20,9 +20,8 @@ import torch
 from PIL import Image
 
 from clipfast.data.depth import to_8_bits
+from clipfast.models.preprocess import OPENAI_MEAN, OPENAI_STD, PreprocessConfig
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs: a 24-bit picture of 256 MiB
 
 
@@ -130,6 +129,9 @@ def ready_to_resize(
     return image if turn is None else image.transpose(turn)
 
 
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """See :func:`image_transform`, which makes it."""
@@ -143,6 +145,9 @@ class ImageTransform:
     max_pixels: int = MAX_PIXELS
     as_open_clip: bool = False
     apply_orientation: bool = False
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
         """The picture as float32 `[3, H, W]`, normalised; errors as :func:`image_transform` says.
@@ -150,7 +155,7 @@ class ImageTransform:
         A random crop is drawn from `generator`, or from torch's own.
         """
         image = ready_to_resize(image, self.max_pixels, self.as_open_clip, self.apply_orientation)
-        image = self._random_resized_crop(image, generator) if self.train else self._resized_center_crop(image)
+        image = self._random_resized_crop(image, generator) if self.train else self._resized(image)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         values = pixels.to(torch.float32).div_(255)
         return values.sub_(per_channel(self.mean, values)).div_(per_channel(self.std, values))
@@ -158,6 +163,25 @@ class ImageTransform:
     def blank(self) -> torch.Tensor:
         """A picture of zeros, for the place of one that cannot be read."""
         return torch.zeros(3, *self.image_size, dtype=torch.float32, device="cpu")
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if self.resize_mode == "squash":
+            return image.resize(self.image_size[::-1], _FILTERS[self.interpolation])
+        return self._resized_center_crop(image) if self.resize_mode == "shortest" else self._filled_up(image)
+
+    def _filled_up(self, image: Image.Image) -> Image.Image:
+        (width, height), (new_height, new_width) = image.size, self.image_size
+        shrink = max(height / new_height, width / new_width)
+        size = max(1, round(width / shrink)), max(1, round(height / shrink))
+        image = image.resize(size, _FILTERS[self.interpolation])
+        # in the picture's own mode, as open_clip does: of a palette, the colour of that number
+        bands = len(image.getbands())
+        colour = (self.fill_color,) * bands if bands > 1 else self.fill_color
+        filled = Image.new(image.mode, (new_width, new_height), colour)
+        if image.mode == "P":
+            filled.putpalette(image.getpalette())
+        filled.paste(image, ((new_width - image.width) // 2, (new_height - image.height) // 2))
+        return filled
 
     def _resized_center_crop(self, image: Image.Image) -> Image.Image:
         (width, height), (crop_height, crop_width) = image.size, self.image_size
@@ -173,7 +197,7 @@ class ImageTransform:
                 f"the image is too narrow: {width} × {height} pixels become {new_width} × {new_height} before the "
                 f"centre is cropped, max_pixels={self.max_pixels} are allowed"
             )
-        image = image.resize((new_width, new_height), Image.Resampling.BICUBIC)
+        image = image.resize((new_width, new_height), _FILTERS[self.interpolation])
         left, top = round((new_width - crop_width) / 2), round((new_height - crop_height) / 2)
         return image.crop((left, top, left + crop_width, top + crop_height))
 
@@ -194,6 +218,9 @@ def image_transform(
     max_pixels: int = MAX_PIXELS,
     as_open_clip: bool = False,
     apply_orientation: bool = False,
+    interpolation: str = "bicubic",
+    resize_mode: str = "shortest",
+    fill_color: int = 0,
 ) -> ImageTransform:
     """A callable that turns a PIL picture of any mode into a float32 tensor `[3, H, W]`.
 
@@ -211,6 +238,10 @@ def image_transform(
         max_pixels: the largest picture taken, width × height.
         as_open_clip: whether grey pictures of more than 8 bits are cut off at 255, as in open_clip, and not scaled.
         apply_orientation: whether a picture is turned as its EXIF orientation says; open_clip turns none.
+        interpolation: ``"bicubic"`` or ``"bilinear"``; a random crop's is bicubic, as in open_clip.
+        resize_mode: which side becomes the result's: the ``"shortest"``, and the centre is cropped; the ``"longest"``,
+            and what is missing is filled; or both (``"squash"``). A random crop is the same in all.
+        fill_color: what fills, from 0 to 255.
 
     Raises:
         ValueError: an argument out of range. The transform itself raises :class:`ImageError` for a picture that
@@ -221,9 +252,11 @@ def image_transform(
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size must be a positive int or a (height, width) of them, got {image_size!r}")
     check_numbers(mean, std, scale, ratio)
+    PreprocessConfig(interpolation=interpolation, resize_mode=resize_mode, fill_color=fill_color)
     return ImageTransform(
-        size, train, tuple(mean), tuple(std), tuple(scale), tuple(ratio), max_pixels, as_open_clip, apply_orientation
-    )
+        size, train, tuple(mean), tuple(std), tuple(scale), tuple(ratio), max_pixels, as_open_clip, apply_orientation,
+        interpolation, resize_mode, fill_color,
+    )  # fmt: skip
 
 
 def check_numbers(mean: Sequence[float], std: Sequence[float], scale: Sequence[float], ratio: Sequence[float]) -> None:

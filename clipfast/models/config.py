@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clipfast.models.named import rows
-from clipfast.models.open_clip_config import translated
+from clipfast.models.open_clip_config import of_file, translated
+from clipfast.models.preprocess import PreprocessConfig
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class VisionConfig:
         qkv_bias: Whether the projections to queries, keys and values have a bias.
         proj_type: ``"linear"``, or ``"none"`` for features of the tower's own width, without a projection.
         naflex: Whether images of any aspect come as packed patches.
+        preprocess_cfg: How pictures become input (ResNets too). The resizing does not count for ``naflex``.
     """
 
     image_size: int | tuple[int, int] = 224
@@ -61,8 +63,11 @@ class VisionConfig:
     qkv_bias: bool = True
     proj_type: str = "linear"
     naflex: bool = False
+    preprocess_cfg: PreprocessConfig = field(default_factory=PreprocessConfig)
 
     def __post_init__(self) -> None:
+        if isinstance(self.preprocess_cfg, Mapping):
+            object.__setattr__(self, "preprocess_cfg", PreprocessConfig.from_dict(self.preprocess_cfg))
         # JSON has lists where these have tuples
         for name in ("layers", "image_size"):
             if isinstance(getattr(self, name), list):
@@ -230,6 +235,5 @@ def get_config(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str
             raise ValueError(f"model: got {name}, expected a configuration in JSON and UTF-8: {error}") from error
         if not isinstance(values, dict):
             raise ValueError(f"model: got {name} with a {type(values).__name__}, expected an object of JSON")
-        # open_clip's files on model hubs keep the sizes under this key
-        return CLIPConfig.from_dict(values.get("model_cfg", values))
+        return CLIPConfig.from_dict(of_file(values))
     raise ValueError(f"model name: got {name!r}{_nearest(name, list_models())}")

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from clipfast.models.checkpoint_files import NAMES_IN_FOLDERS, read_config
 from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig
 from clipfast.models.model_folder import CONFIG_FILE
+from clipfast.models.open_clip_config import of_file
+from clipfast.models.preprocess import SIGLIP, PreprocessConfig
 from clipfast.models.stated import GELUS
 
 _OPEN_CLIPS, _TRANSFORMERS = "open_clip_config.json", "config.json"
+_PREPROCESSOR = "preprocessor_config.json"
 
 # defaults of transformers' configuration classes, version 5.23
 _COMMON = {"num_hidden_layers": 12, "attention_dropout": 0.0}
@@ -89,10 +93,25 @@ def folder_config(folder: Path, *, training: bool = True) -> CLIPConfig:
         raise ValueError(f"model: got {file} without entries, expected a configuration's")
     try:
         if file.name == _TRANSFORMERS:
-            return transformers_config(values, training=training)
-        return CLIPConfig.from_dict(values.get("model_cfg", values))
+            config = transformers_config(values, training=training)
+            return _with_preprocessing(config, folder / _PREPROCESSOR)
+        return CLIPConfig.from_dict(of_file(values))
     except (ValueError, TypeError) as error:
         raise ValueError(f"model: {file}: {error}") from error
+
+
+def _with_preprocessing(config: CLIPConfig, file: Path) -> CLIPConfig:
+    """Return a configuration with what transformers' file says of pictures, where there is one."""
+    if not file.is_file():
+        return config
+    try:
+        preprocess = PreprocessConfig.from_transformers(read_config(file))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file.name}: {error}") from error
+    if config.vision_cfg.naflex:
+        # pictures of any aspect are resized in a way of their own
+        preprocess = replace(config.vision_cfg.preprocess_cfg, mean=preprocess.mean, std=preprocess.std)
+    return replace(config, vision_cfg=replace(config.vision_cfg, preprocess_cfg=preprocess))
 
 
 def transformers_config(values: Mapping[str, Any], *, training: bool = True) -> CLIPConfig:
@@ -165,6 +184,7 @@ def _siglip_vision(part: _Part, family: str) -> VisionConfig:
         patch_bias=True,
         proj_type="none",
         naflex=family == "siglip2",
+        preprocess_cfg=SIGLIP,
     )
 
 

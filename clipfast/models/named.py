@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from clipfast.models.preprocess import CLIPA, SIGLIP, SQUASHED
+
 Row = dict[str, Any]
 
 
@@ -75,15 +77,15 @@ def _worldwide() -> dict[str, Row]:
     return {
         "ViT-L-14-worldwide": _row(768, _vision(_LARGE, 14, 224), _text(768, 12, **mt5)),
         "ViT-H-14-worldwide": _row(1024, _vision(_HUGE, 14, 224), huge),
-        "ViT-H-14-worldwide-378": _row(1024, _vision(_HUGE, 14, 378), huge),
+        "ViT-H-14-worldwide-378": _row(1024, _vision(_HUGE, 14, 378, preprocess_cfg=SQUASHED), huge),
         "ViT-bigG-14-worldwide": _row(1280, _vision(_BIG_G, 14, 224), big),
-        "ViT-bigG-14-worldwide-378": _row(1280, _vision(_BIG_G, 14, 378), big),
+        "ViT-bigG-14-worldwide-378": _row(1280, _vision(_BIG_G, 14, 378, preprocess_cfg=SQUASHED), big),
     }
 
 
 def _clipa() -> dict[str, Row]:
     """CLIPA (Li et al., 2023): the mean of the patches, and BERT's vocabulary read at the last of 32 tokens."""
-    pooled = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True}
+    pooled = {"no_ln_pre": True, "pool_type": "avg", "final_ln_after_pool": True, "preprocess_cfg": CLIPA}
     short = {"context_length": 32, "vocab_size": 32_000, "pool_type": "last", "no_causal_mask": True}
     kinds = {
         "L": (768, _LARGE, _text(768, 12, **short)),
@@ -126,7 +128,7 @@ _SIGLIP_NAMES: tuple[tuple[str, int, str, int, dict[str, int]], ...] = (
 # what every image tower and every text tower of SigLIP has
 SIGLIP_VISION: Row = {
     "pool_type": "map", "class_token": False, "no_ln_pre": True, "patch_bias": True, "norm_eps": 1e-6,
-    "proj_type": "none",
+    "proj_type": "none", "preprocess_cfg": SIGLIP,
 }  # fmt: skip
 SIGLIP_TEXT: Row = {
     "context_length": 64, "pool_type": "last", "no_causal_mask": True, "proj_bias": True, "norm_eps": 1e-6,

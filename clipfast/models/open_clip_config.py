@@ -51,6 +51,12 @@ _TIMM_NAME = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip(_ga
 _TIMM_TANH = {("base", 32), ("so400m", 16), ("giantopt", 16)}
 
 
+def of_file(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration in a file: open_clip's on model hubs hold sizes and ``preprocess_cfg`` apart."""
+    found = dict(values.get("model_cfg", values))
+    return found | {name: values[name] for name in ("preprocess_cfg",) if name in values}
+
+
 def translated(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration with open_clip's own keys replaced; others stay as they are.
 
@@ -61,6 +67,11 @@ def translated(values: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: A key asks for what is not served: the message names it.
     """
     values = _without(dict(values), "")
+    if (preprocess := values.pop("preprocess_cfg", None)) is not None:
+        vision = values.get("vision_cfg") or {}
+        if not isinstance(vision, Mapping):
+            raise ValueError("configuration key: got 'preprocess_cfg' beside a VisionConfig, expected it in that")
+        values["vision_cfg"] = {**vision, "preprocess_cfg": preprocess}
     if values.pop("quick_gelu", False):
         values.setdefault("approximate", "quick")
     for part in ("vision_cfg", "text_cfg"):

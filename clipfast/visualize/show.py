@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -127,11 +127,12 @@ _METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
 def _look(model: CLIP, paths: list[Path]) -> Sight:
     height, width = image_size_of(model)
     finer = max(1, -(-_LEAST_SIDE // min(height, width)))
-    transform, fine = image_transform((height, width)), image_transform((height * finer, width * finer))
+    how = model.config.vision_cfg.preprocess_cfg
+    transform, fine = (image_transform((height * n, width * n), **asdict(how)) for n in (1, finer))
     loaded = [load_image(path) for path in paths]
     like = model.logit_scale
     inputs = torch.stack([transform(image) for image in loaded]).to(like.device, like.dtype)
-    crops = to_pixels(torch.stack([fine(image) for image in loaded])).numpy()
+    crops = to_pixels(torch.stack([fine(image) for image in loaded]), how.mean, how.std).numpy()
     with torch.no_grad():
         features = model.encode_image(inputs).float().cpu()
     if not features.isfinite().all():

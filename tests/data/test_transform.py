@@ -64,6 +64,22 @@ def test_evaluation_is_bitwise_open_clips(theirs, size, image_size):
     assert torch.equal(ours, theirs(image_size, is_train=False)(image))
 
 
+@pytest.mark.parametrize("resize_mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("image_size", [32, (48, 96)], ids=str)
+def test_other_ways_to_resize_are_open_clips(theirs, resize_mode, interpolation, image_size):
+    how = {"resize_mode": resize_mode, "interpolation": interpolation}
+    if resize_mode == "longest":
+        how["fill_color"] = 77
+    elif resize_mode == "shortest" and not isinstance(image_size, int) and interpolation != "bicubic":
+        pytest.skip("open_clip takes the bicubic one here whatever is asked for")
+    for size in [(1, 7), (31, 33), (500, 41), (97, 140), (96, 48)]:
+        for mode in ("RGB", "L", "RGBA", "P"):
+            image = picture(size, mode)
+            expected = theirs(image_size, is_train=False, **how)(image)
+            assert torch.equal(clipfast.image_transform(image_size, **how)(image), expected), (size, mode)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("size", [(5, 3), (97, 140)], ids=str)
 def test_every_mode(theirs, mode, size):

@@ -139,7 +139,13 @@ def test_every_name_of_these_families_is_known() -> None:
 @pytest.mark.parametrize("name", NEW)
 def test_a_name_is_what_open_clips_file_says(name: str) -> None:
     config = get_config(name)
-    assert CLIPConfig.from_dict(json.loads((FOLDER / f"{name}.json").read_text())) == config
+    found = CLIPConfig.from_dict(json.loads((FOLDER / f"{name}.json").read_text()))
+    if "CLIPA" in name or name.endswith("-worldwide-378"):
+        # how pictures are read is said beside the weights there: tests/models/test_preprocess.py
+        vision = replace(found.vision_cfg, preprocess_cfg=config.vision_cfg.preprocess_cfg)
+        assert vision != found.vision_cfg
+        found = replace(found, vision_cfg=vision)
+    assert found == config
     assert get_config(json.loads(json.dumps(config.to_dict()))) == config
 
 
