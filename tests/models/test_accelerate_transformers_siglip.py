@@ -235,7 +235,11 @@ def test_shortcuts_that_are_forbidden_pad() -> None:
 
 
 def test_wrong_patches_fail_as_in_the_original() -> None:
-    for change in ({"spatial_shapes": torch.tensor([[5, 5]] * 5)}, {"spatial_shapes": torch.zeros(5, 2).long()}):
+    for change in (
+        {"spatial_shapes": torch.tensor([[5, 5]] * 5)},
+        {"spatial_shapes": torch.zeros(5, 2).long()},
+        {"pixel_values": torch.zeros(5, 16, 27, dtype=torch.float64)},
+    ):
         errors = []
         for m in NAFLEX.pair():
             with pytest.raises((RuntimeError, ValueError, AssertionError)) as error:
