@@ -141,6 +141,11 @@ class TwinText(TextTransformer):
         """The longest caption, in tokens."""
         return self._positions().shape[0]
 
+    @property
+    def is_causal(self) -> bool:
+        """Whether a token attends to itself and those before it only."""
+        return self.transformer.resblocks[0].attn.causal
+
     def _takes_packed_rows(self) -> bool:
         """Return whether captions may be cut: nothing of the other's would notice."""
         return self.transformer.can_pack()

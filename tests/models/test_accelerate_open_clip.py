@@ -12,7 +12,15 @@ import pytest
 import tiny
 import torch
 from acceleration import Case, assert_close, counted
-from acceleration_checks import COMMON, RARE, check_checkpointed_gradients, parametrize
+from acceleration_checks import (
+    COMMON,
+    RARE,
+    check_changed,
+    check_checkpointed_gradients,
+    check_hooked,
+    check_packed_inference,
+    parametrize,
+)
 from oracle import relative_error
 from rivals import captions
 from torch import Tensor, nn
@@ -77,6 +85,13 @@ def test_accelerated(check: Callable[[Case], None], case: Case) -> None:
     [CLIP, *(c for c in CASES if c.name in ("CustomTextCLIP", "SigLIP"))], (*RARE, check_checkpointed_gradients)
 )
 def test_accelerated_clip(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@parametrize(
+    [next(c for c in CASES if c.name == "CustomTextCLIP")], (check_hooked, check_changed, check_packed_inference)
+)
+def test_accelerated_custom_text(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 

@@ -12,7 +12,15 @@ import timm
 import tiny
 import torch
 from acceleration import Case, assert_close, counted
-from acceleration_checks import COMMON, RARE, check_checkpointed_gradients, check_dropout, parametrize
+from acceleration_checks import (
+    COMMON,
+    RARE,
+    check_checkpointed_gradients,
+    check_dropout,
+    check_hooked,
+    check_packed_inference,
+    parametrize,
+)
 from torch import nn
 
 import clipfast
@@ -58,11 +66,18 @@ def test_accelerated(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 
-@parametrize(
-    [CLIP, *(c for c in CASES if c.name in ("pooled by attention", "layer scale"))],
-    (*RARE, check_checkpointed_gradients),
-)
+@parametrize([CLIP], (*RARE, check_checkpointed_gradients))
 def test_accelerated_clip(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@parametrize([c for c in CASES if c.name in ("pooled by attention", "layer scale", "no biases")], (check_hooked,))
+def test_accelerated_hooked(check: Callable[[Case], None], case: Case) -> None:
+    check(case)
+
+
+@parametrize([c for c in CASES if c.name in ("pooled by attention", "layer scale")], (check_packed_inference,))
+def test_accelerated_packed(check: Callable[[Case], None], case: Case) -> None:
     check(case)
 
 
