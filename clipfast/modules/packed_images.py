@@ -158,9 +158,11 @@ def _begin(tower: nn.Module, batch: NaFlexBatch) -> tuple[Arrangement, Tensor] |
     patches = batch.patches if arranged.rows is None else batch.patches.index_select(0, arranged.rows)
     x = tower._product(patches)
     table = positions_for(tower, tower.positional_embedding, tower.grid_size, arranged.grids, patches)
-    table = (torch.cat(table) if len(table) > 1 else table[0]).to(x.dtype)
+    table = torch.cat(table) if len(table) > 1 else table[0]
+    # gradients of many pictures add up in no fewer bits than 32
+    table = table.to(torch.promote_types(table.dtype, torch.float32) if table.requires_grad else x.dtype)
     # whose gradient is added up in one order, unlike that of an index
-    x = x + F.embedding(arranged.positions, table)
+    x = x + F.embedding(arranged.positions, table).to(x.dtype)
     return arranged, x if tower.ln_pre is None else tower.ln_pre(x)
 
 

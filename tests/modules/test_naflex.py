@@ -304,6 +304,24 @@ def test_checkpointing_accumulation_and_autocast():
         assert error < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_many_pictures_of_one_grid_add_up_in_float32(how):
+    count = 400
+    exact, images = tower(patch_dropout=0.0), torch.randn(count, 3, 2 * PATCH, PATCH, dtype=torch.float64)
+    weights = torch.randn(count, WIDTH, dtype=torch.float64) + 1
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    low, pixels = copy.deepcopy(exact).to(dtype), images.to(dtype)
+    batch = clipfast.NaFlexBatch.of(Patches(patches, (2, 1)) for patches in cut(pixels, PATCH))
+    wanted = gradients(exact, (exact(images) * weights).sum())["positional_embedding"]
+    errors = []
+    for inputs in (pixels, batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = (low(inputs) * weights.to(dtype)).sum()
+        errors.append((gradients(low, loss)["positional_embedding"] - wanted).abs().max())
+    assert errors[1] <= 2 * errors[0] + 2 * torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+    assert errors[0] < 0.1 * wanted.abs().max()
+
+
 def test_float16():
     model, batch = tower(torch.float32), batch_of(GRIDS, torch.float32)
     exact = model(batch)
