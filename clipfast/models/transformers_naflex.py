@@ -108,7 +108,11 @@ class TwinNaFlex(nn.Module):
             rows = torch.cat(resampled_positions(table.unflatten(0, self.grid), grids))
             return rows if arranged.rows is None else rows.index_select(0, arranged.rows)
         found = positions_for(self.table, table, self.grid, arranged.grids, x)
-        return F.embedding(arranged.positions, torch.cat(found) if len(found) > 1 else found[0])
+        rows = torch.cat(found) if len(found) > 1 else found[0]
+        if rows.requires_grad:
+            # gradients of many pictures add up in no fewer bits than 32
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return F.embedding(arranged.positions, rows).to(table.dtype)
 
 
 class NaFlexTower(Accelerated):

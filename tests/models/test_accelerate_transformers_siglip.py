@@ -268,3 +268,14 @@ def test_patches_are_computed_by_the_original_under_a_compiler() -> None:
         outputs = NAFLEX.call(torch.compile(model, backend="eager"))
     assert not calls
     assert_close(outputs, NAFLEX.call(original), 1e-12)
+
+
+def test_warm_up_makes_patches_up() -> None:
+    for make in (tiny.siglip2, tiny.siglip2_vision):
+        model = clipfast.accelerate(make())
+        with counted() as calls:
+            clipfast.warm_up(model)
+        assert len(calls) == len(clipfast.acceleration(model).accelerated) - 1  # the pooling is no stack of blocks
+    with counted() as calls:
+        clipfast.warm_up(model, images=tiny.patches(torch.float32))
+    assert len(calls) == 1
