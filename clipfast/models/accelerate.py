@@ -29,7 +29,8 @@ Model = TypeVar("Model", bound=nn.Module)
 LIBRARIES = ("open_clip", "transformers", "timm", "torchvision")
 _SUPPORTED = (
     "open_clip's CLIP, CustomTextCLIP and their towers, transformers' CLIP, MetaCLIP 2, SigLIP and SigLIP 2 and their "
-    "towers (version 5), timm's VisionTransformer and torchvision's VisionTransformer, or a model that holds one of them"
+    "towers (version 5), timm's VisionTransformer and torchvision's VisionTransformer, or a model that holds one of "
+    "them"
 )
 
 

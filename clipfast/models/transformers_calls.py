@@ -141,11 +141,17 @@ def with_hidden_states(
         # who was given it may write to it
         x = x.clone()
     last = functools.cache(lambda: finish(transformer.between(x, done, transformer.layers, cu_seqlens)))
+    pooled = functools.cache(lambda: None if pool is None else pool(last()))
+
+    def tokens() -> Tensor:
+        pooled()  # before who reads them may write to them
+        return show(last())
+
     later, waiting = Later(tower, twin), {}
     if with_tokens:
-        waiting["last_hidden_state"] = later.of("last_hidden_state", lambda: show(last()))
+        waiting["last_hidden_state"] = later.of("last_hidden_state", tokens)
     if pool is not None:
-        waiting["pooler_output"] = later.of("pooler_output", lambda: pool(last()))
+        waiting["pooler_output"] = later.of("pooler_output", pooled)
     return lazy(BaseModelOutputWithPooling(hidden_states=states), waiting)
 
 

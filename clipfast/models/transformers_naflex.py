@@ -108,7 +108,11 @@ class TwinNaFlex(nn.Module):
             rows = torch.cat(resampled_positions(table.unflatten(0, self.grid), grids))
             return rows if arranged.rows is None else rows.index_select(0, arranged.rows)
         found = positions_for(self.table, table, self.grid, arranged.grids, x)
-        return F.embedding(arranged.positions, torch.cat(found) if len(found) > 1 else found[0])
+        rows = torch.cat(found) if len(found) > 1 else found[0]
+        if rows.requires_grad:
+            # gradients of many pictures add up in no fewer bits than 32
+            rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        return F.embedding(arranged.positions, rows).to(table.dtype)
 
 
 class NaFlexTower(Accelerated):
@@ -143,7 +147,8 @@ class NaFlexTower(Accelerated):
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
         reason, lengths = refusal(self, kwargs, causal=False), None
         if reason is None:
-            reason, lengths = _lengths(pixel_values, pixel_attention_mask, spatial_shapes)
+            features = twin.patch_embedding.in_features
+            reason, lengths = _lengths(pixel_values, pixel_attention_mask, spatial_shapes, features)
         wanted = None if reason else hidden_states_wanted(self, kwargs, twin.transformer.layers)
         pool = self._packed_pool()
         # tokens go out padded where they are wanted, and to a head that somebody watches
@@ -277,16 +282,22 @@ class _Call:
         return self.twin.transformer if self.padding is None else self.twin.with_padding
 
 
-def _lengths(pixel_values: Any, mask: Any, shapes: Any) -> tuple[str | None, Tensor | None]:
-    """Return why pictures cannot be packed, or None; and how many patches each has, ``[B]`` in host memory."""
+def _lengths(pixel_values: Any, mask: Any, shapes: Any, features: int) -> tuple[str | None, Tensor | None]:
+    """Return why pictures cannot be packed, or None; and how many patches each has, ``[B]`` in host memory.
+
+    Args:
+        pixel_values, mask, shapes: The call's.
+        features: How many values a patch has to have.
+    """
     if torch.compiler.is_compiling():
         return "how many patches there are is data, which a compiler does not know", None
     if not shortcuts_enabled():
         return "exact shortcuts are forbidden", None
-    if not (isinstance(pixel_values, Tensor) and pixel_values.dim() == 3 and isinstance(shapes, Tensor)):
-        return "pixel_values are no [B, N, 3·P·P], or spatial_shapes no tensor", None
-    if shapes.shape != (pixel_values.shape[0], 2) or shapes.is_floating_point() or shapes.is_meta or not len(shapes):
-        return "spatial_shapes are no [B, 2]", None
+    if not isinstance(pixel_values, Tensor) or pixel_values.dim() != 3 or pixel_values.shape[2] != features:
+        return f"pixel_values are no [B, N, {features}]", None
+    has_values = isinstance(shapes, Tensor) and not (shapes.is_floating_point() or shapes.is_meta)
+    if not has_values or not len(shapes) or shapes.shape != (pixel_values.shape[0], 2):
+        return "spatial_shapes are no integers [B, 2]", None
     sizes, most = shapes.cpu().long(), pixel_values.shape[1]
     lengths = sizes.prod(dim=1)
     if int(sizes.min()) < 1 or int(lengths.max()) > most:

@@ -16,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from clipfast import ops
 from clipfast.ops import dispatch, fallback, keys, trust
 
+# what a tower takes: one tensor, or several by name
+Inputs = Tensor | dict[str, Tensor]
+
 
 @dataclass(frozen=True)
 class WarmUp:
@@ -41,7 +44,7 @@ class WarmUp:
 
 
 def warm_up(
-    model: nn.Module, *, images: Tensor | None = None, tokens: Tensor | None = None, training: bool = False
+    model: nn.Module, *, images: Inputs | None = None, tokens: Tensor | None = None, training: bool = False
 ) -> WarmUp:
     """Compile, load and check every kernel that a model will use on its device, by running it once or twice.
 
@@ -55,7 +58,8 @@ def warm_up(
     Args:
         model: A model or tower of clipfast, of open_clip or of transformers, or any that takes images; also inside DDP
             or ``torch.compile``, whose own code is not touched.
-        images: ``[B, 3, height, width]`` as the model will get them; two made-up ones if None.
+        images: ``[B, 3, height, width]`` as the model will get them, or the arguments by name that transformers'
+            SigLIP 2 takes; two made-up ones if None.
         tokens: Token ids ``[B, L]`` as the model will get them; two made-up captions if None.
         training: Whether the backward passes too, and the contrastive loss of a model with both towers;
             SigLIP's as well for one with a ``logit_bias``.
@@ -91,7 +95,7 @@ def warm_up(
     return WarmUp(device, tuple(trust.checked(device)), refused, time.monotonic() - began)
 
 
-def _run(model: nn.Module, calls: list[tuple[Callable[[Tensor], Tensor], Tensor]], training: bool) -> None:
+def _run(model: nn.Module, calls: list[tuple[Callable[[Inputs], Tensor], Inputs]], training: bool) -> None:
     """Run the towers, and in training the loss and the backward passes."""
     features = [encode(inputs) for encode, inputs in calls]
     if training:
@@ -114,8 +118,8 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _calls(
-    model: nn.Module, images: Tensor | None, tokens: Tensor | None, parameter: Tensor
-) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    model: nn.Module, images: Inputs | None, tokens: Tensor | None, parameter: Tensor
+) -> list[tuple[Callable[[Inputs], Tensor], Inputs]]:
     """Return the towers of a model, each with its inputs."""
     pairs = (("encode_image", "encode_text"), ("get_image_features", "get_text_features"))
     found = next((p for p in pairs if all(hasattr(model, name) for name in p)), None)
@@ -126,7 +130,11 @@ def _calls(
         of_image, of_text = (None, tower) if takes_tokens else (tower, None)
     calls = []
     if of_image is not None:
-        images = _made_up_images(model, parameter) if images is None else images.to(parameter.device)
+        images = _made_up_images(model, parameter) if images is None else images
+        if isinstance(images, dict):
+            images = {name: value.to(parameter.device) for name, value in images.items()}
+        else:
+            images = images.to(parameter.device)
         calls.append((of_image, images))
     if of_text is not None:
         tokens = _made_up_tokens(model, parameter.device) if tokens is None else tokens.to(parameter.device)
@@ -134,11 +142,11 @@ def _calls(
     return calls
 
 
-def _pooled(encode: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
+def _pooled(encode: Callable[..., Any]) -> Callable[[Inputs], Tensor]:
     """Let a tower return one tensor, whatever kind of output it gives."""
 
-    def call(inputs: Tensor) -> Tensor:
-        output = encode(inputs)
+    def call(inputs: Inputs) -> Tensor:
+        output = encode(**inputs) if isinstance(inputs, dict) else encode(inputs)
         if isinstance(output, Tensor):
             return output
         pooled = getattr(output, "pooler_output", None)
@@ -147,16 +155,29 @@ def _pooled(encode: Callable[..., Any]) -> Callable[[Tensor], Tensor]:
     return call
 
 
-def _made_up_images(model: nn.Module, parameter: Tensor) -> Tensor:
+def _made_up_images(model: nn.Module, parameter: Tensor) -> Inputs:
     config = getattr(model, "config", None)
     places = (model, getattr(model, "visual", None), config, getattr(config, "vision_config", None))
     size = next((s for s in (getattr(p, "image_size", None) for p in places) if s is not None), None)
+    patches = next((p for p in places if size is None and isinstance(getattr(p, "num_patches", None), int)), None)
+    if patches is not None:
+        return _made_up_patches(patches.num_patches, patches.num_channels * patches.patch_size**2, parameter)
     if size is None:
         raise ValueError(
             f"warm_up(images): got none, and a {type(model).__name__} does not tell its image_size; give some"
         )
     height, width = (size, size) if isinstance(size, int) else size
     return torch.zeros(2, 3, height, width, device=parameter.device, dtype=parameter.dtype)
+
+
+def _made_up_patches(count: int, values: int, parameter: Tensor) -> dict[str, Tensor]:
+    """Return what transformers' SigLIP 2 takes: a picture of as many patches as there are, and one of fewer."""
+    lengths = torch.tensor([count, max(1, count - 1)])
+    return {
+        "pixel_values": torch.zeros(2, count, values, device=parameter.device, dtype=parameter.dtype),
+        "pixel_attention_mask": (torch.arange(count) < lengths[:, None]).int(),
+        "spatial_shapes": torch.stack([torch.ones_like(lengths), lengths], dim=1),
+    }
 
 
 def _made_up_tokens(model: nn.Module, device: torch.device) -> Tensor:
