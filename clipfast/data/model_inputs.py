@@ -8,7 +8,7 @@ from collections.abc import Callable
 from PIL import Image
 from torch import Tensor
 
-from clipfast.data.naflex import NaFlexTransform, naflex_transform
+from clipfast.data.naflex import SIGLIP_MEAN, SIGLIP_STD, NaFlexTransform, naflex_transform
 from clipfast.data.options import DataOptions
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform, image_transform, load_image
@@ -30,11 +30,22 @@ def transform_of(
     """
     of_pictures = (options or DataOptions()).of_pictures()
     if not vision.naflex:
-        return image_transform(vision.image_size, train, **of_pictures)
+        return square_transform_of(vision, vision.image_size, train=train, **of_pictures)
     if max_patches is None:
         size = vision.image_size
         max_patches = math.prod(side // vision.patch_size for side in ((size, size) if isinstance(size, int) else size))
     return naflex_transform(max_patches, vision.patch_size, train=train, **of_pictures)
+
+
+def square_transform_of(
+    vision: VisionConfig, image_size: int | tuple[int, int], *, train: bool = False, **of_pictures: bool
+) -> ImageTransform:
+    """Return what makes any picture ``[3, H, W]``, normalised as an image tower's weights were trained.
+
+    Towers that pool by attention are SigLIP's: their pictures are squashed, and lie in [−1, 1]. Others are CLIP's.
+    """
+    kind = {"mean": SIGLIP_MEAN, "std": SIGLIP_STD, "squash": True} if vision.pool_type == "map" else {}
+    return image_transform(image_size, train, **kind, **of_pictures)
 
 
 def picture_loader(

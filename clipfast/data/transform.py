@@ -143,6 +143,7 @@ class ImageTransform:
     max_pixels: int = MAX_PIXELS
     as_open_clip: bool = False
     apply_orientation: bool = False
+    squash: bool = False
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> torch.Tensor:
         """The picture as float32 `[3, H, W]`, normalised; errors as :func:`image_transform` says.
@@ -150,7 +151,12 @@ class ImageTransform:
         A random crop is drawn from `generator`, or from torch's own.
         """
         image = ready_to_resize(image, self.max_pixels, self.as_open_clip, self.apply_orientation)
-        image = self._random_resized_crop(image, generator) if self.train else self._resized_center_crop(image)
+        if self.train:
+            image = self._random_resized_crop(image, generator)
+        elif self.squash:
+            image = image.resize(self.image_size[::-1], Image.Resampling.BICUBIC)
+        else:
+            image = self._resized_center_crop(image)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         values = pixels.to(torch.float32).div_(255)
         return values.sub_(per_channel(self.mean, values)).div_(per_channel(self.std, values))
@@ -194,6 +200,7 @@ def image_transform(
     max_pixels: int = MAX_PIXELS,
     as_open_clip: bool = False,
     apply_orientation: bool = False,
+    squash: bool = False,
 ) -> ImageTransform:
     """A callable that turns a PIL picture of any mode into a float32 tensor `[3, H, W]`.
 
@@ -211,6 +218,8 @@ def image_transform(
         max_pixels: the largest picture taken, width × height.
         as_open_clip: whether grey pictures of more than 8 bits are cut off at 255, as in open_clip, and not scaled.
         apply_orientation: whether a picture is turned as its EXIF orientation says; open_clip turns none.
+        squash: whether a whole picture is resized, whatever its aspect, where its centre would be taken; as SigLIP's
+            are (open_clip's ``resize_mode="squash"``).
 
     Raises:
         ValueError: an argument out of range. The transform itself raises :class:`ImageError` for a picture that
@@ -222,7 +231,16 @@ def image_transform(
         raise ValueError(f"image_size must be a positive int or a (height, width) of them, got {image_size!r}")
     check_numbers(mean, std, scale, ratio)
     return ImageTransform(
-        size, train, tuple(mean), tuple(std), tuple(scale), tuple(ratio), max_pixels, as_open_clip, apply_orientation
+        size,
+        train,
+        tuple(mean),
+        tuple(std),
+        tuple(scale),
+        tuple(ratio),
+        max_pixels,
+        as_open_clip,
+        apply_orientation,
+        squash,
     )
 
 

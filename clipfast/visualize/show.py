@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipfast.console import visible
-from clipfast.data.model_inputs import image_size_of, tokenizer_of
-from clipfast.data.transform import image_transform, load_image, to_pixels
+from clipfast.data.model_inputs import image_size_of, square_transform_of, tokenizer_of
+from clipfast.data.transform import load_image, to_pixels
 from clipfast.evaluate.probabilities import sigmoid_of
 from clipfast.models.clip import CLIP
 from clipfast.modules.vit import ViT
@@ -127,11 +127,12 @@ _METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
 def _look(model: CLIP, paths: list[Path]) -> Sight:
     height, width = image_size_of(model)
     finer = max(1, -(-_LEAST_SIDE // min(height, width)))
-    transform, fine = image_transform((height, width)), image_transform((height * finer, width * finer))
+    sizes = (height, width), (height * finer, width * finer)
+    transform, fine = (square_transform_of(model.config.vision_cfg, size) for size in sizes)
     loaded = [load_image(path) for path in paths]
     like = model.logit_scale
     inputs = torch.stack([transform(image) for image in loaded]).to(like.device, like.dtype)
-    crops = to_pixels(torch.stack([fine(image) for image in loaded])).numpy()
+    crops = to_pixels(torch.stack([fine(image) for image in loaded]), fine.mean, fine.std).numpy()
     with torch.no_grad():
         features = model.encode_image(inputs).float().cpu()
     if not features.isfinite().all():
