@@ -196,9 +196,8 @@ def _file_in(folder: Path, said: _Said) -> Path | None:
     """Return the file of a folder's tokenizer, as transformers chooses it; None for CLIP's own."""
     if said.open_clip and not said.of_hugging_face:
         if said.text_cfg.get("tokenizer_kwargs"):
-            raise ValueError(
-                f"tokenizer: got tokenizer_kwargs for CLIP's own in {folder}, expected none: {said.text_cfg['tokenizer_kwargs']}"
-            )
+            options = said.text_cfg["tokenizer_kwargs"]
+            raise ValueError(f"tokenizer: got {options} as tokenizer_kwargs of CLIP's own in {folder}, expected none")
         return None
     spm = [folder / name for name in _SPM_FILES if (folder / name).is_file()]
     if not spm:
@@ -282,7 +281,7 @@ def _open_clip_options(said: _Said) -> dict[str, Any]:
     unknown = {k: v for k, v in options.items() if k not in ("clean", "strip_sep_token") and v is not None}
     if mode or unknown or options.get("clean", "lower") not in ("whitespace", "lower", "canonicalize"):
         raise ValueError(
-            f"open_clip_config.json: got tokenizer_mode {mode!r} and tokenizer_kwargs {options}, expected of them clean "
+            f"open_clip_config.json: got tokenizer_mode {mode!r} and tokenizer_kwargs {options}, expected clean "
             f"(whitespace, lower or canonicalize) and strip_sep_token"
         )
     return options

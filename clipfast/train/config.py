@@ -96,6 +96,8 @@ class RunConfig(TrainConfig, DataOptions):
         batch_size: Pairs a step, over all ranks.
         model: A name of :func:`clipfast.list_models`, or a JSON file.
         weights: A file of weights to begin with.
+        tokenizer: A ``tokenizer.json``, a SentencePiece ``.model``, or a folder with one; for models with another
+            vocabulary than CLIP's. The run's folder keeps it.
         patch_dropout: The share of patches that the image tower leaves out in training.
         distill_model: A teacher, as ``model``: the loss is the contrastive one and the cross-entropy with the teacher's
             logits, added up as in open_clip. It reads the model's pictures and captions: sizes must be the same.
@@ -122,6 +124,9 @@ class RunConfig(TrainConfig, DataOptions):
     batch_size: Annotated[int, "Pairs a step, over all ranks."] = 256
     model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
     weights: Annotated[str | None, "A file of weights to begin with."] = None
+    tokenizer: Annotated[str | None, "A tokenizer.json, a .model, or a folder: for another vocabulary than CLIP's."] = (
+        None
+    )
     patch_dropout: Annotated[float, "The share of patches that the image tower leaves out."] = 0.0
     distill_model: Annotated[str | None, "A teacher to learn from too, as model."] = None
     distill_weights: Annotated[str | None, "The teacher's weights."] = None

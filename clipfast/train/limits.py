@@ -45,6 +45,7 @@ RUN_RULES: dict[str, Rule] = RULES | {
     "batch_size": at_least(2),
     "model": SOME_TEXT,
     "weights": SOME_TEXT,
+    "tokenizer": SOME_TEXT,
     "patch_dropout": share(),
     "distill_model": SOME_TEXT,
     "distill_weights": SOME_TEXT,

@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.console import make_console, tell
 from clipfast.data.batches import Shares, training_batches
+from clipfast.data.choose_tokenizer import keep_tokenizer, tokenizer_for
 from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
-from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.transform import ImageTransform, image_transform
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config
@@ -119,6 +119,10 @@ class _Run:
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.shares = Shares(config.batch_size, place.rank, place.world_size)
         self.training: TrainConfig = config.training(len(self.source))
+        self.tokenizer = place.together(
+            "tokenizer", lambda: tokenizer_for(self.model_config.text_cfg, config.tokenizer)
+        )
+        place.agree("tokenizer", self.tokenizer.identity)
         self.validation = place.together("val_data", self._make_validation)
         model = place.together("model", lambda: create_model(self.model_config, weights=config.weights))
         teacher = place.together("distill_model", self._make_teacher)
@@ -164,7 +168,7 @@ class _Run:
             DistinctPictures(source, self.config.val_pairs),
             self.config.val_pairs,
             self._transform(train=False),
-            self._tokenizer(),
+            self.tokenizer,
             batch,
         )
         validation.check()
@@ -174,9 +178,6 @@ class _Run:
         size = self.model_config.vision_cfg.image_size
         return image_transform(size, train, **self.config.data_options().of_pictures())
 
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(context_length=self.model_config.text_cfg.context_length)
-
     # --- the run ------------------------------------------------------------------------------------------
 
     def go(self) -> RunResult:
@@ -185,7 +186,7 @@ class _Run:
         batches = training_batches(
             self.source,
             self._transform(train=True),
-            self._tokenizer(),
+            self.tokenizer,
             self.shares,
             seed=config.seed,
             first_step=trainer.step,
@@ -308,10 +309,12 @@ class _Run:
         """Write the weights, or their moving averages, where `clipfast eval` and others find them."""
         chosen = self.trainer.frozen | (self.trainer.ema or self.trainer.weights)
         weights = {name: _whole(chosen.get(name, value)) for name, value in self._model_state()}
-        self.place.together(
-            "output",
-            lambda: write_model_folder(self.output, self.model_config, weights) if self.place.leads else None,
-        )
+
+        def write() -> None:
+            keep_tokenizer(self.tokenizer, self.output)
+            write_model_folder(self.output, self.model_config, weights)
+
+        self.place.together("output", lambda: write() if self.place.leads else None)
 
     def _model_state(self) -> list[tuple[str, Tensor]]:
         return list(self.trainer.model.state_dict().items())

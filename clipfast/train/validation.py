@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clipfast import ops
 from clipfast.data.batches import read_pairs, why_unusable
 from clipfast.data.sources import PairSource
-from clipfast.data.tokenizer import Tokenizer
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.data.transform import ImageTransform
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.train.trainer import Trainer
@@ -29,7 +29,7 @@ class Validation:
     """
 
     def __init__(
-        self, source: PairSource, pairs: int, transform: ImageTransform, tokenizer: Tokenizer, batch_size: int
+        self, source: PairSource, pairs: int, transform: ImageTransform, tokenizer: AnyTokenizer, batch_size: int
     ) -> None:
         self.source = source
         self.count = min(pairs, len(source))
