@@ -38,7 +38,8 @@ class _Habits:
 
     Attributes:
         clean: See :class:`TokenizerSettings`.
-        before, after: Names of the special tokens around a text; None leaves it to the file and ``add_eos_token``.
+        before, after: Names of the special tokens around a text; None leaves it to the file: what a
+            ``tokenizer.json`` says, or for a ``.model`` ``add_eos_token``.
         tokens: What special tokens are by default.
         pad_left: Whether rows are filled from the left by default.
         from_spm: Whether a ``.model`` file is read as transformers reads it for this class.
@@ -331,14 +332,13 @@ def _around(
     """Return the ids that stand before and after a text's."""
     if habits.before is not None and habits.after is not None:
         before, after = habits.before, habits.after
+    elif not isinstance(model, Spm):
+        return _template(model)  # transformers does not look at add_eos_token then
     elif {"add_bos_token", "add_eos_token"} & said.config.keys():
         before = ("bos_token",) if said.config.get("add_bos_token") else ()
         after = ("eos_token",) if said.config.get("add_eos_token") else ()
-    elif isinstance(model, Spm):
-        file = model.file
-        return (), (() if file.eos_id is None else (file.eos_id,))
     else:
-        return _template(model)
+        return (), (() if model.file.eos_id is None else (model.file.eos_id,))
     found = [tuple(ids.expected(name, said.token(name, habits)) for name in names) for names in (before, after)]
     return found[0], found[1]
 
