@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clipfast.console import visible
-from clipfast.data.model_inputs import picture_loader
+from clipfast.data.model_inputs import picture_loader, tokenizer_of
 from clipfast.data.options import DataOptions
 from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.tokenizer_base import AnyTokenizer
@@ -124,9 +124,16 @@ def search(
     ]
 
 
-def check_model(features: str | os.PathLike[str], model: CLIP) -> None:
-    """Raise ValueError if a file says that its features are of another model's weights."""
-    digest = read_about(Path(features)).get("weights")
+def check_model(
+    features: str | os.PathLike[str], model: CLIP, tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None
+) -> None:
+    """Raise ValueError if a file says that its features are of another model's weights or another tokenizer."""
+    about = read_about(Path(features))
+    if "tokenizer" in about and tokenizer_of(model, tokenizer).identity != about["tokenizer"]:
+        raise ValueError(
+            f"tokenizer: got another than that which {os.fspath(features)} was made with, expected the same"
+        )
+    digest = about.get("weights")
     if digest is not None and digest != weights_digest(model.state_dict()):
         raise ValueError(
             f"model: got other weights than those that {os.fspath(features)} was made with, expected the same"
