@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import html
 import re
+import string
 import unicodedata
+from collections.abc import Callable
 from functools import cache
 
 import ftfy
@@ -82,9 +84,58 @@ def _quick_fix(text: str) -> str | None:
             return text
 
 
+def _fixed(text: str) -> str:
+    """Undo mojibake and HTML entities; white space may become other white space."""
+    if _is_clean_ascii(text):
+        return text
+    fixed = _quick_fix(text)
+    return html.unescape(html.unescape(ftfy.fix_text(text) if fixed is None else fixed))
+
+
 def clean_words(text: str) -> list[str]:
     """Return the words CLIP's tokenizer sees: mojibake and HTML entities undone, lower case, cut at white space."""
-    if not _is_clean_ascii(text):
-        fixed = _quick_fix(text)
-        text = html.unescape(html.unescape(ftfy.fix_text(text) if fixed is None else fixed))
-    return text.lower().split()
+    return _fixed(text).lower().split()
+
+
+# --- what other tokenizers do -----------------------------------------------------------------------------
+
+_without_punctuation = str.maketrans("", "", string.punctuation)
+
+
+def _whitespace(text: str) -> str:
+    return " ".join(_fixed(text).split())
+
+
+def _lower(text: str) -> str:
+    return _whitespace(text).lower()
+
+
+def _canonicalize(text: str) -> str:
+    # big_vision's, after what open_clip does to every text
+    return " ".join(_fixed(text).replace("_", " ").translate(_without_punctuation).lower().split())
+
+
+def _siglip(text: str) -> str:
+    return re.sub(r"\s+", " ", text.lower().translate(_without_punctuation)).strip()
+
+
+#: What texts go through before a tokenizer that was read from a file. The first three are open_clip's of these names;
+#: ``siglip`` is what transformers' ``SiglipTokenizer`` does. ``lowercase``, which Rust does, is that of its
+#: ``Siglip2Tokenizer``: character by character, so that a Σ becomes σ at the end of words too.
+CLEANERS: dict[str, Callable[[str], str]] = {
+    "whitespace": _whitespace,
+    "lower": _lower,
+    "canonicalize": _canonicalize,
+    "siglip": _siglip,
+}
+
+
+def without_surrogates(text: str) -> str:
+    """Return a text that UTF-8 can hold: pairs of surrogates become their character, lone ones U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 from PIL import Image
 from torch import Tensor
 
+from clipfast.data.choose_tokenizer import tokenizer_for
 from clipfast.data.naflex import SIGLIP_MEAN, SIGLIP_STD, NaFlexTransform, naflex_transform
 from clipfast.data.options import DataOptions
-from clipfast.data.tokenizer import Tokenizer
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.data.transform import ImageTransform, image_transform, load_image
 from clipfast.models.clip import CLIP
 from clipfast.models.config import VisionConfig
@@ -56,17 +58,9 @@ def picture_loader(
     return lambda picture: transform(load_image(picture) if isinstance(picture, bytes) else picture)
 
 
-def tokenizer_of(model: CLIP) -> Tokenizer:
-    """Return CLIP's tokenizer with the model's context; longer texts are cut, as CLIP does.
-
-    Raises:
-        ValueError: The model's vocabulary is not CLIP's.
-    """
-    tokenizer = Tokenizer(context_length=model.context_length)
-    vocabulary, expected = model.config.text_cfg.vocab_size, tokenizer.vocab_size
-    if vocabulary != expected:
-        raise ValueError(f"model: got a vocabulary of {vocabulary}, expected CLIP's {expected} to read texts")
-    return tokenizer
+def tokenizer_of(model: CLIP, tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None) -> AnyTokenizer:
+    """Return what reads texts for a model: :func:`clipfast.data.choose_tokenizer.tokenizer_for` its configuration."""
+    return tokenizer_for(model.config.text_cfg, tokenizer)
 
 
 def image_size_of(model: CLIP) -> tuple[int, int]:

@@ -10,6 +10,7 @@ not need (offsets, token strings), and it starts no threads that a forked DataLo
 from __future__ import annotations
 
 import gzip
+import os
 from collections.abc import Iterable
 from functools import cache
 from importlib.resources import files
@@ -24,6 +25,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 
 from clipfast.data.cleaning import clean_words
+from clipfast.data.tokenizer_base import AnyTokenizer, checked_texts
 
 CONTEXT_LENGTH = 77
 SPECIAL_TOKENS = ("<start_of_text>", "<end_of_text>")
@@ -117,7 +119,7 @@ class _TokensOfWord(dict[str, tuple[int, ...]]):
 # --- the tokenizer ----------------------------------------------------------------------------------------
 
 
-class Tokenizer:
+class Tokenizer(AnyTokenizer):
     """CLIP's tokenizer: texts to token ids `[B, context_length]`, int64.
 
     Gives the tokens of open_clip's ``SimpleTokenizer`` with its default cleaning (ftfy, HTML entities, white
@@ -130,7 +132,9 @@ class Tokenizer:
 
     sot_id = 49406
     eos_id = 49407
+    pad_id = 0
     vocab_size = 49408
+    identity = "clip"
 
     def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
         self.context_length = _checked_length(context_length)
@@ -148,7 +152,7 @@ class Tokenizer:
             ValueError: `context_length` has no room for SOT and EOS.
         """
         length = self.context_length if context_length is None else _checked_length(context_length)
-        texts = _checked_texts(texts)
+        texts = checked_texts(texts)
 
         ids: list[int] = []  # of all texts, one after another
         counts: list[int] = []
@@ -184,6 +188,42 @@ class Tokenizer:
         text = bytes(byte_of[character] for index in ids for character in tokens[index])
         return text.decode("utf-8", errors="replace").replace("</w>", " ")
 
+    @classmethod
+    def from_file(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        context_length: int | None = None,
+        clean: str | None = None,
+        pad_id: int | None = None,
+        strip_sep_token: bool | None = None,
+    ) -> AnyTokenizer:
+        """Return the tokenizer of another model, from its file; it is called as this one is. Nothing is downloaded.
+
+        A ``.model`` file gives SentencePiece's tokens, a ``tokenizer.json`` those of the tokenizers library. What else
+        a model's own tokenizer does is read from the files beside it: ``tokenizer_config.json``,
+        ``special_tokens_map.json`` and ``config.json`` as transformers reads them, ``open_clip_config.json`` as
+        open_clip does. A file alone is taken for SigLIP's or SigLIP 2's where it has their special tokens; else a
+        ``tokenizer.json`` does what it says, and of a ``.model`` nothing is guessed. ``repr`` says what came of it.
+
+        Args:
+            path: The file, or a folder with it, or the folder of a training run.
+            context_length: Tokens in a row; by default what the files say, or SigLIP's 64.
+            clean: What texts go through first, in the place of what the files say: ``"none"``; ``"whitespace"``,
+                ``"lower"`` or ``"canonicalize"`` (open_clip's); ``"siglip"`` or ``"lowercase"`` (transformers' for
+                SigLIP and SigLIP 2).
+            pad_id: What fills a row, in the place of what the files say.
+            strip_sep_token: Whether the separator becomes 0 in the end, as open_clip has it for CLIPA.
+
+        Raises:
+            FileNotFoundError: There is no such file, or none in the folder.
+            ValueError: The file is damaged, or something that tokens depend on is said nowhere: the argument is named.
+        """
+        from clipfast.data.tokenizer_folder import read_tokenizer
+
+        found = read_tokenizer(path, context_length, clean, pad_id, strip_sep_token)
+        return cls(found) if isinstance(found, int) else found
+
     def _ids(self, words: list[str]) -> list[int]:
         return list(chain.from_iterable(map(self._tokens_of.__getitem__, words)))
 
@@ -200,18 +240,6 @@ def _checked_length(context_length: int) -> int:
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 (SOT and EOS), got {context_length}")
     return context_length
-
-
-def _checked_texts(texts: str | Iterable[str]) -> list[str]:
-    if isinstance(texts, str):
-        return [texts]
-    if isinstance(texts, bytes | bytearray | dict) or not isinstance(texts, Iterable):
-        raise TypeError(f"texts must be a str or a list of str, got {type(texts).__name__}")
-    texts = list(texts)
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"texts[{index}] must be a str, got {type(text).__name__}")
-    return texts
 
 
 @cache
