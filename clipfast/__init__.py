@@ -36,6 +36,7 @@ _HOME_OF = {
     "DistillClipLoss": "clipfast.modules.distill_loss",
     "Tokenizer": "clipfast.data.tokenizer",
     "tokenize": "clipfast.data.tokenizer",
+    "get_tokenizer": "clipfast.data.choose_tokenizer",
     "image_transform": "clipfast.data.transform",
     "naflex_transform": "clipfast.data.naflex",
     "NaFlexBatch": "clipfast.modules.naflex",
@@ -78,6 +79,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from clipfast import data, embed, evaluate, models, modules, ops, train, visualize
+    from clipfast.data.choose_tokenizer import get_tokenizer
     from clipfast.data.naflex import naflex_transform
     from clipfast.data.tokenizer import Tokenizer, tokenize
     from clipfast.data.transform import image_transform

@@ -15,7 +15,7 @@ from clipfast.data.options import DataOptions
 from clipfast.notices import error_console, say
 
 if TYPE_CHECKING:
-    import torch
+    from clipfast.models.clip import CLIP
 
 _Model = Annotated[
     str,
@@ -29,6 +29,13 @@ _Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there
 _Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16: of the weights and what is computed with them.")]
 _BatchSize = Annotated[int, typer.Option(help="Pictures or texts at once.")]
 _Workers = Annotated[int, typer.Option(help="Threads that read and decode.")]
+_Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        help="For another vocabulary than CLIP's: a tokenizer.json, a SentencePiece .model, or a folder with one.",
+        show_default="the model's folder's",
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")]
 
 
@@ -44,6 +51,7 @@ def eval_(
     ],
     task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear-probe, or auto: by the data.")] = "auto",
     weights: _Weights = None,
+    tokenizer: _Tokenizer = None,
     classes: Annotated[
         str | None,
         typer.Option(
@@ -97,6 +105,7 @@ def eval_(
             c=SWEEP if c is None else c,
             reading=reading,
             options=data_options(),
+            tokenizer=_tokenizer_of(clip, model, tokenizer),
         )
         about = {"clipfast": __version__, "model": model, "data": data, "precision": precision}
         if output is not None:
@@ -121,6 +130,7 @@ def embed(
         str | None, typer.Option(help="Of Parquet.", show_default="path, image, text, caption, …")
     ] = None,
     weights: _Weights = None,
+    tokenizer: _Tokenizer = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16: of the features in the file.")] = "float32",
     normalize: Annotated[bool, typer.Option(help="Whether features get unit length.")] = True,
     restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left.")] = False,
@@ -148,7 +158,8 @@ def embed(
             batch_size=batch_size,
             workers=workers,
             restart=restart,
-            model_source=_where(model, weights),
+            tokenizer=_tokenizer_of(clip, model, tokenizer),
+            model_source=_where(model, weights, tokenizer),
             console=error_console(),
         )
         words = "wrote {}: {} rows" if result.computed else "{} is complete: {} rows"
@@ -165,6 +176,7 @@ def search(
         str | None, typer.Option(help="As for clipfast embed.", show_default="what FEATURES was made with")
     ] = None,
     weights: _Weights = None,
+    tokenizer: _Tokenizer = None,
     as_json: _Json = False,
     device: _Device = "auto",
 ) -> None:
@@ -177,10 +189,12 @@ def search(
         if model is None:
             where = searching.model_of(features)
             model, weights = where["spec"], weights or where.get("weights")
+            tokenizer = tokenizer or where.get("tokenizer")
         clip = _open(model, weights, device, "fp32")
-        searching.check_model(features, clip)
+        read_text = _tokenizer_of(clip, model, tokenizer)
+        searching.check_model(features, clip, read_text)
         options = searching.picture_options_of(features)
-        vector = searching.encode_query(clip, text=text, image=image, options=options)
+        vector = searching.encode_query(clip, text=text, image=image, options=options, tokenizer=read_text)
         sigmoid = searching.sigmoid_for(features, clip, text=text is not None)
         hits = searching.search(features, vector, k, sigmoid=sigmoid)
         query = text if text is not None else str(image)
@@ -196,6 +210,7 @@ def show(
         list[str] | None, typer.Option(help="A text to compare them with; as often as you like, in order.")
     ] = None,
     weights: _Weights = None,
+    tokenizer: _Tokenizer = None,
     method: Annotated[str, typer.Option(help="tsne, or umap where umap-learn is installed.")] = "tsne",
     block: Annotated[int, typer.Option(help="Whose heads are drawn; -1 is the last.")] = -1,
     dark: Annotated[bool, typer.Option("--dark", help="PNGs for dark pages; the report follows its reader.")] = False,
@@ -218,6 +233,7 @@ def show(
             method=method,
             block=block,
             dark=dark,
+            tokenizer=_tokenizer_of(clip, model, tokenizer),
         )
         for file in files:
             echo(file)
@@ -245,7 +261,7 @@ def _mistakes_told() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _open(spec: str, weights: str | Path | None, device: str, precision: str) -> torch.nn.Module:
+def _open(spec: str, weights: str | Path | None, device: str, precision: str) -> CLIP:
     import torch
 
     from clipfast.models.open_model import open_model
@@ -256,10 +272,18 @@ def _open(spec: str, weights: str | Path | None, device: str, precision: str) ->
     return open_model(spec, weights, device, dtypes[precision])
 
 
-def _where(model: str, weights: Path | None) -> dict[str, str]:
+def _tokenizer_of(clip: CLIP, model: str, given: str | Path | None) -> str | Path | None:
+    """Return where the model's tokenizer lies; None for CLIP's."""
+    from clipfast.data.choose_tokenizer import tokenizer_beside
+
+    return given if given is not None else tokenizer_beside(model, clip.config.text_cfg)
+
+
+def _where(model: str, weights: Path | None, tokenizer: Path | None) -> dict[str, str]:
     """Say where a model lies so that it is found from any folder."""
     where = {"spec": str(Path(model).resolve()) if Path(model).exists() else model}
-    return where if weights is None else where | {"weights": str(weights.resolve())}
+    files = {"weights": weights, "tokenizer": tokenizer}
+    return where | {name: str(file.resolve()) for name, file in files.items() if file is not None}
 
 
 def _print_result(table: object, values: object, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers of other models than CLIP's, from a file that the user has: ``tokenizer.json``, SentencePiece's ``.model``.
+"""Tokenizers of other models than CLIP's, from a file that the user has: ``tokenizer.json``, or SentencePiece's.
 
 What a file and those beside it say is found out once (:mod:`clipfast.data.tokenizer_folder`) and is a
 :class:`TokenizerSettings` then. Nothing is downloaded.

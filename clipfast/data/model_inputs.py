@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 
 from PIL import Image
 from torch import Tensor
 
+from clipfast.data.choose_tokenizer import tokenizer_for
 from clipfast.data.naflex import NaFlexTransform, naflex_transform
 from clipfast.data.options import DataOptions
-from clipfast.data.tokenizer import Tokenizer
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.data.transform import ImageTransform, image_transform, load_image
 from clipfast.models.clip import CLIP
 from clipfast.models.config import VisionConfig
@@ -29,14 +31,23 @@ def transform_of(
         train: Whether a random part of a picture is taken.
         max_patches: Of a picture of any aspect; by default as many as the tower has positions.
     """
-    of_pictures, how = (options or DataOptions()).of_pictures(), asdict(vision.preprocess_cfg)
+    of_pictures = (options or DataOptions()).of_pictures()
     if not vision.naflex:
-        return image_transform(vision.image_size, train, **how, **of_pictures)
+        return square_transform_of(vision, vision.image_size, train=train, **of_pictures)
     if max_patches is None:
         size = vision.image_size
         max_patches = math.prod(side // vision.patch_size for side in ((size, size) if isinstance(size, int) else size))
-    numbers = {"mean": how["mean"], "std": how["std"]}
-    return naflex_transform(max_patches, vision.patch_size, train=train, **numbers, **of_pictures)
+    numbers = vision.preprocess_cfg
+    return naflex_transform(
+        max_patches, vision.patch_size, train=train, mean=numbers.mean, std=numbers.std, **of_pictures
+    )
+
+
+def square_transform_of(
+    vision: VisionConfig, image_size: int | tuple[int, int], *, train: bool = False, **of_pictures: bool
+) -> ImageTransform:
+    """Return what makes any picture ``[3, H, W]``, as an image tower's weights were trained (its `preprocess_cfg`)."""
+    return image_transform(image_size, train, **asdict(vision.preprocess_cfg), **of_pictures)
 
 
 def picture_loader(
@@ -47,17 +58,9 @@ def picture_loader(
     return lambda picture: transform(load_image(picture) if isinstance(picture, bytes) else picture)
 
 
-def tokenizer_of(model: CLIP) -> Tokenizer:
-    """Return CLIP's tokenizer with the model's context; longer texts are cut, as CLIP does.
-
-    Raises:
-        ValueError: The model's vocabulary is not CLIP's.
-    """
-    tokenizer = Tokenizer(context_length=model.context_length)
-    vocabulary, expected = model.config.text_cfg.vocab_size, tokenizer.vocab_size
-    if vocabulary != expected:
-        raise ValueError(f"model: got a vocabulary of {vocabulary}, expected CLIP's {expected} to read texts")
-    return tokenizer
+def tokenizer_of(model: CLIP, tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None) -> AnyTokenizer:
+    """Return what reads texts for a model: :func:`clipfast.data.choose_tokenizer.tokenizer_for` its configuration."""
+    return tokenizer_for(model.config.text_cfg, tokenizer)
 
 
 def image_size_of(model: CLIP) -> tuple[int, int]:

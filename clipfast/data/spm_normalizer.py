@@ -117,6 +117,8 @@ class Normalizer:
                 return None, value, length
             unit = units[node]
             position = node ^ _offset(unit)
+            if position >= len(units):
+                raise ValueError(f"got a damaged charsmap: node {node} leads to {position} of {len(units)}")
             if unit >> 8 & 1:
                 value, length = self._value(units[position] & 0x7FFFFFFF), count
         return node, value, length

@@ -200,8 +200,8 @@ class Tokenizer(AnyTokenizer):
     ) -> AnyTokenizer:
         """Return the tokenizer of another model, from its file; it is called as this one is. Nothing is downloaded.
 
-        A ``.model`` file gives SentencePiece's tokens, a ``tokenizer.json`` those of the tokenizers library. What else a
-        model's own tokenizer does is read from the files beside it: ``tokenizer_config.json``,
+        A ``.model`` file gives SentencePiece's tokens, a ``tokenizer.json`` those of the tokenizers library. What else
+        a model's own tokenizer does is read from the files beside it: ``tokenizer_config.json``,
         ``special_tokens_map.json`` and ``config.json`` as transformers reads them, ``open_clip_config.json`` as
         open_clip does. A file alone is taken for SigLIP's or SigLIP 2's where it has their special tokens; else a
         ``tokenizer.json`` does what it says, and of a ``.model`` nothing is guessed. ``repr`` says what came of it.

@@ -38,7 +38,8 @@ class _Habits:
 
     Attributes:
         clean: See :class:`TokenizerSettings`.
-        before, after: Names of the special tokens around a text; None leaves it to the file and ``add_eos_token``.
+        before, after: Names of the special tokens around a text; None leaves it to the file: what a
+            ``tokenizer.json`` says, or for a ``.model`` ``add_eos_token``.
         tokens: What special tokens are by default.
         pad_left: Whether rows are filled from the left by default.
         from_spm: Whether a ``.model`` file is read as transformers reads it for this class.
@@ -196,9 +197,8 @@ def _file_in(folder: Path, said: _Said) -> Path | None:
     """Return the file of a folder's tokenizer, as transformers chooses it; None for CLIP's own."""
     if said.open_clip and not said.of_hugging_face:
         if said.text_cfg.get("tokenizer_kwargs"):
-            raise ValueError(
-                f"tokenizer: got tokenizer_kwargs for CLIP's own in {folder}, expected none: {said.text_cfg['tokenizer_kwargs']}"
-            )
+            options = said.text_cfg["tokenizer_kwargs"]
+            raise ValueError(f"tokenizer: got {options} as tokenizer_kwargs of CLIP's own in {folder}, expected none")
         return None
     spm = [folder / name for name in _SPM_FILES if (folder / name).is_file()]
     if not spm:
@@ -282,7 +282,7 @@ def _open_clip_options(said: _Said) -> dict[str, Any]:
     unknown = {k: v for k, v in options.items() if k not in ("clean", "strip_sep_token") and v is not None}
     if mode or unknown or options.get("clean", "lower") not in ("whitespace", "lower", "canonicalize"):
         raise ValueError(
-            f"open_clip_config.json: got tokenizer_mode {mode!r} and tokenizer_kwargs {options}, expected of them clean "
+            f"open_clip_config.json: got tokenizer_mode {mode!r} and tokenizer_kwargs {options}, expected clean "
             f"(whitespace, lower or canonicalize) and strip_sep_token"
         )
     return options
@@ -332,14 +332,13 @@ def _around(
     """Return the ids that stand before and after a text's."""
     if habits.before is not None and habits.after is not None:
         before, after = habits.before, habits.after
+    elif not isinstance(model, Spm):
+        return _template(model)  # transformers does not look at add_eos_token then
     elif {"add_bos_token", "add_eos_token"} & said.config.keys():
         before = ("bos_token",) if said.config.get("add_bos_token") else ()
         after = ("eos_token",) if said.config.get("add_eos_token") else ()
-    elif isinstance(model, Spm):
-        file = model.file
-        return (), (() if file.eos_id is None else (file.eos_id,))
     else:
-        return _template(model)
+        return (), (() if model.file.eos_id is None else (model.file.eos_id,))
     found = [tuple(ids.expected(name, said.token(name, habits)) for name in names) for names in (before, after)]
     return found[0], found[1]
 

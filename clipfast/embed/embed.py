@@ -12,8 +12,10 @@ import numpy as np
 import torch.nn.functional as F
 from rich.console import Console
 
-from clipfast.data.model_inputs import picture_loader
+from clipfast.data.model_inputs import picture_loader, tokenizer_of
 from clipfast.data.options import DataOptions
+from clipfast.data.tokenizer import Tokenizer
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.embed.reader import Inputs, open_inputs
 from clipfast.embed.writer import (
     DTYPES,
@@ -62,6 +64,7 @@ def embed(
     batches_per_part: int = 16,
     workers: int = 2,
     restart: bool = False,
+    tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None,
     model_source: dict[str, str] | None = None,
     console: Console | None = None,
 ) -> Embedding:
@@ -85,7 +88,9 @@ def embed(
         batches_per_part: What a kill loses at most.
         workers: Threads that read and decode.
         restart: Whether what an earlier run left is thrown away.
-        model_source: What :func:`clipfast.embed.search.model_of` shall give: ``spec`` and perhaps ``weights``.
+        tokenizer: Of the model, for texts: one, or what :meth:`clipfast.Tokenizer.from_file` reads; CLIP's by default.
+        model_source: What :func:`clipfast.embed.search.model_of` shall give: ``spec`` and perhaps ``weights`` and
+            ``tokenizer``.
         console: Where progress goes.
 
     Raises:
@@ -100,6 +105,9 @@ def embed(
     inputs = open_inputs(source, kind, column, options)
     pictures = options if options is not None and inputs.kind == "image" else DataOptions()
     about = _about(model, inputs, dtype, normalize, batch_size, model_source) | _unusual(pictures)
+    read_text = tokenizer_of(model, tokenizer) if inputs.kind == "text" else None
+    if read_text is not None and not isinstance(read_text, Tokenizer):
+        about["tokenizer"] = read_text.identity
     check_writable(output.parent)
     if restart:
         remove_run(output)
@@ -108,7 +116,7 @@ def embed(
     store = PartStore(output, about, batch_size * batches_per_part, len(inputs))
     missing = store.missing()
     to_do = sum(map(len, missing))
-    encoder, load = _modality(model, inputs, pictures)
+    encoder, load = _modality(model, inputs, pictures, read_text)
     with RowProgress(f"{kind}s", len(inputs), console, done=len(inputs) - to_do) as progress:
         for rows in missing:
             encoded = encode_rows(
@@ -154,7 +162,7 @@ def _done_before(output: Path, about: dict[str, Any]) -> int | None:
         return None
     found = read_about(output)
     # JSON has lists where configurations have tuples; where the model lies does not change what it computes
-    wanted = dict.fromkeys(DataOptions().of_pictures()) | about
+    wanted = dict.fromkeys([*DataOptions().of_pictures(), "tokenizer"]) | about
     same = {key: found.get(key) == _as_json(value) for key, value in wanted.items() if key != "model"}
     if not all(same.values()) or (output.suffix == ".npy" and not names_path(output).is_file()):
         changed = ", ".join(key for key, equal in same.items() if not equal)
@@ -174,7 +182,7 @@ def _unusual(options: DataOptions) -> dict[str, bool]:
     return {name: value for name, value in options.of_pictures().items() if value}
 
 
-def _modality(model: CLIP, inputs: Inputs, options: DataOptions) -> tuple[Encoder, Any]:
-    if inputs.kind == "text":
-        return text_encoder(model), str
+def _modality(model: CLIP, inputs: Inputs, options: DataOptions, tokenizer: AnyTokenizer | None) -> tuple[Encoder, Any]:
+    if tokenizer is not None:
+        return text_encoder(model, tokenizer), str
     return picture_encoder(model), picture_loader(model, options)

@@ -16,9 +16,10 @@ from rich.table import Table
 from torch import Tensor
 
 from clipfast.console import visible
-from clipfast.data.model_inputs import picture_loader
+from clipfast.data.model_inputs import picture_loader, tokenizer_of
 from clipfast.data.options import DataOptions
 from clipfast.data.parquet import find_column, open_parquet
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.data.transform import load_image
 from clipfast.embed.writer import names_path, read_about
 from clipfast.evaluate.features import picture_encoder, text_encoder
@@ -59,8 +60,11 @@ def encode_query(
     text: str | None = None,
     image: str | os.PathLike[str] | None = None,
     options: DataOptions | None = None,
+    tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None,
 ) -> Tensor:
     """Return the features of a text or of a picture's file, ``[E]``; ``options`` say how the picture is read.
+
+    ``tokenizer`` reads the text: one, or what :meth:`clipfast.Tokenizer.from_file` reads; CLIP's by default.
 
     Raises:
         ValueError: Neither is given, both are, or the text is empty.
@@ -71,7 +75,7 @@ def encode_query(
     if image is not None:
         encoder, item = picture_encoder(model), picture_loader(model, options)(load_image(image))
     elif text.strip():
-        encoder, item = text_encoder(model), text
+        encoder, item = text_encoder(model, tokenizer), text
     else:
         raise ValueError("text: got an empty one, expected words")
     return encoder.encode(encoder.collate([item]))[0].detach().float().cpu()
@@ -148,9 +152,16 @@ def sigmoid_for(features: str | os.PathLike[str], model: CLIP, *, text: bool) ->
     return sigmoid_of(model) if kind == ("image" if text else "text") else None
 
 
-def check_model(features: str | os.PathLike[str], model: CLIP) -> None:
-    """Raise ValueError if a file says that its features are of another model's weights."""
-    digest = read_about(Path(features)).get("weights")
+def check_model(
+    features: str | os.PathLike[str], model: CLIP, tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None
+) -> None:
+    """Raise ValueError if a file says that its features are of another model's weights or another tokenizer."""
+    about = read_about(Path(features))
+    if "tokenizer" in about and tokenizer_of(model, tokenizer).identity != about["tokenizer"]:
+        raise ValueError(
+            f"tokenizer: got another than that which {os.fspath(features)} was made with, expected the same"
+        )
+    digest = about.get("weights")
     if digest is not None and digest != weights_digest(model.state_dict()):
         raise ValueError(
             f"model: got other weights than those that {os.fspath(features)} was made with, expected the same"
@@ -158,7 +169,7 @@ def check_model(features: str | os.PathLike[str], model: CLIP) -> None:
 
 
 def model_of(features: str | os.PathLike[str]) -> dict[str, str]:
-    """Return where a file says that its model lies: ``spec`` and perhaps ``weights``.
+    """Return where a file says that its model lies: ``spec`` and perhaps ``weights`` and ``tokenizer``.
 
     Raises:
         ValueError: It does not say.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from clipfast.data.model_inputs import tokenizer_of, transform_of
 from clipfast.data.read_ahead import read_ahead
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.models.clip import CLIP
 from clipfast.modules.naflex import NaFlexBatch, Patches
 
@@ -58,15 +60,15 @@ def picture_encoder(model: CLIP) -> Encoder[Tensor | Patches]:
     return Encoder(collate, model.encode_image, transform_of(model.config.vision_cfg).blank())
 
 
-def text_encoder(model: CLIP) -> Encoder[str]:
+def text_encoder(model: CLIP, tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None) -> Encoder[str]:
     """Return what makes features of texts; those longer than the model's context are cut, as CLIP does.
 
     Raises:
-        ValueError: The model's vocabulary is not CLIP's.
+        ValueError: As :func:`clipfast.data.choose_tokenizer.tokenizer_for`.
     """
-    tokenizer = tokenizer_of(model)
+    read = tokenizer_of(model, tokenizer)
     device = model.logit_scale.device
-    return Encoder(lambda items: tokenizer(items).to(device), model.encode_text, "")
+    return Encoder(lambda items: read(items).to(device), model.encode_text, "")
 
 
 @torch.no_grad()

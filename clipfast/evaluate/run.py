@@ -20,6 +20,7 @@ from clipfast.data.model_inputs import picture_loader
 from clipfast.data.options import DataOptions
 from clipfast.data.pairs import PairError, PairSource
 from clipfast.data.sources import open_pairs
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.evaluate.class_cache import cached_classifier
 from clipfast.evaluate.classes import (
     IMAGENET,
@@ -40,6 +41,7 @@ from clipfast.progress import RowProgress
 from clipfast.settings import at_least, between, check_setting
 
 Task = Literal["auto", "zero-shot", "retrieval", "linear-probe"]
+_AnyTokenizer = AnyTokenizer | str | os.PathLike[str] | None
 TASKS = ("auto", "zero-shot", "retrieval", "linear-probe")
 
 
@@ -105,6 +107,7 @@ def evaluate(
     c: float | Sequence[float] = SWEEP,
     reading: Reading | None = None,
     options: DataOptions | None = None,
+    tokenizer: _AnyTokenizer = None,
 ) -> Evaluation:
     """Measure a model.
 
@@ -121,6 +124,7 @@ def evaluate(
         c: Of the linear probe.
         reading: How to read.
         options: What is the picture and what the caption in data with captions.
+        tokenizer: Of the model, for texts: one, or what :meth:`clipfast.Tokenizer.from_file` reads; CLIP's by default.
 
     Raises:
         FileNotFoundError, ImportError, ValueError: An argument that does not fit, or nothing that could be read.
@@ -138,19 +142,21 @@ def evaluate(
         task = "zero-shot" if has_labels(data, options) else "retrieval"
     if task == "retrieval":
         shipped = data == "scikit-image" and not Path(data).exists()
-        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data, options), reading)
+        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data, options), reading, tokenizer)
     source = open_classes(data, class_names, reading.options.encoding)
     if task == "zero-shot":
         classes = name_classes(source, class_names, templates, prompts, reading.options.encoding)
-        return _zero_shot(model, source, classes, reading)
+        return _zero_shot(model, source, classes, reading, tokenizer)
     other = None if train_data is None else open_classes(os.fspath(train_data), class_names, reading.options.encoding)
     return _linear_probe(model, source, other, c, reading)
 
 
-def _zero_shot(model: CLIP, source: LabelledSource, classes: Classes, reading: Reading) -> Evaluation:
+def _zero_shot(
+    model: CLIP, source: LabelledSource, classes: Classes, reading: Reading, tokenizer: _AnyTokenizer
+) -> Evaluation:
     # the texts first: a model that cannot read them should not read a million pictures before
     with RowProgress("prompts", classes.prompt_count, reading.console, at_once=False) as progress:
-        classifier = cached_classifier(model, classes.keys, classes.templates, on_prompts=progress)
+        classifier = cached_classifier(model, classes.keys, classes.templates, tokenizer=tokenizer, on_prompts=progress)
     images = _pictures(model, source, reading)
     labels = torch.tensor(source.labels)[images.rows]
     count = len(classes.names)
@@ -211,8 +217,8 @@ def _pictures(model: CLIP, source: LabelledSource, reading: Reading) -> Encoded:
     return images
 
 
-def _retrieval(model: CLIP, source: PairSource, reading: Reading) -> Evaluation:
-    encoder = text_encoder(model)
+def _retrieval(model: CLIP, source: PairSource, reading: Reading, tokenizer: _AnyTokenizer) -> Evaluation:
+    encoder = text_encoder(model, tokenizer)
     load = picture_loader(model, reading.options)
     captions: dict[int, tuple[str, list[str]]] = {}  # by row: which picture, and its captions
     unusable: dict[str, str] = {}

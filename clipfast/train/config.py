@@ -104,6 +104,8 @@ class RunConfig(TrainConfig, DataOptions):
         batch_size: Pairs a step, over all ranks.
         model: A name of :func:`clipfast.list_models`, or a JSON file.
         weights: A file of weights to begin with.
+        tokenizer: A ``tokenizer.json``, a SentencePiece ``.model``, or a folder with one; for models with another
+            vocabulary than CLIP's. The run's folder keeps it.
         patch_dropout: The share of patches that the image tower leaves out in training.
         naflex_max_patches: Of a model that takes pictures of any aspect: the most patches of one; None is as many as it
             has positions. Of several, such as ``"128,256,576"``, each step draws one.
@@ -134,6 +136,9 @@ class RunConfig(TrainConfig, DataOptions):
     batch_size: Annotated[int, "Pairs a step, over all ranks."] = 256
     model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
     weights: Annotated[str | None, "A file of weights to begin with."] = None
+    tokenizer: Annotated[str | None, "A tokenizer.json, a .model, or a folder: for another vocabulary than CLIP's."] = (
+        None
+    )
     patch_dropout: Annotated[float, "The share of patches that the image tower leaves out."] = 0.0
     naflex_max_patches: Annotated[
         str | None, "Of NaFlex: patches of a picture at most; of several, a step draws one."

@@ -13,9 +13,9 @@ from rich.console import Console
 from torch import Tensor
 
 from clipfast.console import make_console, tell
+from clipfast.data.choose_tokenizer import tokenizer_for
 from clipfast.data.emoji_classes import zero_shot_questions
 from clipfast.data.emoji_pairs import EmojiPairs, load_emoji_pairs
-from clipfast.data.tokenizer import Tokenizer
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
 from clipfast.models.clip import CLIP
@@ -101,6 +101,7 @@ def run_demo(
         with stop.at_once():
             training = TrainConfig(steps, learning_rate, warmup_steps=max(1, min(20, steps // 5)), precision=precision)
             config = _with_image_size(SMALL if model == "small" else get_config(model), image_size)
+            tokenizer_for(config.text_cfg)  # its captions are read with CLIP's
             torch_device = find_device(device)
             torch.manual_seed(seed)
             clip = create_model(config, device=torch_device)
@@ -167,7 +168,7 @@ def _with_image_size(config: CLIPConfig, image_size: int | None) -> CLIPConfig:
 
 def _zero_shot_metrics(clip: CLIP, pairs: EmojiPairs, image_features: Tensor) -> dict[str, float]:
     """Ask :func:`clipfast.data.emoji_classes.zero_shot_questions`, given the held-out pictures' features."""
-    tokenizer = Tokenizer(context_length=clip.context_length)
+    tokenizer = tokenizer_for(clip.config.text_cfg)
     row_of = {index: row for row, index in enumerate(pairs.held_out_indices.tolist())}
     metrics = {}
     for question in zero_shot_questions(pairs):

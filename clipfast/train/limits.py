@@ -55,6 +55,7 @@ RUN_RULES: dict[str, Rule] = RULES | {
     "batch_size": at_least(2),
     "model": SOME_TEXT,
     "weights": SOME_TEXT,
+    "tokenizer": SOME_TEXT,
     "patch_dropout": share(),
     "naflex_max_patches": Rule(
         "numbers of patches from 1 up, such as '256' or '128,256'", lambda text: bool(patch_counts(text))

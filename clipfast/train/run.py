@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.console import make_console, tell
 from clipfast.data.batches import training_batches
+from clipfast.data.choose_tokenizer import keep_tokenizer, tokenizer_for
 from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
-from clipfast.data.tokenizer import Tokenizer
 from clipfast.models.model_folder import write_model_folder
 from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig, compile_mode
@@ -116,6 +116,10 @@ class _Run:
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.pictures = Pictures(config, self.model_config, place)
         self.training: TrainConfig = config.training(len(self.source), self.pictures.pairs_a_step)
+        self.tokenizer = place.together(
+            "tokenizer", lambda: tokenizer_for(self.model_config.text_cfg, config.tokenizer)
+        )
+        place.agree("tokenizer", self.tokenizer.identity)
         self.validation = place.together("val_data", self._make_validation)
         model = place.together("model", lambda: make_model(config, self.model_config))
         teacher = place.together("distill_model", lambda: make_teacher(config, self.model_config))
@@ -141,14 +145,11 @@ class _Run:
             DistinctPictures(source, self.config.val_pairs),
             self.config.val_pairs,
             self.pictures.transform(train=False),
-            self._tokenizer(),
+            self.tokenizer,
             self.pictures.pairs_measured,
         )
         validation.check()
         return validation
-
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(context_length=self.model_config.text_cfg.context_length)
 
     # --- the run ------------------------------------------------------------------------------------------
 
@@ -158,7 +159,7 @@ class _Run:
         batches = training_batches(
             self.source,
             self.pictures.transform(train=True),
-            self._tokenizer(),
+            self.tokenizer,
             self.pictures.shares,
             seed=config.seed,
             first_step=trainer.step,
@@ -283,10 +284,12 @@ class _Run:
         """Write the weights, or their moving averages, where `clipfast eval` and others find them."""
         chosen = self.trainer.frozen | (self.trainer.ema or self.trainer.weights)
         weights = {name: _whole(chosen.get(name, value)) for name, value in self._model_state()}
-        self.place.together(
-            "output",
-            lambda: write_model_folder(self.output, self.model_config, weights) if self.place.leads else None,
-        )
+
+        def write() -> None:
+            keep_tokenizer(self.tokenizer, self.output)
+            write_model_folder(self.output, self.model_config, weights)
+
+        self.place.together("output", lambda: write() if self.place.leads else None)
 
     def _model_state(self) -> list[tuple[str, Tensor]]:
         return list(self.trainer.model.state_dict().items())

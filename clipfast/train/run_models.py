@@ -8,6 +8,7 @@ from clipfast.models.checkpoint_files import read_state_dict
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config
 from clipfast.models.create import create_model
+from clipfast.models.key_layouts import to_openai
 from clipfast.train.config import RunConfig
 from clipfast.train.objective import INIT_LOGIT_BIAS, config_for, fit_to
 
@@ -34,7 +35,7 @@ def make_model(config: RunConfig, sizes: CLIPConfig) -> CLIP:
     """
     if config.weights is None or config.loss == "auto":
         return create_model(sizes, weights=config.weights)
-    has_bias = any(name.rpartition(".")[2] == "logit_bias" for name in read_state_dict(config.weights))
+    has_bias = "logit_bias" in to_openai(read_state_dict(config.weights))
     of_weights = replace(sizes, init_logit_bias=INIT_LOGIT_BIAS if has_bias else None)
     return fit_to(create_model(of_weights, weights=config.weights), sizes)
 

@@ -35,8 +35,8 @@ class Pictures:
             for name in ("naflex_max_patches", "naflex_tokens_per_batch"):
                 if (value := getattr(config, name)) is not None:
                     raise ValueError(
-                        f"{name}: got {value!r} with a model whose pictures are of one size, expected one for any aspect, "
-                        f"such as 'ViT-B-16-SigLIP2-NaFlex'"
+                        f"{name}: got {value!r} with a model whose pictures are of one size, expected one for any "
+                        f"aspect, such as 'ViT-B-16-SigLIP2-NaFlex'"
                     )
         elif config.compile in GRAPH_MODES:
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clipfast.data.batches import Transform, read_pairs, why_unusable
 from clipfast.data.sources import PairSource
-from clipfast.data.tokenizer import Tokenizer
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.modules.naflex import NaFlexBatch
 from clipfast.train.objective import held_out_loss
@@ -29,7 +29,7 @@ class Validation:
     """
 
     def __init__(
-        self, source: PairSource, pairs: int, transform: Transform, tokenizer: Tokenizer, batch_size: int
+        self, source: PairSource, pairs: int, transform: Transform, tokenizer: AnyTokenizer, batch_size: int
     ) -> None:
         self.source = source
         self.count = min(pairs, len(source))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from clipfast.console import visible
-from clipfast.data.model_inputs import image_size_of, tokenizer_of
-from clipfast.data.transform import image_transform, load_image, to_pixels
+from clipfast.data.model_inputs import image_size_of, square_transform_of, tokenizer_of
+from clipfast.data.tokenizer_base import AnyTokenizer
+from clipfast.data.transform import load_image, to_pixels
 from clipfast.evaluate.probabilities import sigmoid_of
 from clipfast.models.clip import CLIP
 from clipfast.modules.vit import ViT
@@ -60,6 +61,7 @@ def show(
     method: str = "tsne",
     block: int = -1,
     dark: bool = False,
+    tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None,
 ) -> list[Path]:
     """Draw attention maps, similarities, the shared space and training curves, as PNGs and in ``report.html``.
 
@@ -73,6 +75,7 @@ def show(
         method: Of the plane: ``"tsne"``, or ``"umap"``.
         block: Whose heads are drawn.
         dark: Whether PNGs are for dark pages. The report follows its reader.
+        tokenizer: Of the model, for texts: one, or what :meth:`clipfast.Tokenizer.from_file` reads; CLIP's by default.
 
     Returns:
         The files, the report last.
@@ -86,6 +89,7 @@ def show(
         raise ValueError("images: got none, expected at least one picture")
     if any(not text.strip() for text in texts):
         raise ValueError("texts: got an empty one, expected words")
+    read_text = tokenizer_of(model, tokenizer) if texts else None
     sight = _look(model, [Path(image) for image in images])
     shown = [_drawable(text) for text in texts]
     output = Path(output)
@@ -99,8 +103,8 @@ def show(
         save_png(figure, output / name, dark=dark)
         files.append(output / name)
 
-    if texts:
-        text_features = _encode_texts(model, texts)
+    if read_text is not None:
+        text_features = _encode_texts(model, read_text, texts)
         cosines = similarity_matrix(sight.features, text_features)
         sigmoid = sigmoid_of(model)
         words = "Cosine similarities" if sigmoid is None else "How probable it is that each text fits each picture"
@@ -127,12 +131,12 @@ _METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
 def _look(model: CLIP, paths: list[Path]) -> Sight:
     height, width = image_size_of(model)
     finer = max(1, -(-_LEAST_SIDE // min(height, width)))
-    how = model.config.vision_cfg.preprocess_cfg
-    transform, fine = (image_transform((height * n, width * n), **asdict(how)) for n in (1, finer))
+    sizes = (height, width), (height * finer, width * finer)
+    transform, fine = (square_transform_of(model.config.vision_cfg, size) for size in sizes)
     loaded = [load_image(path) for path in paths]
     like = model.logit_scale
     inputs = torch.stack([transform(image) for image in loaded]).to(like.device, like.dtype)
-    crops = to_pixels(torch.stack([fine(image) for image in loaded]), how.mean, how.std).numpy()
+    crops = to_pixels(torch.stack([fine(image) for image in loaded]), fine.mean, fine.std).numpy()
     with torch.no_grad():
         features = model.encode_image(inputs).float().cpu()
     if not features.isfinite().all():
@@ -152,8 +156,7 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     return image
 
 
-def _encode_texts(model: CLIP, texts: Sequence[str]) -> Tensor:
-    tokenizer = tokenizer_of(model)
+def _encode_texts(model: CLIP, tokenizer: AnyTokenizer, texts: Sequence[str]) -> Tensor:
     with torch.no_grad():
         return model.encode_text(tokenizer(list(texts)).to(model.logit_scale.device)).float().cpu()
 

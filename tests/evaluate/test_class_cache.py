@@ -76,5 +76,7 @@ def test_another_vocabulary():
     import clipfast
 
     config = small.CONFIG | {"text_cfg": small.CONFIG["text_cfg"] | {"vocab_size": 100}}
-    with pytest.raises(ValueError, match="got a vocabulary of 100, expected CLIP's 49408"):
+    with pytest.raises(
+        ValueError, match="tokenizer: got none for a model with a vocabulary of 100, which is not CLIP.s 49408"
+    ):
         cached_classifier(clipfast.create_model(config), NAMES, TEMPLATES)

@@ -13,8 +13,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 _WORDS = ("dog", "cat", "photo", "bird", "sitt", "runn", "large", "small", "quick", "brown", "jump", "fence", "river")
 _LINES = (
-    "a photo of a dog", "two cats on the mat", "it's the 2nd naïve café, déjà vu!", "一只猫在桌子上", "한국어 고양이 한",
-    "привет мир", "1234567890 3.14", "aaaa aaa aa a bbb abab ababab", "http://a.b/c?d=e&f=g_h", "<b>bold</b> [x] ½ ② ｶﾞ",
+    "a photo of a dog", "two cats on the mat", "it's the 2nd naïve café, déjà vu!", "一只猫在桌子上",
+    "한국어 고양이 한", "привет мир", "1234567890 3.14", "aaaa aaa aa a bbb abab ababab", "http://a.b/c?d=e&f=g_h",
+    "<b>bold</b> [x] ½ ② ｶﾞ",
 )  # fmt: skip
 
 HARD = (
@@ -117,8 +118,8 @@ def folder(path: Path, files: dict[str, str | bytes | dict]) -> Path:
 
 
 SIGLIP_CONFIG = {
-    "tokenizer_class": "SiglipTokenizer", "model_max_length": 64, "do_lower_case": True, "processor_class": "SiglipProcessor",
-    "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>",
+    "tokenizer_class": "SiglipTokenizer", "model_max_length": 64, "do_lower_case": True,
+    "processor_class": "SiglipProcessor", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>",
 }  # fmt: skip
 SIGLIP2_CONFIG = {
     "tokenizer_class": "Siglip2Tokenizer", "model_max_length": 64, "padding_side": "right", "add_bos_token": False,
