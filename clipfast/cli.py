@@ -83,9 +83,28 @@ def demo(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A file of weights, or a folder of transformers' or open_clip's.")],
-    target: Annotated[Path, typer.Argument(help="A .safetensors, .pt or .bin file; replaced if it exists.")],
-    layout: Annotated[str, typer.Option(help="openai (open_clip's too), transformers, or timm (the image tower).")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A file of weights (big_vision's .npz too), or a folder of transformers' or open_clip's."),
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="A .safetensors, .pt or .bin file, .npz for big_vision; replaced if it exists.")
+    ],
+    layout: Annotated[
+        str,
+        typer.Option(
+            help="openai (clipfast's own), open_clip (differs from it for SigLIP), transformers, timm (the image "
+            "tower), or big_vision."
+        ),
+    ],
+    naflex: Annotated[
+        bool | None,
+        typer.Option("--naflex/--no-naflex", help="Write a NaFlex model.", show_default="as the source is"),
+    ] = None,
+    heads: Annotated[
+        tuple[int, int] | None,
+        typer.Option(help="Attention heads of image and text tower, for big_vision.", show_default="as known"),
+    ] = None,
 ) -> None:
     """Write CLIP weights with the keys of another library, bit for bit.
 
@@ -94,7 +113,7 @@ def convert(
     with errors_told(ValueError, OSError, code=2):
         from clipfast.models.weights import convert_weights
 
-        convert_weights(source, target, layout)
+        convert_weights(source, target, layout, naflex=naflex, heads=heads)
     echo(f"wrote {target} in the layout of {layout}")
 
 

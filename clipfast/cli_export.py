@@ -15,8 +15,8 @@ def export(
     model: Annotated[
         str,
         typer.Argument(
-            help="The folder of a training run; or, with --weights, a name of clipfast.list_models() or a .json "
-            "configuration."
+            help="The folder of a training run, or of an open_clip or transformers model; or, with --weights, a name "
+            "of clipfast.list_models() or a .json configuration."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="An .onnx file; replaced if it exists.")],

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 _Model = Annotated[
     str,
     typer.Argument(
-        help="The folder of a training run; or, with --weights, a name of clipfast.list_models() or a .json "
-        "configuration."
+        help="The folder of a training run, or of an open_clip or transformers model; or, with --weights, a name "
+        "of clipfast.list_models() or a .json configuration."
     ),
 ]
 _Weights = Annotated[Path | None, typer.Option(help="A file or folder of weights, of any layout that is known.")]

@@ -14,23 +14,22 @@ import torch
 from torch import Tensor
 
 from clipfast.files import write_atomically
+from clipfast.models.npz import NpzError, is_npz, read_npz, write_npz
 from clipfast.models.safe_pickle import NumPyArray, load_plain
 from clipfast.models.torchscript_archive import is_torchscript_archive, read_torchscript_archive
 from clipfast.models.wrappers import unwrapped
 
-_NAMES_IN_FOLDERS = (
+NAMES_IN_FOLDERS = (
     "model.safetensors",
     "open_clip_model.safetensors",
     "pytorch_model.bin",
     "open_clip_pytorch_model.bin",
 )
-_INDEXES_IN_FOLDERS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# transformers' names of the GELUs, as this project's ``approximate``
-_ACTIVATIONS = {"quick_gelu": "quick", "gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+INDEXES_IN_FOLDERS = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read a state dict from safetensors, ``torch.save``'s format or OpenAI's TorchScript archives.
+    """Read a state dict from safetensors, ``torch.save``'s format, NumPy's .npz or OpenAI's TorchScript archives.
 
     Args:
         path: The file, told by its content; the index of a sharded checkpoint; or a folder that holds a file or an
@@ -61,8 +60,10 @@ def read_content(file: Path) -> Any:
             return safetensors.torch.load_file(file)
         if is_torchscript_archive(file):
             return read_torchscript_archive(file)
+        if is_npz(file):
+            return read_npz(file)
         return load_plain(file)
-    except (FileNotFoundError, PermissionError, MemoryError):
+    except (FileNotFoundError, PermissionError, MemoryError, NpzError):
         raise
     except Exception as error:  # there is nothing that a damaged pickle does not make its readers raise
         raise ValueError(f"{file}: {_reason(error)}") from error
@@ -86,75 +87,16 @@ def tensors_of(content: Any, source: str) -> dict[str, Tensor]:
     return dict(content)
 
 
-def stated_gelus(path: str | os.PathLike[str]) -> frozenset[str]:
-    """Return what ``approximate`` may be by the configuration beside weights; empty where there is none.
-
-    Keys do not tell which GELU a model was trained with, but transformers' ``config.json`` and open_clip's
-    ``open_clip_config.json`` do.
-
-    Raises:
-        ValueError: The configuration is not JSON.
-    """
-    folder = _folder_of(Path(path))
-    if folder is None:
-        return frozenset()
-    config = _read_config(folder / "config.json")
-    if str(config.get("model_type")).startswith("clip"):
-        parts = [config[name] for name in ("vision_config", "text_config") if isinstance(config.get(name), dict)]
-        names = [part.get("hidden_act", "quick_gelu") for part in parts or [config]]
-        return frozenset(_ACTIVATIONS.get(name, name) for name in names)
-    sizes = _read_config(folder / "open_clip_config.json").get("model_cfg")
-    if not isinstance(sizes, dict):
-        return frozenset()
-    return frozenset({"quick"} if sizes.get("quick_gelu") else {"none", "tanh"})
-
-
-def stated_grid(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """Return the grid of patches, ``(rows, columns)``, by the configuration beside weights; None where it says none.
-
-    Read are transformers' ``config.json``, open_clip's ``open_clip_config.json`` and this project's ``model.json``.
-
-    Raises:
-        ValueError: The configuration is not JSON.
-    """
-    folder = _folder_of(Path(path))
-    if folder is None:
-        return None
-    theirs = _read_config(folder / "config.json")
-    if str(theirs.get("model_type")).startswith("clip"):
-        # what transformers leaves out of a configuration has these values
-        vision = {"image_size": 224, "patch_size": 32} | (theirs.get("vision_config") or theirs)
-        return _grid(vision)
-    open_clips = _read_config(folder / "open_clip_config.json").get("model_cfg")
-    sizes = open_clips if isinstance(open_clips, dict) else _read_config(folder / "model.json")
-    return _grid(sizes.get("vision_cfg"))
-
-
-def _grid(vision: Any) -> tuple[int, int] | None:
-    if not isinstance(vision, dict) or not isinstance(vision.get("patch_size"), int) or vision["patch_size"] < 1:
-        return None
-    sides = vision.get("image_size", 224)
-    sides = [sides, sides] if isinstance(sides, int) else sides
-    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        return None
-    return sides[0] // vision["patch_size"], sides[1] // vision["patch_size"]
-
-
-def _folder_of(path: Path) -> Path | None:
-    """Return the folder whose configuration speaks of the weights at ``path``."""
-    if path.is_dir():
-        return path
-    return path.parent if path.name in _NAMES_IN_FOLDERS + _INDEXES_IN_FOLDERS else None
-
-
 def check_target(path: str | os.PathLike[str]) -> None:
     """Raise ValueError unless :func:`write_state_dict` knows the ending of ``path``."""
-    if Path(path).suffix not in (".safetensors", ".pt", ".bin"):
-        raise ValueError(f"path: got {os.fspath(path)!r}, expected a name that ends with .safetensors, .pt or .bin")
+    if Path(path).suffix not in (".safetensors", ".pt", ".bin", ".npz"):
+        raise ValueError(
+            f"path: got {os.fspath(path)!r}, expected a name that ends with .safetensors, .pt, .bin or .npz"
+        )
 
 
 def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write a state dict to a ``.safetensors``, ``.pt`` or ``.bin`` file, at once or not at all.
+    """Write a state dict to a ``.safetensors``, ``.pt``, ``.bin`` or ``.npz`` file, at once or not at all.
 
     Tensors that share memory are written as if they did not.
 
@@ -163,6 +105,9 @@ def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
     """
     check_target(path)
     path = Path(path)
+    if path.suffix == ".npz":
+        write_npz(state, path)
+        return
     state = _apart(state)
     if path.suffix == ".safetensors":
         data = safetensors.torch.save(state, metadata={"format": "pt"})
@@ -173,7 +118,7 @@ def write_state_dict(state: Mapping[str, Tensor], path: str | os.PathLike[str]) 
 
 def _file_of(path: Path) -> Path:
     if path.is_dir():
-        for name in _NAMES_IN_FOLDERS + _INDEXES_IN_FOLDERS:
+        for name in NAMES_IN_FOLDERS + INDEXES_IN_FOLDERS:
             if (path / name).is_file():
                 return path / name
         if (path / ".metadata").is_file():
@@ -181,7 +126,7 @@ def _file_of(path: Path) -> Path:
                 f"{path}: got a checkpoint of torch.distributed.checkpoint, expected a file: join its parts by "
                 f"torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
             )
-        raise FileNotFoundError(f"{path}: got a folder without weights, expected one of {', '.join(_NAMES_IN_FOLDERS)}")
+        raise FileNotFoundError(f"{path}: got a folder without weights, expected one of {', '.join(NAMES_IN_FOLDERS)}")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of weights (nothing is downloaded)")
     return path
@@ -189,7 +134,7 @@ def _file_of(path: Path) -> Path:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Read the tensors that an index places in files beside it."""
-    places = _read_config(index).get("weight_map")
+    places = read_config(index).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ValueError(f"{index}: got no weight_map of keys to files, expected one in an index")
     state: dict[str, Tensor] = {}
@@ -233,7 +178,12 @@ def _kind(value: Any) -> str:
     return "tensor"
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+def read_config(file: Path) -> dict[str, Any]:
+    """Return a JSON file's object; an empty one where there is no file or it holds something else.
+
+    Raises:
+        ValueError: The file is not JSON.
+    """
     if not file.is_file():
         return {}
     try:

@@ -15,6 +15,7 @@ from torch import Tensor
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config, list_models
 from clipfast.models.create import create_model
+from clipfast.models.foreign_config import folder_config
 from clipfast.models.model_folder import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -30,7 +31,9 @@ def open_model(
         spec: One of
 
             - a name of :func:`clipfast.list_models`, or a ``.json`` file with a configuration, with ``weights``;
-            - the folder of a training run: ``model.json`` with ``model.safetensors``, or with ``weights``.
+            - the folder of a training run: ``model.json`` with ``model.safetensors``, or with ``weights``;
+            - the folder of an open_clip or transformers model: ``open_clip_config.json`` or ``config.json`` with its
+              weights, or with ``weights``.
         weights: A file or folder for :func:`clipfast.load_weights`.
         device: For :func:`find_device`.
         dtype: Of its parameters; float32 by default.
@@ -86,7 +89,7 @@ def _find(
 ) -> tuple[CLIPConfig, str | os.PathLike[str] | Mapping[str, Tensor]]:
     path = Path(spec)
     if path.is_dir():
-        return _config_of_run(path), weights or _weights_of_run(path)
+        return folder_config(path, training=False), weights or _weights_of(path)
     if spec in list_models() or spec.endswith(".json"):
         if not weights:
             raise ValueError(f"weights: got none for {spec}, expected a file of weights: --weights FILE")
@@ -96,16 +99,9 @@ def _find(
     if "/" not in spec and not path.suffix:
         get_config(spec)  # an unknown name: says which are near
     raise FileNotFoundError(
-        f"model: got {spec}, expected the folder of a run, a .json configuration, or a name of clipfast.list_models(); "
-        f"weights alone go to --weights, beside the model's name"
+        f"model: got {spec}, expected the folder of a run, of an open_clip or of a transformers model, a .json "
+        f"configuration, or a name of clipfast.list_models(); weights alone go to --weights, beside the model's name"
     )
-
-
-def _config_of_run(folder: Path) -> CLIPConfig:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"model: got the folder {folder}, expected {CONFIG_FILE} in it, as training leaves it")
-    return _config_of(path)
 
 
 def _config_of(path: Path) -> CLIPConfig:
@@ -118,7 +114,10 @@ def _config_of(path: Path) -> CLIPConfig:
         raise ValueError(f"model: {path} is no configuration: {error}") from error
 
 
-def _weights_of_run(folder: Path) -> Path:
+def _weights_of(folder: Path) -> Path:
+    """Return the run's weights, or the folder, where another library's lie."""
+    if not (folder / CONFIG_FILE).is_file():
+        return folder
     if not (folder / WEIGHTS_FILE).is_file():
         raise FileNotFoundError(f"model: got the folder {folder}, expected {WEIGHTS_FILE} in it, or --weights")
     return folder / WEIGHTS_FILE

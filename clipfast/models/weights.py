@@ -10,19 +10,16 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipfast.models.checkpoint_files import (
-    check_target,
-    read_state_dict,
-    stated_gelus,
-    stated_grid,
-    tensors_of,
-    write_state_dict,
-)
+from clipfast.models.big_vision import grid_of, heads_of, is_big_vision
+from clipfast.models.checkpoint_files import check_target, read_state_dict, tensors_of, write_state_dict
 from clipfast.models.key_layouts import (
     check_layout,
     from_openai,
     image_tower_of,
+    is_classifier,
     is_from_openai,
+    is_naflex,
+    is_norm_after_pool,
     text_tower_of,
     to_openai,
 )
@@ -33,9 +30,11 @@ from clipfast.models.resize import (
     fit_image_positions,
     fit_text_positions,
 )
+from clipfast.models.stated import stated_gelus, stated_grid, stated_heads, stated_naflex, stated_norm_after_pool
+from clipfast.models.wrappers import without_prefixes
 from clipfast.modules.block import MLP
 from clipfast.modules.resnet import ModifiedResNet
-from clipfast.modules.text import TextTransformer
+from clipfast.modules.text import TextTower, TextTransformer
 from clipfast.modules.vit import ViT
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -50,17 +49,19 @@ def load_weights(
     text_positions: str = "linear",
     interpolate_image_positions: bool = False,
 ) -> Model:
-    """Load weights of OpenAI's, open_clip's, transformers' or timm's key layout, told apart by their keys.
+    """Load weights of OpenAI's, open_clip's, transformers', timm's or big_vision's layout, told apart by their keys.
 
-    Keys do not tell which GELU weights were trained with. OpenAI's archives (QuickGELU) and the configurations that
-    transformers and open_clip keep in a folder beside the weights do, and then it must be the model's; for any other
-    file or state dict, give the model the right one: OpenAI's weights need one of the models named …-quickgelu.
+    Keys do not tell which GELU weights were trained with. OpenAI's archives (QuickGELU), big_vision's names (tanh) and
+    the configurations that transformers and open_clip keep in a folder beside the weights do, for each tower, and then
+    it must be the tower's; for any other file or state dict, give the model the right one: OpenAI's weights need one
+    of the models named …-quickgelu, SigLIP's as Google published them one named …-tanhgelu.
 
     Args:
         model: A ``CLIP``, ``ViT``, ``ModifiedResNet`` or ``TextTransformer``. A tower takes its share of a whole
-            model's weights.
+            model's weights, or of an image classifier's, whose linear layer is left out.
         path_or_state_dict: A state dict, or a file of one: safetensors, ``.pt``/``.bin`` as ``torch.save`` writes
-            (tensors only; code in a file is never run), or OpenAI's TorchScript archive; or a folder with one of
+            (tensors only; code in a file is never run), NumPy's ``.npz`` as big_vision writes it (bfloat16 too), or
+            OpenAI's TorchScript archive; or a folder with one of
             transformers' or open_clip's weight files, sharded or not, or the index of shards. Checkpoints of training
             are looked into, and prefixes of wrappers taken off. Nothing is downloaded.
         resize: Whether a model of another resolution or context length gets its position embeddings resampled instead
@@ -95,8 +96,9 @@ def load_weights(
         raise ValueError(f"grid: got {grid} without resize, expected resize=True with it")
     if text_positions != "linear" and not text:
         raise ValueError(f"text_positions: got {text_positions!r} without resize, expected resize=True with it")
-    state, gelus = _read(path_or_state_dict)
+    state = _read(path_or_state_dict)
     stated, assumed = _grids(path_or_state_dict, state, model)
+    gelus = _gelus(path_or_state_dict, state)
     share = _share_of(model, to_openai(state))
     _check_gelu(model, gelus)
     if images:
@@ -114,7 +116,12 @@ def load_weights(
 
 
 def convert_weights(
-    source: str | os.PathLike[str] | Mapping[str, Tensor], target: str | os.PathLike[str], layout: str
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    target: str | os.PathLike[str],
+    layout: str,
+    *,
+    naflex: bool | None = None,
+    heads: tuple[int, int] | None = None,
 ) -> None:
     """Write weights in another key layout; a way there and back is bitwise.
 
@@ -122,51 +129,106 @@ def convert_weights(
 
     Args:
         source: As for :func:`load_weights`.
-        target: A ``.safetensors``, ``.pt`` or ``.bin`` file; it is replaced at once or not at all.
-        layout: ``"openai"`` (open_clip's too), ``"transformers"``, or ``"timm"``, which takes the image tower of
-            the source. See :func:`~clipfast.models.key_layouts.from_openai`.
+        target: A ``.safetensors``, ``.pt`` or ``.bin`` file, or for ``"big_vision"`` an ``.npz`` file; it is replaced
+            at once or not at all.
+        layout: ``"openai"`` (this project's own, and open_clip's but for SigLIP), ``"open_clip"``,
+            ``"transformers"``, ``"timm"``, which takes the image tower of the source, or ``"big_vision"``. See
+            :func:`~clipfast.models.key_layouts.from_openai`. timm's last norm is ``fc_norm`` where the source or the
+            configuration beside it says that it stands behind the pooling, and else ``norm``.
+        naflex: Whether to write a NaFlex model of ``"transformers"``, ``"timm"`` or ``"big_vision"``, which embeds
+            patches by a matrix; None does so where the source is one by its keys or the configuration beside it.
+        heads: The attention heads of image and text tower, which big_vision's shapes tell. None is what the source or
+            the configuration beside it tells, or those of big_vision's variant of the tower's width.
 
     Raises:
         FileNotFoundError: There is no such source.
         ValueError: The source is corrupt or of no known layout, ``layout`` is none of these or has no place for one
-            of the keys, or ``target`` has another ending.
+            of the keys, ``target`` has another ending, or ``heads`` are needed or wrong.
     """
     check_layout(layout)
     check_target(target)
-    state, _ = _read(source)
-    state = to_openai(state)
+    if (os.path.splitext(os.fspath(target))[1] == ".npz") != (layout == "big_vision"):
+        raise ValueError(
+            f"path: got {os.fspath(target)!r} for layout {layout!r}, expected "
+            f"{'.npz' if layout == 'big_vision' else '.safetensors, .pt or .bin'}"
+        )
+    raw = _read(source)
+    state = to_openai(raw)
     if layout == "timm":
         state = image_tower_of(state)
         if not state:
             raise ValueError("layout 'timm': got weights without an image tower, expected one: timm has no text towers")
-    write_state_dict(from_openai(state, layout), target)
+    if naflex is None and layout in ("transformers", "timm", "big_vision"):
+        naflex = is_naflex(raw) or (not isinstance(source, Mapping) and stated_naflex(source))
+    told = (None, None) if isinstance(source, Mapping) else stated_heads(source)
+    its = heads_of(raw)
+    converted = from_openai(
+        state,
+        layout,
+        naflex=bool(naflex),
+        heads=heads or (its[0] or told[0], its[1] or told[1]),
+        grid=grid_of(raw),
+        norm_after_pool=is_norm_after_pool(raw) or (not isinstance(source, Mapping) and stated_norm_after_pool(source)),
+    )
+    write_state_dict(converted, target)
 
 
-def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[dict[str, Tensor], frozenset[str]]:
-    """Return a state dict and the GELUs that it may have been trained with; none if that is not known."""
-    if isinstance(source, Mapping):
-        state, gelus = tensors_of(source, "state dict"), frozenset[str]()
-    else:
-        state, gelus = read_state_dict(source), stated_gelus(source)
-    return state, frozenset({"quick"}) if is_from_openai(state) else gelus
+def _read(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return tensors_of(source, "state dict") if isinstance(source, Mapping) else read_state_dict(source)
+
+
+def _gelus(
+    source: str | os.PathLike[str] | Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> dict[str, frozenset[str]]:
+    """Return the GELUs that the weights of each tower may have been trained with; none if that is not known."""
+    if is_from_openai(state):
+        return dict.fromkeys(("image", "text"), frozenset({"quick"}))
+    if is_big_vision(without_prefixes(state)):  # flax's GELU is tanh
+        return dict.fromkeys(("image", "text"), frozenset({"tanh"}))
+    return {} if isinstance(source, Mapping) else stated_gelus(source)
 
 
 def _share_of(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights that are meant for ``model``, under its own keys."""
     if isinstance(model, (ViT, ModifiedResNet)):
-        return {k.removeprefix("visual."): v for k, v in image_tower_of(state).items()}
+        share = {k.removeprefix("visual."): v for k, v in image_tower_of(state).items()}
+        own = model.state_dict(keep_vars=True)
+        if is_classifier(state) and "attn_pool.probe" not in own:
+            # SigLIP's classifiers read the mean of all tokens, and hold a pooling that they do not use
+            share = {k: v for k, v in share.items() if not k.startswith("attn_pool.")}
+        return share
     if isinstance(model, TextTransformer):
-        return text_tower_of(state)
+        state = text_tower_of(state)
+    if isinstance(model, TextTower) and model.text_projection is None and _is_identity(state):
+        return {k: v for k, v in state.items() if not k.startswith("text_projection.")}
     return state
 
 
-def _check_gelu(model: nn.Module, gelus: frozenset[str]) -> None:
-    wrong = {m.approximate for m in model.modules() if isinstance(m, MLP)} - gelus
-    if gelus and wrong:
-        raise ValueError(
-            f"model: got approximate={wrong.pop()!r}, expected {' or '.join(map(repr, sorted(gelus)))}, which the "
-            f"weights were trained with; models named …-quickgelu have 'quick', the others 'none'"
-        )
+def _is_identity(state: Mapping[str, Tensor]) -> bool:
+    """Tell whether a projection of text does nothing; transformers has one where SigLIP's text tower has none."""
+    weight, bias = state.get("text_projection.weight"), state.get("text_projection.bias")
+    if weight is None or bias is None or weight.dim() != 2 or weight.shape[0] != weight.shape[1]:
+        return False
+    return not bias.count_nonzero() and torch.equal(
+        weight, torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    )
+
+
+def _check_gelu(model: nn.Module, gelus: Mapping[str, frozenset[str]]) -> None:
+    """Raise ValueError where a tower's GELU is known to be another than the model's."""
+    image = model if isinstance(model, (ViT, ModifiedResNet)) else getattr(model, "visual", None)
+    of_image = set() if image is None else {id(m) for m in image.modules()}
+    for tower in ("image", "text"):
+        theirs = gelus.get(tower)
+        own = {
+            m.approximate for m in model.modules() if isinstance(m, MLP) and (id(m) in of_image) == (tower == "image")
+        }
+        if theirs and (wrong := own - theirs):
+            raise ValueError(
+                f"model: got approximate={wrong.pop()!r} in the {tower} tower, expected "
+                f"{' or '.join(map(repr, sorted(theirs)))}, which the weights were trained with; models named "
+                f"…-quickgelu have 'quick', those named …-tanhgelu 'tanh', the others what open_clip computes"
+            )
 
 
 def _grids(
@@ -180,11 +242,14 @@ def _grids(
         side = int(state["input_resolution"]) // state["visual.conv1.weight"].shape[-1]
         stated.append((side, side))
     assumed.append(getattr(getattr(model, "visual", model), "weights_grid", None))
+    if (grid := grid_of(state)) is not None:
+        stated.append(grid)
     # transformers knows square pictures alone
-    key = next((k for k in state if k.endswith("embeddings.class_embedding")), "")
-    positions = state.get(key.replace("class_embedding", "position_embedding.weight"))
-    if positions is not None and positions.dim() == 2:
-        assumed.append((math.isqrt(max(0, positions.shape[0] - 1)),) * 2)
+    key = next((k for k in state if k.endswith("embeddings.patch_embedding.weight")), "")
+    positions = state.get(key.replace("patch_embedding.weight", "position_embedding.weight"))
+    if key and positions is not None and positions.dim() == 2:
+        tokens = positions.shape[0] - (key.replace("patch_embedding.weight", "class_embedding") in state)
+        assumed.append((math.isqrt(max(0, tokens)),) * 2)
     return [grid for grid in stated if grid], [grid for grid in assumed if grid]
 
 

@@ -51,6 +51,9 @@ _CLIP_KEYS = (
     "patch_embed.",
     "norm_pre.",
     "blocks.",
+    "trunk.",
+    "attn_pool.",
+    "embeds.",
 )
 
 

@@ -17,7 +17,8 @@ import tiny
 import torch
 from torch import Tensor
 
-from clipfast.models.checkpoint_files import read_state_dict, stated_gelus, write_state_dict
+from clipfast.models.checkpoint_files import read_state_dict, write_state_dict
+from clipfast.models.stated import stated_gelus
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
@@ -97,7 +98,7 @@ def test_safetensors_are_marked_as_transformers_wants(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["w.ckpt", "w", "w.safetensors.gz"])
 def test_other_endings_are_not_written(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=rf"path: got '.*{name}', expected .*\.safetensors, \.pt or \.bin"):
+    with pytest.raises(ValueError, match=rf"path: got '.*{name}', expected .*\.safetensors, \.pt, \.bin or \.npz"):
         write_state_dict(a_state(), tmp_path / name)
     assert not list(tmp_path.iterdir())
 
@@ -263,30 +264,37 @@ def test_contents_that_are_no_state_dict(tmp_path: Path, content: object, messag
     [
         (
             {"model_type": "clip", "vision_config": {"hidden_act": "gelu"}, "text_config": {"hidden_act": "gelu"}},
-            {"none"},
+            {"image": {"none"}, "text": {"none"}},
         ),
-        ({"model_type": "clip", "vision_config": {}, "text_config": {}}, {"quick"}),
-        ({"model_type": "clip"}, {"quick"}),
-        ({"model_type": "clip_vision_model", "hidden_act": "gelu_pytorch_tanh"}, {"tanh"}),
-        ({"model_type": "clip_text_model", "hidden_act": "relu"}, {"relu"}),
-        ({"model_type": "bert", "hidden_act": "gelu"}, set()),
-        ({"architecture": "vit_base_patch32_clip_224"}, set()),
-        ([1, 2], set()),
+        ({"model_type": "clip", "vision_config": {}, "text_config": {}}, {"image": {"quick"}, "text": {"quick"}}),
+        ({"model_type": "clip"}, {"image": {"quick"}, "text": {"quick"}}),
+        ({"model_type": "clip_vision_model", "hidden_act": "gelu_pytorch_tanh"}, {"image": {"tanh"}}),
+        ({"model_type": "clip_text_model", "hidden_act": "relu"}, {"text": {"relu"}}),
+        ({"model_type": "metaclip_2"}, {"image": {"quick"}, "text": {"quick"}}),
+        (
+            {"model_type": "siglip", "vision_config": {"hidden_act": "gelu"}, "text_config": {}},
+            {"image": {"none"}, "text": {"tanh"}},
+        ),
+        ({"model_type": "siglip2_text_model"}, {"text": {"tanh"}}),
+        ({"model_type": "bert", "hidden_act": "gelu"}, {}),
+        ({"architecture": "vit_base_patch32_clip_224"}, {}),
+        ([1, 2], {}),
     ],
 )
-def test_gelus_that_transformers_states(tmp_path: Path, config: object, gelus: set[str]) -> None:
+def test_gelus_that_transformers_states(tmp_path: Path, config: object, gelus: dict[str, set[str]]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert stated_gelus(tmp_path) == gelus
     assert stated_gelus(tmp_path / "model.safetensors") == gelus
     # a file of another name need not be the configuration's
-    assert stated_gelus(tmp_path / "epoch_3.pt") == set()
+    assert stated_gelus(tmp_path / "epoch_3.pt") == {}
 
 
 @pytest.mark.parametrize(
-    ("sizes", "gelus"), [({"quick_gelu": True}, {"quick"}), ({"embed_dim": 512}, {"none", "tanh"}), (None, set())]
+    ("sizes", "gelus"), [({"quick_gelu": True}, {"quick"}), ({"embed_dim": 512}, {"none", "tanh"}), (None, None)]
 )
-def test_gelus_that_open_clip_states(tmp_path: Path, sizes: dict | None, gelus: set[str]) -> None:
+def test_gelus_that_open_clip_states(tmp_path: Path, sizes: dict | None, gelus: set[str] | None) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": sizes}))
+    gelus = {} if gelus is None else {"image": gelus, "text": gelus}
     assert stated_gelus(str(tmp_path)) == gelus
     assert stated_gelus(tmp_path / "open_clip_model.safetensors") == gelus
 

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 
 import archives
+import numpy as np
 import pytest
 import tiny
+import tiny_siglip
 import torch
 from typer.testing import CliRunner
 
+import clipfast
 from clipfast.cli import app
 from clipfast.models.checkpoint_files import read_state_dict
 from clipfast.models.key_layouts import to_openai
@@ -35,6 +38,22 @@ def test_there_and_back(tmp_path: Path, suffix: str) -> None:
     tiny.assert_same_state(read_state_dict(back), state)
 
 
+def test_big_vision_there_and_back(tmp_path: Path) -> None:
+    state = tiny_siglip.drawn(clipfast.create_model(tiny_siglip.SIGLIP)).float().state_dict()
+    torch.save(state, tmp_path / "w.pt")
+    told = ("--layout", "big_vision", "--naflex", "--heads", "2", "2")
+    result = convert(tmp_path / "w.pt", tmp_path / "w.npz", *told)
+    assert (result.exit_code, result.stdout) == (0, f"wrote {tmp_path / 'w.npz'} in the layout of big_vision\n")
+    with np.load(tmp_path / "w.npz") as arrays:
+        assert arrays["params/img/pos_embedding"].shape == (3, 3, 64)
+    # heads and NaFlex are the source's from here on
+    for target, layout in (("hf.safetensors", "transformers"), ("again.npz", "big_vision"), ("back.pt", "openai")):
+        assert convert(tmp_path / "w.npz", tmp_path / target, "--layout", layout).exit_code == 0
+    assert read_state_dict(tmp_path / "hf.safetensors")["vision_model.embeddings.patch_embedding.weight"].dim() == 2
+    tiny.assert_same_state(read_state_dict(tmp_path / "again.npz"), read_state_dict(tmp_path / "w.npz"))
+    tiny.assert_same_state(read_state_dict(tmp_path / "back.pt"), state)
+
+
 def test_archives_and_folders(tmp_path: Path) -> None:
     archive = archives.save_scripted(tiny.open_clip_clip(quick_gelu=True), tmp_path / "ViT-B-32.pt")
     assert convert(archive, tmp_path / "tower.safetensors", "--layout", "timm").exit_code == 0
@@ -48,8 +67,13 @@ def test_archives_and_folders(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "target", "layout", "message"),
     [
-        ("w.pt", "out.pt", "keras", "layout: got 'keras', expected one of 'openai', 'transformers', 'timm'"),
-        ("w.pt", "out.npz", "timm", "expected a name that ends with .safetensors, .pt or .bin"),
+        (
+            "w.pt",
+            "out.pt",
+            "keras",
+            "layout: got 'keras', expected one of 'openai', 'open_clip', 'transformers', 'timm', 'big_vision'",
+        ),
+        ("w.pt", "out.npz", "timm", "for layout 'timm', expected .safetensors, .pt or .bin"),
         ("missing.pt", "out.pt", "openai", "missing.pt: there is no such file of weights"),
         ("", "out.pt", "openai", "got a folder without weights"),
         ("text.pt", "out.pt", "openai", "text.pt: corrupt, truncated, or no file of weights"),
@@ -57,6 +81,10 @@ def test_archives_and_folders(tmp_path: Path) -> None:
         ("malice.pt", "out.pt", "openai", "code in a file is never run"),
         ("w.pt", "text.pt/out.pt", "openai", "text.pt"),
         ("w.pt", "folder.pt", "openai", "folder.pt"),
+        ("w.pt", "out.pt", "big_vision", "for layout 'big_vision', expected .npz"),
+        ("w.pt", "out.npz", "big_vision", "got keys that it has no place for: "),
+        ("pickled.npz", "out.pt", "openai", "pickled.npz: got pickled objects, expected numbers"),
+        ("cut.npz", "out.pt", "openai", "cut.npz: corrupt or truncated, expected an .npz of arrays"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path: Path, source: str, target: str, layout: str, message: str) -> None:
@@ -64,6 +92,8 @@ def test_mistakes_are_told_in_one_line(tmp_path: Path, source: str, target: str,
     torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "other.pt")
     torch.save({"a": archives.Malice(tmp_path / "was_run")}, tmp_path / "malice.pt")
     (tmp_path / "text.pt").write_text("no weights")
+    (tmp_path / "cut.npz").write_bytes(b"PK\x03\x04 and no more")
+    np.savez(tmp_path / "pickled.npz", a=np.array([archives.Malice(tmp_path / "was_run"), None], dtype=object))
     (tmp_path / "folder.pt").mkdir()
     before = sorted(tmp_path.rglob("*"))
     result = convert(tmp_path / source, tmp_path / target, "--layout", layout)

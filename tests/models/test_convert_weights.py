@@ -65,7 +65,9 @@ def test_transformers_reads_a_converted_folder(tmp_path: Path) -> None:
     ("source", "target", "layout", "message"),
     [
         (tiny_state, "w.safetensors", "keras", "layout: got 'keras', expected one of 'openai'"),
-        (tiny_state, "w.npz", "timm", r"path: got '.*w\.npz', expected a name that ends"),
+        (tiny_state, "w.npy", "timm", r"path: got '.*w\.npy', expected a name that ends"),
+        (tiny_state, "w.npz", "timm", r"path: got '.*w\.npz' for layout 'timm', expected \.safetensors, \.pt or \.bin"),
+        (tiny_state, "w.pt", "big_vision", r"path: got '.*w\.pt' for layout 'big_vision', expected \.npz"),
         (lambda: tiny.transformers_text(projection=True).state_dict(), "w.pt", "timm", "without an image tower"),
         (lambda: tiny.open_clip_clip(resnet=True).state_dict(), "w.pt", "timm", r"no place for: .*visual\.conv2"),
         (with_an_unknown_key, "w.pt", "openai", "no place for: extra"),

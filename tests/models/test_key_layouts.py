@@ -55,7 +55,9 @@ def test_layouts_are_told_apart_by_their_keys(source: str) -> None:
 
 @pytest.mark.parametrize("keys", [["fc.weight"], []])
 def test_other_keys_are_of_no_known_layout(keys: list[str]) -> None:
-    with pytest.raises(ValueError, match="no known layout.*expected those of openai, transformers, timm"):
+    with pytest.raises(
+        ValueError, match="no known layout.*expected those of openai, open_clip, transformers, timm, big_vision"
+    ):
         to_openai({k: torch.ones(1) for k in keys})
 
 
@@ -185,7 +187,10 @@ def test_resnets_have_no_place_in_the_others() -> None:
 
 
 def test_unknown_layout() -> None:
-    with pytest.raises(ValueError, match=r"layout: got 'keras', expected one of 'openai', 'transformers', 'timm'"):
+    with pytest.raises(
+        ValueError,
+        match=r"layout: got 'keras', expected one of 'openai', 'open_clip', 'transformers', 'timm', 'big_vision'",
+    ):
         from_openai(openai_state(), "keras")
 
 
