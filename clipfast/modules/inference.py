@@ -143,14 +143,23 @@ def forget_packed_weights(model: nn.Module) -> None:
                 del _kept[owner]
 
 
-def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor | None:
-    """Return ``x @ view(weight).T`` by the op library's own product, or None where it cannot serve.
+def linear(
+    owner: nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    view: Callable[[Tensor], Tensor],
+    bias: Tensor | None = None,
+    first: int = 0,
+) -> Tensor | None:
+    """Return ``x @ view(weight)[first:].T + bias[first:]`` by the op library's product, or None where it cannot serve.
 
     Args:
         owner: Keeps the packed weight; a module that has no other.
         x: ``[rows, terms]``.
         weight: The parameter.
         view: What makes ``[columns, terms]`` of it.
+        bias: ``[columns]``, a parameter too, or None.
+        first: The first column that is wanted.
     """
     dtype = product_dtype(x)
     if (
@@ -160,10 +169,14 @@ def linear(owner: nn.Module, x: Tensor, weight: Tensor, view: Callable[[Tensor],
         or encoder.native_unable(dtype) is not None
     ):
         return None
-    packed = kept(owner, (weight,), x, lambda dtype: _pack(view(weight.detach().to(dtype))))
-    if packed is None:
-        return None
-    return torch.ops.clipfast.packed_linear(x.to(dtype).contiguous(), packed[0], None, packed[1])
+
+    def made(dtype: torch.dtype) -> tuple[Tensor, Tensor | None, int]:
+        wanted = view(weight.detach().to(dtype))[first:].contiguous()
+        added = None if bias is None else bias.detach()[first:].float().contiguous()
+        return torch.ops.clipfast.pack_weight(wanted), added, wanted.shape[0]
+
+    packed = kept(owner, (weight,) if bias is None else (weight, bias), x, made)
+    return None if packed is None else torch.ops.clipfast.packed_linear(x.to(dtype).contiguous(), *packed)
 
 
 def project(owner: nn.Module, x: Tensor, projection: Tensor | nn.Module | None) -> Tensor:
@@ -173,16 +186,10 @@ def project(owner: nn.Module, x: Tensor, projection: Tensor | nn.Module | None) 
     if isinstance(projection, nn.Module):
         if not plainness.is_untouched(projection, plainness.LINEARS) or type(projection.weight) is not nn.Parameter:
             return projection(x)
-        projected = linear(owner, x, projection.weight, lambda weight: weight)
-        if projected is None:
-            return projection(x)
-        return projected if projection.bias is None else projected + projection.bias.to(projected.dtype)
+        projected = linear(owner, x, projection.weight, lambda weight: weight, projection.bias)
+        return projection(x) if projected is None else projected
     projected = linear(owner, x, projection, lambda weight: weight.T)
     return x @ projection if projected is None else projected
-
-
-def _pack(weight: Tensor) -> tuple[Tensor, int]:
-    return torch.ops.clipfast.pack_weight(weight.contiguous()), weight.shape[0]
 
 
 def each_alone(forward: Callable[[Any], Tensor], batch: Any, invariant: Callable[[], bool]) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clipfast import ops
-from clipfast.modules import few_rows
-from clipfast.modules.block import MLP, SelfAttention
+from clipfast.modules import few_rows, inference
+from clipfast.modules.block import MLP, Read, SelfAttention
 from clipfast.modules.norm import LayerNorm
 
 #: How an image tower's tokens become one vector.
@@ -43,6 +44,16 @@ class ProbeAttention(SelfAttention):
         query = query[:1].expand(sequences, -1)
         out = ops.single_query_attention(query, key, value, self.heads, cu_seqlens=cu_seqlens)
         return self.out_proj(few_rows.filled_up(out, sequences + few_rows.missing(sequences, out)))[:sequences]
+
+    def _project_one(self, x: Tensor, query: Tensor, read: Read) -> tuple[Tensor, Tensor, Tensor]:
+        width, (weight, bias) = x.shape[-1], self.qkv_parameters()
+        # weights that are made anew for every call cannot be kept
+        if weight is self.in_proj_weight:
+            both = inference.linear(self, x.flatten(0, -2), weight, lambda w: w, bias, first=width)
+            if both is not None:
+                query = F.linear(query, weight[:width], None if bias is None else bias[:width])
+                return query, *both.unflatten(0, x.shape[:-1]).chunk(2, dim=-1)
+        return super()._project_one(x, query, read)
 
     def weights(self, x: Tensor, probe: Tensor) -> Tensor:
         """Return the attention weights ``[B, H, N]`` of the probe for ``[B, N, W]``."""
