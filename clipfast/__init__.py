@@ -14,6 +14,8 @@ __version__ = "0.1.0"
 
 _HOME_OF = {
     "create_model": "clipfast.models.create",
+    "create_model_and_transforms": "clipfast.data.with_transforms",
+    "open_model": "clipfast.models.open_model",
     "list_models": "clipfast.models.config",
     "CLIPConfig": "clipfast.models.config",
     "VisionConfig": "clipfast.models.config",
@@ -45,6 +47,7 @@ _HOME_OF = {
     "backend": "clipfast.ops.dispatch",
     "deterministic": "clipfast.ops.dispatch",
     "explain": "clipfast.ops.dispatch",
+    "search": "clipfast.embed.find",
 }
 _ROOMS = ("data", "embed", "evaluate", "models", "modules", "ops", "train", "visualize")
 
@@ -62,13 +65,15 @@ def _import(module: str) -> Any:
         raise ImportError(f"clipfast needs PyTorch 2.10 or later, this is {version}: upgrade PyTorch") from error
 
 
-def __getattr__(name: str) -> Any:
+def _attribute(name: str) -> Any:
     if name in _HOME_OF:
         value = getattr(_import(_HOME_OF[name]), name)
     elif name in _ROOMS:
         value = _import(f"clipfast.{name}")
     else:
-        raise AttributeError(f"module 'clipfast' has no attribute {name!r}")
+        from clipfast.hints import for_name
+
+        raise AttributeError(f"module 'clipfast' has no attribute {name!r}{for_name(name, __all__)}")
     globals()[name] = value
     return value
 
@@ -77,18 +82,27 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
+if not TYPE_CHECKING:
+    __getattr__ = _attribute
+
 if TYPE_CHECKING:
-    from clipfast import data, embed, evaluate, models, modules, ops, train, visualize
+    # a checker knows the names below, and finds fault with any other
+    from clipfast import data, models, modules, ops
     from clipfast.data.choose_tokenizer import get_tokenizer
     from clipfast.data.naflex import naflex_transform
     from clipfast.data.tokenizer import Tokenizer, tokenize
     from clipfast.data.transform import image_transform
+    from clipfast.data.with_transforms import create_model_and_transforms
+    from clipfast.embed.embed import embed
+    from clipfast.embed.find import search
+    from clipfast.evaluate.run import evaluate
     from clipfast.models.accelerate import accelerate, acceleration, restore
     from clipfast.models.clip import CLIP
     from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, list_models
     from clipfast.models.create import create_model
     from clipfast.models.export import export
     from clipfast.models.graphed import graphed
+    from clipfast.models.open_model import open_model
     from clipfast.models.warm_up import warm_up
     from clipfast.models.weights import load_weights
     from clipfast.modules.distill_loss import DistillClipLoss
@@ -101,4 +115,6 @@ if TYPE_CHECKING:
     from clipfast.modules.text import TextTransformer
     from clipfast.modules.vit import ViT
     from clipfast.ops.dispatch import backend, deterministic, explain
+    from clipfast.train.start import train
     from clipfast.tuning.run import tune
+    from clipfast.visualize.show import show as visualize

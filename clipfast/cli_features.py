@@ -182,24 +182,13 @@ def search(
 ) -> None:
     """List the pictures or texts that are nearest to a text or a picture."""
     with _mistakes_told():
-        from clipfast.embed import search as searching
+        from clipfast.embed.find import search as find
+        from clipfast.embed.search import hits_table
 
-        if (text is None) == (image is None):
-            raise ValueError(f"text, --image: got {'neither' if text is None else 'both'}, expected one of them")
-        if model is None:
-            where = searching.model_of(features)
-            model, weights = where["spec"], weights or where.get("weights")
-            tokenizer = tokenizer or where.get("tokenizer")
-        clip = _open(model, weights, device, "fp32")
-        read_text = _tokenizer_of(clip, model, tokenizer)
-        searching.check_model(features, clip, read_text)
-        options = searching.picture_options_of(features)
-        vector = searching.encode_query(clip, text=text, image=image, options=options, tokenizer=read_text)
-        sigmoid = searching.sigmoid_for(features, clip, text=text is not None)
-        hits = searching.search(features, vector, k, sigmoid=sigmoid)
+        hits = find(features, text, image=image, k=k, model=model, weights=weights, tokenizer=tokenizer, device=device)
         query = text if text is not None else str(image)
         found = {"query": query, "features": str(features), "hits": [hit.to_dict() for hit in hits]}
-        _print_result(searching.hits_table(hits, query), found, as_json)
+        _print_result(hits_table(hits, query), found, as_json)
 
 
 def show(

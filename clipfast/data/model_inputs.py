@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
-from dataclasses import asdict
 
 from PIL import Image
 from torch import Tensor
 
-from clipfast.data.choose_tokenizer import tokenizer_for
-from clipfast.data.naflex import NaFlexTransform, naflex_transform
+from clipfast.data.choose_tokenizer import tokenizer_beside, tokenizer_for
+from clipfast.data.input_transform import transform_of
 from clipfast.data.options import DataOptions
 from clipfast.data.tokenizer_base import AnyTokenizer
-from clipfast.data.transform import ImageTransform, image_transform, load_image
+from clipfast.data.transform import load_image
 from clipfast.models.clip import CLIP
-from clipfast.models.config import VisionConfig
+from clipfast.models.open_model import open_model
 from clipfast.modules.naflex import Patches
-
-
-def transform_of(
-    vision: VisionConfig, options: DataOptions | None = None, *, train: bool = False, max_patches: int | None = None
-) -> ImageTransform | NaFlexTransform:
-    """Return what makes a picture the input of an image tower: ``[3, H, W]``, or patches for one of any aspect.
-
-    Args:
-        vision: The tower's sizes.
-        options: How pictures are read.
-        train: Whether a random part of a picture is taken.
-        max_patches: Of a picture of any aspect; by default as many as the tower has positions.
-    """
-    of_pictures = (options or DataOptions()).of_pictures()
-    if not vision.naflex:
-        return square_transform_of(vision, vision.image_size, train=train, **of_pictures)
-    if max_patches is None:
-        size = vision.image_size
-        max_patches = math.prod(side // vision.patch_size for side in ((size, size) if isinstance(size, int) else size))
-    numbers = vision.preprocess_cfg
-    return naflex_transform(
-        max_patches, vision.patch_size, train=train, mean=numbers.mean, std=numbers.std, **of_pictures
-    )
-
-
-def square_transform_of(
-    vision: VisionConfig, image_size: int | tuple[int, int], *, train: bool = False, **of_pictures: bool
-) -> ImageTransform:
-    """Return what makes any picture ``[3, H, W]``, as an image tower's weights were trained (its `preprocess_cfg`)."""
-    return image_transform(image_size, train, **asdict(vision.preprocess_cfg), **of_pictures)
 
 
 def picture_loader(
@@ -56,6 +24,19 @@ def picture_loader(
     """Return what decodes a picture, or the bytes of its file, and makes it the model's input; see `transform_of`."""
     transform = transform_of(model.config.vision_cfg, options)
     return lambda picture: transform(load_image(picture) if isinstance(picture, bytes) else picture)
+
+
+def model_and_tokenizer(
+    model: CLIP | str | os.PathLike[str],
+    tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+) -> tuple[CLIP, AnyTokenizer | str | os.PathLike[str] | None]:
+    """Open a model where its folder or name is given, with the tokenizer that lies beside it unless one is given."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model, tokenizer
+    clip = open_model(model, weights, device)
+    return clip, tokenizer_beside(model, clip.config.text_cfg) if tokenizer is None else tokenizer
 
 
 def tokenizer_of(model: CLIP, tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None) -> AnyTokenizer:

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from clipfast.data.depth import to_8_bits
+from clipfast.hints import keywords_told
 from clipfast.models.preprocess import OPENAI_MEAN, OPENAI_STD, PreprocessConfig
 
 MAX_PIXELS = 89_478_485  # from here on Pillow warns of decompression bombs: a 24-bit picture of 256 MiB
@@ -207,6 +208,7 @@ class ImageTransform:
         return part.resize(self.image_size[::-1], Image.Resampling.BICUBIC)
 
 
+@keywords_told
 def image_transform(
     image_size: int | tuple[int, int],
     train: bool = False,

@@ -1,1 +1,8 @@
-"""Features of many pictures or texts in a file, and the nearest among them."""
+"""Features of many pictures or texts in a file, and the nearest among them.
+
+``clipfast.embed(model, source, output)`` writes them: see :func:`clipfast.embed.embed.embed`.
+"""
+
+from clipfast.rooms import callable_as
+
+callable_as(__name__, "clipfast.embed.embed:embed")

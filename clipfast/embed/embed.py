@@ -12,7 +12,7 @@ import numpy as np
 import torch.nn.functional as F
 from rich.console import Console
 
-from clipfast.data.model_inputs import picture_loader, tokenizer_of
+from clipfast.data.model_inputs import model_and_tokenizer, picture_loader, tokenizer_of
 from clipfast.data.options import DataOptions
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.tokenizer_base import AnyTokenizer
@@ -51,7 +51,7 @@ class Embedding:
 
 
 def embed(
-    model: CLIP,
+    model: CLIP | str | os.PathLike[str],
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
@@ -74,7 +74,7 @@ def embed(
     that was killed and went on gives the bits of one that was not. While a batch is computed at most two are read.
 
     Args:
-        model: In ``eval()``.
+        model: In ``eval()``; or what :func:`~clipfast.models.open_model.open_model` opens: a run's folder, for one.
         source: For :func:`clipfast.embed.reader.open_inputs`.
         output: A ``.parquet`` file, with the columns ``row``, ``path`` (or ``text``) and ``features``; or an ``.npy``
             array ``[n, E]``, with ``row`` and name of each in the ``.names.jsonl`` beside it. Rows that could not be
@@ -102,6 +102,9 @@ def embed(
         raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
     if batch_size < 1 or batches_per_part < 1:
         raise ValueError(f"batch_size, batches_per_part: got {batch_size} and {batches_per_part}, expected at least 1")
+    if model_source is None and isinstance(model, (str, os.PathLike)):
+        model_source = {"spec": os.path.abspath(model) if os.path.exists(model) else os.fspath(model)}
+    model, tokenizer = model_and_tokenizer(model, tokenizer)
     inputs = open_inputs(source, kind, column, options)
     pictures = options if options is not None and inputs.kind == "image" else DataOptions()
     about = _about(model, inputs, dtype, normalize, batch_size, model_source) | _unusual(pictures)

@@ -1,1 +1,8 @@
-"""What a trained model is worth: zero-shot accuracy, retrieval recall and linear probes."""
+"""What a trained model is worth: zero-shot accuracy, retrieval recall and linear probes.
+
+``clipfast.evaluate(model, data)`` measures: see :func:`clipfast.evaluate.run.evaluate`.
+"""
+
+from clipfast.rooms import callable_as
+
+callable_as(__name__, "clipfast.evaluate.run:evaluate")

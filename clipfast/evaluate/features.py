@@ -10,7 +10,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from clipfast.data.model_inputs import tokenizer_of, transform_of
+from clipfast.data.input_transform import transform_of
+from clipfast.data.model_inputs import tokenizer_of
 from clipfast.data.read_ahead import read_ahead
 from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.models.clip import CLIP

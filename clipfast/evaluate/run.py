@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels
-from clipfast.data.model_inputs import picture_loader
+from clipfast.data.model_inputs import model_and_tokenizer, picture_loader
 from clipfast.data.options import DataOptions
 from clipfast.data.pairs import PairError, PairSource
 from clipfast.data.sources import open_pairs
@@ -96,7 +96,7 @@ class Reading:
 
 
 def evaluate(
-    model: CLIP,
+    model: CLIP | str | os.PathLike[str],
     data: str | os.PathLike[str],
     task: Task = "auto",
     *,
@@ -112,7 +112,7 @@ def evaluate(
     """Measure a model.
 
     Args:
-        model: In ``eval()``.
+        model: In ``eval()``; or what :func:`~clipfast.models.open_model.open_model` opens: a run's folder, for one.
         data: Pictures with classes (:func:`clipfast.data.labelled.open_labelled`) or with captions
             (:func:`clipfast.data.sources.open_pairs`), ``digits`` or ``scikit-image``.
         task: ``"auto"`` is zero-shot for pictures with classes and retrieval for pictures with captions.
@@ -135,6 +135,7 @@ def evaluate(
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
     data = os.fspath(data)
+    model, tokenizer = model_and_tokenizer(model, tokenizer)
     reading = reading or Reading()
     if options is not None:
         reading = replace(reading, options=options)

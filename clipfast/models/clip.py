@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +106,19 @@ class CLIP(TextTower):
         """
         features = self._text_features(text)
         return F.normalize(features, dim=-1) if normalize else features
+
+    def transform(self, train: bool = False, **options: Any) -> Callable[..., Any]:
+        """Return what makes a PIL picture this model's input, as its weights were trained.
+
+        Args:
+            train: Whether a random part of the picture is taken.
+            **options: As for :func:`clipfast.image_transform`, or for a tower of any aspect
+                :func:`clipfast.naflex_transform`.
+        """
+        # pictures are read a floor above the models
+        from clipfast.data.input_transform import transform_of
+
+        return transform_of(self.config.vision_cfg, train=train, **options)
 
     def forward(
         self, image: Tensor | None = None, text: Tensor | None = None

@@ -11,17 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipfast.hints import keywords_told
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config, list_models
 from clipfast.models.foreign_config import folder_config
 from clipfast.models.weights import load_weights
 from clipfast.modules.vit import ViT
 
+# for whoever is used to libraries that download
+HOW_TO_FETCH = "Fetch the model's folder first, such as by `hf download OWNER/NAME --local-dir FOLDER`, and give FOLDER"
 
+
+@keywords_told
 def create_model(
     name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any],
     *,
     weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+    pretrained: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
     image_size: int | tuple[int, int] | None = None,
     context_length: int | None = None,
     text_positions: str = "linear",
@@ -36,6 +42,7 @@ def create_model(
             open_clip's or transformers' model (:func:`~clipfast.models.foreign_config.folder_config`).
         weights: A file, a folder or a state dict for :func:`clipfast.load_weights`; None draws weights as open_clip
             does, also where ``name_or_config`` is a folder.
+        pretrained: The same by open_clip's name. A file: names of weights to be downloaded are refused.
         image_size: Pixels a side, or ``(height, width)``, in the place of the configuration's. Position embeddings of
             ``weights`` are resampled.
         context_length: The longest caption, in tokens, in the place of the configuration's. Position embeddings of
@@ -54,6 +61,10 @@ def create_model(
         ValueError: An unknown name (the nearest is suggested), an unknown configuration key, a folder's configuration
             that clipfast does not compute, or weights that do not fit.
     """
+    if pretrained:
+        if weights is not None:
+            raise ValueError("pretrained: got it beside weights, expected one of them")
+        weights = _file_of(pretrained)
     named = _config_of(name_or_config)
     config = _resized(named, image_size, context_length)
     if text_positions != "linear" and config.text_cfg == named.text_cfg:
@@ -75,12 +86,27 @@ def create_model(
     return load_weights(model, weights, resize=resize, text_positions=text_positions)
 
 
+def _file_of(pretrained: str | os.PathLike[str] | Mapping[str, Tensor]) -> Any:
+    """Return what holds weights; refuse what open_clip would download."""
+    if isinstance(pretrained, Mapping) or Path(pretrained).exists():
+        return pretrained
+    raise FileNotFoundError(
+        f"pretrained: got {os.fspath(pretrained)!r}, expected a file or folder of weights: there is none of that name, "
+        f"and nothing is downloaded. {HOW_TO_FETCH}"
+    )
+
+
 def _config_of(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any]) -> CLIPConfig:
     # a name of a model is never a folder, even where one of that name lies here
     if isinstance(name_or_config, (str, os.PathLike)) and os.fspath(name_or_config) not in list_models():
-        path = Path(name_or_config)
+        path, name = Path(name_or_config), os.fspath(name_or_config)
         if path.is_dir():
             return folder_config(path)
+        if name.startswith("hf-hub:") or (name.count("/") == 1 and not path.suffix and not path.parent.exists()):
+            raise FileNotFoundError(
+                f"model name: got {name!r}, which looks like a model hub's, expected one of clipfast.list_models() or "
+                f"a folder: nothing is downloaded. {HOW_TO_FETCH}"
+            )
     return get_config(name_or_config)
 
 

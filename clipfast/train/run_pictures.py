@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from clipfast.data.batches import Shares, Transform
-from clipfast.data.model_inputs import transform_of
+from clipfast.data.input_transform import transform_of
 from clipfast.data.patch_budget import PatchBudget
 from clipfast.models.config import CLIPConfig
 from clipfast.train.config import RunConfig

@@ -1,1 +1,8 @@
-"""Pictures of what a model learned, and the report that holds them."""
+"""Pictures of what a model learned, and the report that holds them.
+
+``clipfast.visualize(model, images, output)`` draws: see :func:`clipfast.visualize.show.show`.
+"""
+
+from clipfast.rooms import callable_as
+
+callable_as(__name__, "clipfast.visualize.show:show")

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from clipfast.console import visible
-from clipfast.data.model_inputs import image_size_of, square_transform_of, tokenizer_of
+from clipfast.data.input_transform import square_transform_of
+from clipfast.data.model_inputs import image_size_of, model_and_tokenizer, tokenizer_of
 from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.data.transform import load_image, to_pixels
 from clipfast.evaluate.probabilities import sigmoid_of
@@ -52,7 +53,7 @@ class Sight:
 
 
 def show(
-    model: CLIP,
+    model: CLIP | str | os.PathLike[str],
     images: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     *,
@@ -66,7 +67,7 @@ def show(
     """Draw attention maps, similarities, the shared space and training curves, as PNGs and in ``report.html``.
 
     Args:
-        model: In ``eval()``.
+        model: In ``eval()``; or what :func:`~clipfast.models.open_model.open_model` opens: a run's folder, for one.
         images: Pictures' files.
         output: The folder; files of the same names are replaced.
         texts: What to compare the pictures with. As many as there are pictures, three or more, are taken to be their
@@ -89,6 +90,7 @@ def show(
         raise ValueError("images: got none, expected at least one picture")
     if any(not text.strip() for text in texts):
         raise ValueError("texts: got an empty one, expected words")
+    model, tokenizer = model_and_tokenizer(model, tokenizer)
     read_text = tokenizer_of(model, tokenizer) if texts else None
     sight = _look(model, [Path(image) for image in images])
     shown = [_drawable(text) for text in texts]

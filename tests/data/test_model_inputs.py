@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import clipfast
-from clipfast.data.model_inputs import transform_of
+from clipfast.data.input_transform import transform_of
 from clipfast.data.options import DataOptions
 from clipfast.models.config import get_config
 

@@ -15,7 +15,7 @@ import transformers
 from PIL import Image
 
 import clipfast
-from clipfast.data.model_inputs import transform_of
+from clipfast.data.input_transform import transform_of
 from clipfast.models.config import get_config
 from clipfast.models.foreign_config import folder_config
 from clipfast.models.preprocess import PreprocessConfig
