@@ -15,7 +15,7 @@ import pytest
 import torch
 from harness import DEVICE, ON_GPU, absent, by_scale, dense, dtype_name, measure
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from towers import DEPTH, compiled, exact_features, in_inference_mode, operations, reference
 
 import clipfast
 from clipfast.benchmark.measure import Oracle
@@ -40,8 +40,6 @@ IMAGES_FLOAT32 = by_scale(smoke=[1, 2], short=[1, 4], full=[1, 4, 16], gpu=[1, 1
 PROMPTS = by_scale(smoke=4, short=32, full=256, gpu=2048)
 PAIRS = by_scale(smoke=2, short=4, full=32, gpu=256)
 DTYPES = [torch.bfloat16, torch.float32]
-# a whole tower adds up the roundings of every layer in another order: four times DESIGN's bound for one op
-DEPTH = 4.0
 
 CLASSES = (  # noqa: SIM905
     "tench, goldfish, great white shark, hammerhead shark, rooster, hen, ostrich, house finch, bald eagle, tree "
@@ -116,16 +114,6 @@ def timm_tower(name: str, mine: clipfast.CLIP) -> Callable[[Tensor], Tensor] | s
     return tower.to(DEVICE, next(mine.parameters()).dtype)
 
 
-def compiled(module: Callable[..., Tensor] | str) -> Callable[..., Tensor] | str:
-    """Return a module that torch.compile froze the weights of."""
-    if isinstance(module, str):
-        return module
-    import torch._inductor.config as config
-
-    config.freezing = True
-    return torch.compile(module)
-
-
 def openvino(module: nn.Module | str, images: Tensor) -> Callable[[Tensor], Tensor] | str:
     if reason := absent("openvino"):
         return reason
@@ -148,24 +136,6 @@ def openvino(module: nn.Module | str, images: Tensor) -> Callable[[Tensor], Tens
     }
     request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
     return lambda images: torch.from_numpy(request.infer([images.float().numpy()])[0].copy())
-
-
-def operations(call: Callable[[], object]) -> float:
-    """Return the operations of the products of a dense pass."""
-    with torch.no_grad(), clipfast.backend("reference"), clipfast.exact_shortcuts(False):
-        counter = FlopCounterMode(display=False)
-        with counter:
-            call()
-    return float(counter.get_total_flops())
-
-
-def in_inference_mode(sides: dict) -> dict:
-    return {name: side if isinstance(side, str) else torch.inference_mode()(side) for name, side in sides.items()}
-
-
-def exact_features(encode: Callable[[clipfast.CLIP], Tensor], mine: clipfast.CLIP) -> Tensor:
-    with torch.no_grad(), clipfast.backend("reference"), clipfast.exact_shortcuts(False):
-        return encode(copy.deepcopy(mine).double())
 
 
 @pytest.mark.parametrize(
@@ -208,16 +178,6 @@ def test_images(name: str, count: int, dtype: torch.dtype, benchmark: object) ->
     exact = exact_features(lambda model: model.encode_image(images.double()), mine)
     oracle = Oracle([exact], "PyTorch", factor=DEPTH)
     measure(benchmark, row, in_inference_mode(sides), [(images,)], oracle=oracle)
-
-
-def reference(function: Callable[..., object]) -> Callable[..., object]:
-    """Return clipfast's specification: every token, in plain PyTorch operators."""
-
-    def run(*arguments: object) -> object:
-        with clipfast.backend("reference"), clipfast.exact_shortcuts(False):
-            return function(*arguments)
-
-    return run
 
 
 def zero_shot_prompts(count: int) -> list[str]:

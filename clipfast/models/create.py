@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from clipfast.hints import keywords_told
 from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig, get_config, list_models
-from clipfast.models.foreign_config import folder_config
+from clipfast.models.config import CLIPConfig
+from clipfast.models.foreign_config import config_of
 from clipfast.models.weights import load_weights
 from clipfast.modules.vit import ViT
 
@@ -38,8 +37,9 @@ def create_model(
 
     Args:
         name_or_config: A name of :func:`clipfast.list_models`, a :class:`CLIPConfig`, a dict with its keys (open_clip's
-            configuration files have them), the path of a JSON file of these, or the folder of this project's,
-            open_clip's or transformers' model (:func:`~clipfast.models.foreign_config.folder_config`).
+            configuration files have them), the path of a JSON file of these or of transformers' configuration,
+            or the folder of this project's, open_clip's or transformers' model
+            (:func:`~clipfast.models.foreign_config.folder_config`).
         weights: A file, a folder or a state dict for :func:`clipfast.load_weights`; None draws weights as open_clip
             does, also where ``name_or_config`` is a folder.
         pretrained: The same by open_clip's name. A file: names of weights to be downloaded are refused.
@@ -65,7 +65,8 @@ def create_model(
         if weights is not None:
             raise ValueError("pretrained: got it beside weights, expected one of them")
         weights = _file_of(pretrained)
-    named = _config_of(name_or_config)
+    _refuse_hub(name_or_config)
+    named = config_of(name_or_config)
     config = _resized(named, image_size, context_length)
     if text_positions != "linear" and config.text_cfg == named.text_cfg:
         raise ValueError(f"text_positions: got {text_positions!r} without another context_length, expected one with it")
@@ -96,18 +97,17 @@ def _file_of(pretrained: str | os.PathLike[str] | Mapping[str, Tensor]) -> Any:
     )
 
 
-def _config_of(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any]) -> CLIPConfig:
-    # a name of a model is never a folder, even where one of that name lies here
-    if isinstance(name_or_config, (str, os.PathLike)) and os.fspath(name_or_config) not in list_models():
-        path, name = Path(name_or_config), os.fspath(name_or_config)
-        if path.is_dir():
-            return folder_config(path)
-        if name.startswith("hf-hub:") or (name.count("/") == 1 and not path.suffix and not path.parent.exists()):
-            raise FileNotFoundError(
-                f"model name: got {name!r}, which looks like a model hub's, expected one of clipfast.list_models() or "
-                f"a folder: nothing is downloaded. {HOW_TO_FETCH}"
-            )
-    return get_config(name_or_config)
+def _refuse_hub(name: object) -> None:
+    """Raise for what only a model hub knows: nothing is downloaded."""
+    if not isinstance(name, str) or Path(name).exists():
+        return
+    if name.startswith("hf-hub:") or (
+        name.count("/") == 1 and not Path(name).suffix and not Path(name).parent.exists()
+    ):
+        raise FileNotFoundError(
+            f"model name: got {name!r}, which looks like a model hub's, expected one of clipfast.list_models() or "
+            f"a folder: nothing is downloaded. {HOW_TO_FETCH}"
+        )
 
 
 def _resized(config: CLIPConfig, image_size: int | tuple[int, int] | None, context_length: int | None) -> CLIPConfig:

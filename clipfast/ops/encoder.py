@@ -121,8 +121,13 @@ def _native_unable(encoder: PackedEncoder) -> str | None:
     reason = native_unable(encoder.dtype)
     if reason is not None:
         return reason
-    if encoder.width % 32 or encoder.width // encoder.heads % 2 or encoder.hidden % 2:
-        return f"width {encoder.width} with {encoder.heads} heads is not served (multiples of 32, even heads)"
+    for name, got, step in (
+        ("width", encoder.width, 32),
+        ("head_dim", encoder.width // encoder.heads, 2),
+        ("hidden width", encoder.hidden, 2),
+    ):
+        if got % step:
+            return f"{name} {got} is not served (multiples of {step} are)"
     return None
 
 

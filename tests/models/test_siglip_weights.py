@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import clipfast
 from clipfast.models.checkpoint_files import read_state_dict
 from clipfast.models.key_layouts import detect_layout, from_openai, is_naflex, to_openai
+from clipfast.models.stated import stated_heads
 from clipfast.models.weights import convert_weights, load_weights
 
 
@@ -600,6 +601,28 @@ def test_heads_of_big_vision_are_asked_for_where_nothing_tells(tmp_path: Path) -
     wide = {"visual.transformer.resblocks.0.attn.in_proj_bias": torch.zeros(3 * 1152)}
     name = "params/img/Transformer/encoderblock_0/MultiHeadDotProductAttention_0/key/bias"
     assert from_openai(wide, "big_vision")[name].shape == (16, 72)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "heads"),
+    [
+        ("config.json", {"model_type": "siglip"}, (12, 12)),
+        ("config.json", {"model_type": "siglip", "vision_config": {"num_attention_heads": 16}}, (16, None)),
+        ("config.json", {"model_type": "siglip", "vision_config": {"hidden_size": 1152}, "text_config": {}}, (12, 12)),
+        ("config.json", {"model_type": "siglip_text_model", "num_attention_heads": 4}, (None, 4)),
+        ("config.json", {"model_type": "clip", "text_config": {}}, (None, 8)),
+        ("model.json", {"vision_cfg": {"width": 96, "head_width": 32}, "text_cfg": {"heads": 5}}, (3, 5)),
+        (
+            "open_clip_config.json",
+            {"model_cfg": {"vision_cfg": {"timm_model_name": "x"}, "text_cfg": {}}},
+            (None, None),
+        ),
+        ("other.json", {}, (None, None)),
+    ],
+)
+def test_heads_that_a_configuration_states(file: str, values: dict, heads: tuple, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(json.dumps(values))
+    assert stated_heads(tmp_path) == heads
 
 
 def test_a_folder_says_where_timms_last_norm_stands(tmp_path: Path) -> None:

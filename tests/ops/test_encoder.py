@@ -147,6 +147,20 @@ def test_wrong_arguments(changes: dict, message: str) -> None:
         encode(arguments.pop("x"), encoder_of(torch.float32), **arguments)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 80}, "width 80 is not served"),
+        ({"width": 96, "heads": 32}, "head_dim 3 is not served"),
+        ({"hidden": 43}, "hidden width 43 is not served"),
+    ],
+)
+def test_refusals_name_the_reason(changes: dict, message: str) -> None:
+    skip_if_unable("native", torch.float32)
+    x, offsets = tokens_of([5], changes.get("width", 64))
+    assert message in clipfast.explain("encoder", x, encoder_of(torch.float32, **changes), offsets, None)
+
+
 def test_a_causal_encoder_is_read_at_the_last_token() -> None:
     with pytest.raises(ValueError, match="got 0, expected -1 or None for a causal encoder"):
         encode(torch.ones(6, 64), encoder_of(torch.float32, causal=True), cu_seqlens=torch.tensor([0, 6]), read=0)
