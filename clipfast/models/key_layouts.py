@@ -21,7 +21,7 @@ from clipfast.models.wrappers import without_prefixes
 
 LAYOUTS = ("openai", "open_clip", "transformers", "timm", "big_vision")
 # those that embed NaFlex's patches by a matrix
-_NAFLEX_LAYOUTS = ("transformers", "timm", "big_vision")
+NAFLEX_LAYOUTS = ("transformers", "timm", "big_vision")
 
 _OPENAI_KEY = re.compile(
     r"""logit_(scale|bias) | positional_embedding | text_projection(\.(weight|bias))? | token_embedding\.weight
@@ -172,8 +172,8 @@ def from_openai(
             equal size, or heads are needed or wrong.
     """
     check_layout(layout)
-    if naflex and layout not in _NAFLEX_LAYOUTS:
-        raise ValueError(f"naflex: got True with layout {layout!r}, expected one of {', '.join(_NAFLEX_LAYOUTS)}")
+    if naflex and layout not in NAFLEX_LAYOUTS:
+        raise ValueError(f"naflex: got True with layout {layout!r}, expected one of {', '.join(NAFLEX_LAYOUTS)}")
     kernel = state.get("visual.conv1.weight")
     if naflex and kernel is not None and kernel.dim() == 4:  # to (row, column, channel)
         state = {**state, "visual.conv1.weight": kernel.permute(0, 2, 3, 1).flatten(1)}

@@ -590,6 +590,9 @@ def test_heads_of_big_vision_are_asked_for_where_nothing_tells(tmp_path: Path) -
         convert_weights(state, tmp_path / "w.npz", "big_vision")
     with pytest.raises(ValueError, match="heads: got 5 for .*, expected a divisor of the width"):
         convert_weights(state, tmp_path / "w.npz", "big_vision", heads=(5, 2))
+    for heads in ((2,), (0, 2), (2, -2), (2.0, 2)):
+        with pytest.raises(ValueError, match=r"heads: got .*, expected \(image, text\), each at least 1"):
+            convert_weights(state, tmp_path / "w.npz", "big_vision", heads=heads)
     assert not list(tmp_path.iterdir())
     # a configuration beside the weights tells them, and so do big_vision's own variants' widths
     (tmp_path / "model").mkdir()
