@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipfast.models.big_vision import from_big_vision, is_big_vision, to_big_vision
+from clipfast.models.big_vision import grid_of as big_vision_grid_of
 from clipfast.models.key_renaming import State, renamed_from, renamed_to, transposed
 from clipfast.models.key_tables import OF_TRANSFORMERS_CLIP, OF_TRANSFORMERS_SIGLIP, TIMM, TRANSFORMERS
 from clipfast.models.long_clip import with_one_table
@@ -102,6 +103,14 @@ def is_naflex(state: Mapping[str, Tensor]) -> bool:
 def is_norm_after_pool(state: Mapping[str, Tensor]) -> bool:
     """Tell whether a state dict is timm's with its last norm behind the pooling."""
     return any(key.endswith(f"{_AFTER_POOL}weight") for key in state)
+
+
+def grid_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Return the grid of image positions that the shapes of big_vision and of timm's NaFlexVit tell; None of others."""
+    for key, value in state.items():
+        if key.endswith("embeds.pos_embed") and value.dim() == 4:
+            return value.shape[1], value.shape[2]
+    return big_vision_grid_of(state)
 
 
 def check_layout(layout: str) -> None:
@@ -281,7 +290,10 @@ def _of_naflex_vit(state: State, grid: tuple[int, int] | None) -> State:
     for key, value in state.items():
         if key == "pos_embed":
             side = math.isqrt(value.shape[1])
-            value = value.unflatten(1, grid or (side, side))
+            rows, columns = grid or (side, side)
+            if rows * columns != value.shape[1]:
+                raise ValueError(f"{key}: got {value.shape[1]} rows, expected {rows}·{columns} for NaFlex's grid")
+            value = value.unflatten(1, (rows, columns))
         theirs = next((t for t, name in _NAFLEX_VIT.items() if key.startswith(name)), None)
         named[key if theirs is None else theirs + key.removeprefix(_NAFLEX_VIT[theirs])] = value
     return named

@@ -10,12 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipfast.models.big_vision import grid_of, heads_of, is_big_vision
+from clipfast.models.big_vision import heads_of, is_big_vision
 from clipfast.models.checkpoint_files import check_target, read_state_dict, tensors_of, write_state_dict
 from clipfast.models.key_layouts import (
     NAFLEX_LAYOUTS,
     check_layout,
     from_openai,
+    grid_of,
     image_tower_of,
     is_classifier,
     is_from_openai,
