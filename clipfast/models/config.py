@@ -190,10 +190,16 @@ def _from_fields(kind: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    """Return ``, expected …``: the names nearest to a wrong one, or all where none is near."""
+    """Return ``, expected …``: the names nearest to a wrong one, or those that there are where none is near."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(map(repr, near))}?" if near else f", expected one of {', '.join(known)}"
+    if near:
+        return f"; did you mean {' or '.join(map(repr, near))}?"
+    shown = known if len(known) <= _MOST_SHOWN else [*known[:_MOST_SHOWN], f"… ({len(known)} in all)"]
+    return f", expected one of {', '.join(shown)}"
 
+
+# names that a message lists
+_MOST_SHOWN = 24
 
 _NAMED = {name: CLIPConfig.from_dict(row) for name, row in rows().items()}
 

@@ -149,14 +149,15 @@ class _Exported(nn.Module):
         self.batch_names = [f"{name}s" for name in self.towers]
         self.outputs = [f"{name}_features" for name in self.towers]
         self.scaled = len(self.towers) == 2 and isinstance(getattr(model, "logit_scale", None), Tensor)
-        if self.scaled:
-            self.outputs.append("logit_scale")
+        self.biased = self.scaled and isinstance(getattr(model, "logit_bias", None), Tensor)
+        self.outputs += ["logit_scale"] * self.scaled + ["logit_bias"] * self.biased
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         features = [self._features(tower, x) for tower, x in zip(self.towers, inputs, strict=True)]
         if self.normalize:
             features = [F.normalize(f, dim=-1) for f in features]
-        return (*features, self.model.logit_scale.exp()) if self.scaled else tuple(features)
+        scalars = [self.model.logit_scale.exp()] if self.scaled else []
+        return (*features, *scalars, self.model.logit_bias.clone()) if self.biased else (*features, *scalars)
 
     def _features(self, tower: str, x: Tensor) -> Tensor:
         if not self.whole:

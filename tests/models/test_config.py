@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ PARAMETERS = {
     "ViT-L-14": 427.616513,
     "ViT-L-14-336": 427.944193,
     "ViT-H-14": 986.109441,
+    "ViT-bigG-14": 2539.567105,
     "RN50": 102.007137,
     "RN101": 119.688033,
     "RN50x4": 178.300601,
@@ -42,7 +44,38 @@ def test_parameter_counts(name: str) -> None:
 
 
 def test_every_name_is_listed() -> None:
-    assert clipfast.list_models() == [*PARAMETERS, *(f"{n}-quickgelu" for n in PARAMETERS)]
+    names = clipfast.list_models()
+    assert names[: 2 * len(PARAMETERS)] == [*PARAMETERS, *(f"{n}-quickgelu" for n in PARAMETERS)]
+    assert len(set(names)) == len(names)
+
+
+def test_names_as_siglip_was_trained() -> None:
+    """The tanh GELU in both towers, and logits that start at ``10 · cos − 10``; else as the plain name."""
+    plain = [name for name in clipfast.list_models() if "SigLIP" in name and not name.endswith(("-tanhgelu", "NaFlex"))]
+    assert len(plain) == 26
+    for name in plain:
+        config, trained = get_config(name), get_config(f"{name}-tanhgelu")
+        assert trained.vision_approximate == trained.text_approximate == "tanh"
+        assert math.isclose(trained.init_logit_scale, math.log(10))
+        assert (config.init_logit_scale, config.init_logit_bias, trained.init_logit_bias) == (None, -10, -10)
+        towers = (
+            replace(getattr(trained, part), approximate=getattr(config, part).approximate)
+            for part in ("vision_cfg", "text_cfg")
+        )
+        assert tuple(towers) == (config.vision_cfg, config.text_cfg)
+    # timm's towers with the tanh GELU, and SigLIP 2's text
+    tanh = {name for name in plain if get_config(name).vision_approximate == "tanh"}
+    assert tanh == {n for n in plain if "SO400M-16" in n or "gopt" in n or "B-32" in n}
+    assert {n for n in plain if get_config(n).text_approximate == "tanh"} == {n for n in plain if "SigLIP2" in n}
+
+
+def test_naflex_names() -> None:
+    for name, width in (("ViT-B-16-SigLIP2-NaFlex", 768), ("ViT-SO400M-16-SigLIP2-NaFlex", 1152)):
+        config = get_config(name)
+        vision = config.vision_cfg
+        assert (vision.naflex, vision.width, vision.image_size // vision.patch_size) == (True, width, 16)
+        assert (config.text_cfg.context_length, config.text_cfg.vocab_size) == (64, 256_000)
+        assert config.vision_approximate == config.text_approximate == "tanh"
 
 
 def test_one_model_from_a_dict_a_dataclass_and_a_file(tmp_path: Path) -> None:
@@ -64,6 +97,20 @@ def test_one_model_from_a_dict_a_dataclass_and_a_file(tmp_path: Path) -> None:
 
 def test_open_clips_quick_gelu_is_understood() -> None:
     assert get_config(SMALL | {"quick_gelu": True}).approximate == "quick"
+
+
+def test_open_clips_keys_that_are_off_are_passed_over() -> None:
+    theirs = {
+        "custom_text": True,
+        "vision_cfg": SMALL["vision_cfg"]
+        | {"attentional_pool": False, "attn_pooler_queries": 256, "timm_model_name": None, "norm_kwargs": None},
+        "text_cfg": SMALL["text_cfg"]
+        | {"embed_cls": False, "pad_id": 0, "hf_tokenizer_name": "a/b", "tokenizer_kwargs": {"clean": "lower"}}
+        | {"norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"}, "hf_proj_type": "mlp"},
+    }
+    config = get_config(SMALL | theirs)
+    assert config.text_cfg == replace(get_config(SMALL).text_cfg, norm_eps=1e-6, approximate="tanh")
+    assert config.vision_cfg == get_config(SMALL).vision_cfg
 
 
 def test_a_resnet_of_ones_own() -> None:
@@ -89,9 +136,21 @@ def test_weights_are_all_taken() -> None:
     [
         ("ViT-B32", ValueError, "got 'ViT-B32'; did you mean 'ViT-B-32'"),
         ("ViT-B/16", ValueError, "did you mean 'ViT-B-16'"),
-        ("what is this", ValueError, "expected one of ViT-B-32, "),
+        ("what is this", ValueError, r"expected one of ViT-B-32, .*\(\d+ in all\)"),
         ({"embed_dims": 3}, ValueError, "got 'embed_dims'; did you mean 'embed_dim'"),
         ({"vision_cfg": {"qk_norm": True}}, ValueError, "got 'vision_cfg.qk_norm', which is not served"),
+        ({"vision_cfg": {"timm_model_name": "convnext_tiny"}}, ValueError, "'convnext_tiny', expected one of timm's"),
+        (
+            {"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224", "timm_pool": "avg"}},
+            ValueError,
+            "timm_pool = 'avg' with vit_base_patch16_siglip_224",
+        ),
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, ValueError, "text_cfg.hf_model_name', which is not served"),
+        ({"text_cfg": {"norm_kwargs": {"bias": False}}}, ValueError, "norm_kwargs': got .*, expected .*eps"),
+        ({"embed_dim": 512, "text_cfg": {"proj_type": "none", "width": 64}}, ValueError, "'none' with a width of 64"),
+        ({"text_cfg": {"proj_type": "mlp"}}, ValueError, "text_cfg.proj_type: got 'mlp', expected 'linear' or 'none'"),
+        ({"text_cfg": {"pool_type": "mean"}}, ValueError, r"pool_type\): got 'mean', expected one of 'eos'"),
+        ({"vision_cfg": {"pool_type": "none"}}, ValueError, r"pool_type\): got 'none', expected one of 'tok'"),
         (7, TypeError, "got int, expected a model's name"),
         ({"vision_cfg": {"width": 100}}, ValueError, "head_width: got 64, expected a divisor of the width 100"),
         ({"approximate": "relu"}, ValueError, "got 'relu'"),

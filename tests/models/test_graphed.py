@@ -137,6 +137,17 @@ def test_a_text_tower_and_captions_of_other_lengths(pooling: str, graphs: Graphs
         assert_close(encoded(ids), tower(ids))
 
 
+def test_captions_whose_padding_counts_are_not_padded_on(graphs: Graphs) -> None:
+    torch.manual_seed(0)
+    for options in ({"no_causal_mask": True, "pool_type": "last"}, {"pool_type": "last"}, {"no_causal_mask": True}):
+        tower = clipfast.TextTransformer(20, 100, 32, 2, 2, output_dim=16, **options).eval().requires_grad_(False)
+        encoded = clipfast.graphed(tower, SIZES)
+        for length in (20, 17, 9):
+            ids = tokens(3, length, seed=length)
+            assert_close(encoded(ids), tower(ids))
+    assert graphs.captures == 9
+
+
 def test_an_image_tower(graphs: Graphs) -> None:
     torch.manual_seed(0)
     tower = clipfast.ModifiedResNet((1, 1, 1, 1), 16, 2, 32, 8).eval().requires_grad_(False)

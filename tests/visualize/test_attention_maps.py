@@ -37,6 +37,25 @@ def test_rollout_takes_what_vit_gives():
     torch.testing.assert_close(shares.sum(dim=1), torch.ones(3))
 
 
+def test_rollout_from_what_is_pooled():
+    attention = torch.rand(2, 3, 4, 9, 9).softmax(dim=-1)
+    # the class token by its weights, and by default
+    one = torch.zeros(3, 9)
+    one[:, 0] = 1
+    torch.testing.assert_close(attention_rollout(attention, one), attention_rollout(attention))
+    torch.testing.assert_close(class_attention(attention, 0, one), class_attention(attention, 0))
+    vit = clipfast.ViT(16, 4, 32, 2, 2, output_dim=8, pool_type="map", class_token=False)
+    images = torch.randn(3, 3, 16, 16)
+    attention, read = vit.get_attention_maps(images), vit.get_pool_weights(images).mean(dim=1)
+    shares = attention_rollout(attention, read, 0)
+    kept = 0.5 * attention.mean(dim=2) + 0.5 * torch.eye(16)
+    torch.testing.assert_close(shares, (read[:, None] @ kept[1] @ kept[0])[:, 0])
+    heads = class_attention(attention, 1, read, 0)
+    torch.testing.assert_close(heads, (read[:, None, None] @ attention[1])[:, :, 0])
+    with pytest.raises(ValueError, match="read: got shape"):
+        attention_rollout(attention, read[:, 1:], 0)
+
+
 def test_plot_lays_maps_over_pictures():
     pictures = np.random.default_rng(0).integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
     shares = torch.zeros(3, 4)
