@@ -95,7 +95,7 @@ class TextTower(nn.Module):
         open_clip's towers hold it as a buffer. Here it is made when it is read: no block needs it. None where every
         token attends to all.
         """
-        if not all(block.attn.causal for block in self.transformer.resblocks):
+        if not self._is_causal(unknown=True):
             return None
         like = self.positional_embedding
         shape = (self.context_length, self.context_length)
@@ -150,7 +150,8 @@ class TextTower(nn.Module):
         return not watched and self.transformer.packed_encoder(self.token_embedding.weight) is not None
 
     def _features_of(self, tokens: Tensor) -> Tensor:
-        if _cannot_read_values(tokens) or not self.ignores_padding or not self._takes_packed_rows():
+        # behind the last token there is nothing to leave out
+        if self.pooling == "last" or _cannot_read_values(tokens) or not self._takes_packed_rows():
             tokens = self._sent(tokens)
             read = self._read(tokens)
             pooled = self.ln_final(self.transformer(self._embed_tokens(tokens), read=read))
@@ -168,7 +169,12 @@ class TextTower(nn.Module):
     @property
     def ignores_padding(self) -> bool:
         """Whether tokens behind the one that is read change nothing: none is, or the mask hides them."""
-        return self.pooling != "last" and all(block.attn.causal for block in self.transformer.resblocks)
+        return self.pooling != "last" and self._is_causal(unknown=False)
+
+    def _is_causal(self, unknown: bool) -> bool:
+        """Return whether all blocks are causal; somebody else's block, of which nothing is known, counts as told."""
+        attentions = (getattr(block, "attn", None) for block in self.transformer.resblocks)
+        return all(getattr(attention, "causal", unknown) for attention in attentions)
 
     def _takes_packed_rows(self) -> bool:
         """Return whether nothing would notice that captions are cut at the token that is read."""

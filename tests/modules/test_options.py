@@ -90,6 +90,11 @@ def test_padding_counts_where_it_is_attended_to() -> None:
     other = ids.clone()
     other[:, -2] = 7
     assert not torch.allclose(model(ids), model(other))
+    # of somebody else's block nobody knows
+    foreign = text()
+    foreign.transformer.resblocks[0] = nn.Identity()
+    assert not foreign.ignores_padding
+    assert foreign.attn_mask is not None
     # and no EOS is asked for
     assert model(torch.ones(2, 5, dtype=torch.long)).shape == (2, 24)
 
@@ -251,12 +256,12 @@ def test_attention_pool_projects_every_token_once() -> None:
     assert rows == [(140, 64), (1, 32), (20, 32), (20, 128), (20, 32)]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 5, 16])
-def test_few_rows_are_as_exact_as_many(batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 5])
+def test_attention_pool_in_single_precision(batch: int) -> None:
     torch.manual_seed(0)
-    exact = drawn(AttentionPool(64, 2)).double()
+    exact = drawn(AttentionPool(768, 12)).double()
     pool = copy.deepcopy(exact).float()
-    x = torch.randn(batch, 9, 64)
+    x = torch.randn(batch, 9, 768)
     oracle = results(exact, wide := x.double().requires_grad_(), exact(wide))
     fast = results(pool, single := x.clone().requires_grad_(), pool(single))
     reference = results(pool, single := x.clone().requires_grad_(), Pool(pool)(single)[0])
@@ -334,7 +339,7 @@ def test_classic_clip_starts_as_it_did() -> None:
     model = clipfast.create_model(
         {"embed_dim": 64, "vision_cfg": {"layers": 1}, "text_cfg": {"layers": 1, "width": 256}}
     )
-    assert math.isclose(model.token_embedding.weight.std(), 0.02, rel_tol=0.01)
+    assert math.isclose(model.token_embedding.weight.detach().std(), 0.02, rel_tol=0.01)
     assert model.logit_bias is None
 
 
