@@ -136,11 +136,13 @@ def tokens_of(tower: nn.Module, batch: NaFlexBatch) -> Tensor:
 
 def takes_packed(tower: nn.Module) -> bool:
     """Return whether nobody would notice that the parts of a ViT are given packed rows."""
+    takes_rows = getattr(tower.transformer, "takes_rows", None)
     rowwise = [tower.ln_pre, tower.ln_post, tower.patch_dropout, tower.attn_pool]
     if tower.attn_pool is not None:
         rowwise.append(getattr(tower.attn_pool, "attn", None))
     return (
-        tower.transformer.takes_rows()
+        takes_rows is not None
+        and takes_rows()
         and is_untouched(tower.conv1, plainness.CONVOLUTIONS)
         and all(is_untouched(part, _FORWARDS) for part in rowwise if part is not None)
         and (tower.attn_pool is None or not is_observed(tower.attn_pool))

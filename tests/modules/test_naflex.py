@@ -350,6 +350,15 @@ class Doubled(nn.Module):
         return 2 * x + x.mean(dim=1, keepdim=True)
 
 
+class Backwards(transformer.Transformer):
+    """A stack of somebody else's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in reversed(self.resblocks):
+            x = block(x)
+        return x
+
+
 class Mean(nn.Module):
     """A pooling of somebody else's."""
 
@@ -372,6 +381,10 @@ def changed(model: ViT, how: str) -> list[tuple[int, ...]]:
     elif how == "a patched transformer":
         original = model.transformer.forward
         model.transformer.forward = lambda x: original(x) + x.mean(dim=1, keepdim=True)
+    elif how == "another transformer":
+        model.transformer = Doubled()
+    elif how == "a transformer of another class":
+        model.transformer.__class__ = Backwards
     elif how == "another pooling":
         model.attn_pool = Mean()
     elif how == "a patched convolution":
@@ -392,6 +405,7 @@ def changed(model: ViT, how: str) -> list[tuple[int, ...]]:
 
 HOOKS = ["on a block", "in a block", "on the convolution", "on the norm", "on the pooling", "in the pooling"]
 CHANGES = ["another block", "a patched block", "a patched transformer", "another pooling", "a patched convolution"]
+CHANGES += ["another transformer", "a transformer of another class"]
 
 
 @pytest.mark.parametrize("how", [*(f"a hook {where}" for where in HOOKS), *CHANGES])
