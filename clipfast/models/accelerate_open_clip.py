@@ -144,9 +144,17 @@ def left_alone(module: nn.Module) -> str | None:
         if isinstance(module, kind):
             return f"{kind.__name__}: {reason}"
     trunk = getattr(module, "trunk", None) if isinstance(module, timm_model.TimmModel) else None
-    if trunk is not None and not any(c.__name__ == "VisionTransformer" for c in type(trunk).__mro__):
+    if trunk is None or _is_named_by_timm(trunk):
+        return None
+    if not any(c.__name__ == "VisionTransformer" for c in type(trunk).__mro__):
         return f"its trunk is timm's {type(trunk).__name__}, expected a VisionTransformer"
     return None
+
+
+def _is_named_by_timm(trunk: nn.Module) -> bool:
+    from clipfast.models import accelerate_timm  # needs timm, as whoever has a trunk does
+
+    return accelerate_timm.left_alone(trunk) is not None
 
 
 def options_for(module: nn.Module, parent: nn.Module | None, **wanted: Any) -> dict[str, Any]:

@@ -37,8 +37,8 @@ from clipfast.models.twins import TwinTransformer, TwinViT
 _NORMS = (norm.LayerNorm, norm.LayerNormFp32, nn.LayerNorm)
 _GELUS = {activations.GELU: "none", activations.GELUTanh: "tanh", activations.QuickGELU: "quick"}
 _LEFT_ALONE = {
-    "Eva": "its positions are rotations, and its MLPs are gated",
-    "NaFlexVit": "its pictures of many sizes are padded and masked; clipfast's own ViT packs them (naflex)",
+    "Eva": "its blocks are of another kind (rotary positions, gated MLPs)",
+    "NaFlexVit": "its pictures of many sizes are padded and masked, where clipfast's own ViT packs them",
 }
 
 
