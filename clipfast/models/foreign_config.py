@@ -65,8 +65,14 @@ _DEFAULTS = {
 _CLIPS_OLD_EOS = 2
 
 
-def config_of(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any]) -> CLIPConfig:
+def config_of(
+    name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any], *, training: bool = True
+) -> CLIPConfig:
     """Return the configuration of whatever :func:`clipfast.create_model` takes, folders and transformers' files too.
+
+    Args:
+        name_or_config: As for :func:`clipfast.create_model`.
+        training: As for :func:`folder_config`.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: As :func:`clipfast.create_model` raises.
@@ -75,9 +81,9 @@ def config_of(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str,
     if isinstance(name_or_config, (str, os.PathLike)) and os.fspath(name_or_config) not in list_models():
         path = Path(name_or_config)
         if path.is_dir():
-            return folder_config(path)
+            return folder_config(path, training=training)
         if path.suffix == ".json" and path.is_file() and "model_type" in (values := read_config(path)):
-            return _named_in_errors(path, values, training=True)
+            return _named_in_errors(path, values, training)
     return get_config(name_or_config)
 
 

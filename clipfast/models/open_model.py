@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from torch import Tensor
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config, list_models
 from clipfast.models.create import create_model
-from clipfast.models.foreign_config import folder_config, transformers_config
+from clipfast.models.foreign_config import config_of, folder_config
 from clipfast.models.model_folder import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -95,25 +93,13 @@ def _find(
             raise ValueError(f"weights: got none for {spec}, expected a file of weights: --weights FILE")
         if spec not in list_models() and not path.is_file():
             raise FileNotFoundError(f"model: got {spec}, expected a configuration's file: there is none")
-        return _config_of(path) if spec.endswith(".json") else get_config(spec), weights
+        return config_of(spec, training=False), weights
     if "/" not in spec and not path.suffix:
         get_config(spec)  # an unknown name: says which are near
     raise FileNotFoundError(
         f"model: got {spec}, expected the folder of a run, of an open_clip or of a transformers model, a .json "
         f"configuration, or a name of clipfast.list_models(); weights alone go to --weights, beside the model's name"
     )
-
-
-def _config_of(path: Path) -> CLIPConfig:
-    try:
-        values: Any = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError(f"got {type(values).__name__}, expected an object")
-        if "model_type" in values:
-            return transformers_config(values, training=False)
-        return CLIPConfig.from_dict(values.get("model_cfg", values))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"model: {path} is no configuration: {error}") from error
 
 
 def _weights_of(folder: Path) -> Path:

@@ -102,10 +102,11 @@ class RunConfig(TrainConfig, DataOptions):
         data: The pairs; see :func:`clipfast.data.sources.open_pairs`.
         epochs: Times that every pair is seen, where ``steps`` is 0.
         batch_size: Pairs a step, over all ranks.
-        model: A name of :func:`clipfast.list_models`, or a JSON file.
-        weights: A file of weights to begin with.
+        model: A name of :func:`clipfast.list_models`, a JSON file, or a folder: a run's, open_clip's or transformers'.
+            Of a folder, its configuration and its tokenizer; weights are begun anew without ``weights``.
+        weights: A file or folder of weights to begin with; often ``model``'s own.
         tokenizer: A ``tokenizer.json``, a SentencePiece ``.model``, or a folder with one; for models with another
-            vocabulary than CLIP's. The run's folder keeps it.
+            vocabulary than CLIP's, by default what lies in ``model``. The run's folder keeps it.
         patch_dropout: The share of patches that the image tower leaves out in training.
         naflex_max_patches: Of a model that takes pictures of any aspect: the most patches of one; None is as many as it
             has positions. Of several, such as ``"128,256,576"``, each step draws one.
@@ -134,8 +135,8 @@ class RunConfig(TrainConfig, DataOptions):
     learning_rate: Annotated[float, "At the end of the warm-up."] = 5e-4
     epochs: Annotated[float, "Times that every pair is seen, where steps is 0."] = 0.0
     batch_size: Annotated[int, "Pairs a step, over all ranks."] = 256
-    model: Annotated[str, "A name of clipfast.list_models(), or a JSON file."] = "ViT-B-32"
-    weights: Annotated[str | None, "A file of weights to begin with."] = None
+    model: Annotated[str, "A name of clipfast.list_models(), a JSON file, or a model's folder."] = "ViT-B-32"
+    weights: Annotated[str | None, "A file or folder of weights to begin with, such as the model's."] = None
     tokenizer: Annotated[str | None, "A tokenizer.json, a .model, or a folder: for another vocabulary than CLIP's."] = (
         None
     )

@@ -18,9 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from clipfast.console import make_console, tell
 from clipfast.data.batches import training_batches
-from clipfast.data.choose_tokenizer import keep_tokenizer, tokenizer_for
+from clipfast.data.choose_tokenizer import keep_tokenizer, tokenizer_beside, tokenizer_for
 from clipfast.data.pairs import DistinctPictures
 from clipfast.data.sources import open_pairs
+from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.models.model_folder import write_model_folder
 from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig, compile_mode
@@ -116,9 +117,7 @@ class _Run:
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.pictures = Pictures(config, self.model_config, place)
         self.training: TrainConfig = config.training(len(self.source), self.pictures.pairs_a_step)
-        self.tokenizer = place.together(
-            "tokenizer", lambda: tokenizer_for(self.model_config.text_cfg, config.tokenizer)
-        )
+        self.tokenizer = place.together("tokenizer", self._find_tokenizer)
         place.agree("tokenizer", self.tokenizer.identity)
         self.validation = place.together("val_data", self._make_validation)
         model = place.together("model", lambda: make_model(config, self.model_config))
@@ -131,6 +130,10 @@ class _Run:
         self._unsaved = True
         # of a step whose look at the held-out pairs was left when the run was told to stop
         self._owed: dict[str, Any] | None = None
+
+    def _find_tokenizer(self) -> AnyTokenizer:
+        config, text = self.config, self.model_config.text_cfg
+        return tokenizer_for(text, config.tokenizer or tokenizer_beside(config.model, text))
 
     def _make_validation(self) -> Validation | None:
         if self.config.val_data is None:

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from clipfast.models.checkpoint_files import read_state_dict
 from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig, get_config
+from clipfast.models.config import CLIPConfig
 from clipfast.models.create import create_model
+from clipfast.models.foreign_config import config_of
 from clipfast.models.key_layouts import to_openai
 from clipfast.train.config import RunConfig
 from clipfast.train.objective import INIT_LOGIT_BIAS, config_for, fit_to
@@ -19,7 +20,7 @@ def config_of_run(config: RunConfig) -> CLIPConfig:
     Raises:
         ValueError, OSError: There is no such model.
     """
-    sizes = get_config(config.model)
+    sizes = config_of(config.model)
     if config.patch_dropout:
         sizes = replace(sizes, vision_cfg=replace(sizes.vision_cfg, patch_dropout=config.patch_dropout))
     return config_for(sizes, config.loss)
@@ -48,13 +49,18 @@ def make_teacher(config: RunConfig, own: CLIPConfig) -> CLIP | None:
     """
     if config.distill_model is None:
         return None
-    sizes = get_config(config.distill_model)
+    sizes = config_of(config.distill_model, training=False)
     for name, of_teacher, of_model in (
         ("naflex", sizes.vision_cfg.naflex, own.vision_cfg.naflex),
         # of pictures of any aspect, patches come
         (
             "patch_size",
             *((tower.patch_size if own.vision_cfg.naflex else None) for tower in (sizes.vision_cfg, own.vision_cfg)),
+        ),
+        # one that was trained with other numbers would see other pictures than it knows
+        *(
+            (name, getattr(sizes.vision_cfg.preprocess_cfg, name), getattr(own.vision_cfg.preprocess_cfg, name))
+            for name in ("mean", "std")
         ),
         ("image_size", sizes.vision_cfg.image_size, own.vision_cfg.image_size),
         ("context_length", sizes.text_cfg.context_length, own.text_cfg.context_length),

@@ -8,7 +8,9 @@ import torch
 
 from clipfast.models import config
 from clipfast.models.config import CLIPConfig
+from clipfast.models.create import create_model
 from clipfast.models.open_model import find_device, open_model, weights_digest
+from clipfast.models.preprocess import PreprocessConfig
 
 
 def same(model: torch.nn.Module, seed: int = 0) -> bool:
@@ -43,8 +45,8 @@ def test_a_name_with_weights(tmp_path, monkeypatch):
         ("no/run", None, "got no/run, expected the folder of a run"),
         ("no.json", "weights.pt", "got no.json, expected a configuration's file"),
         ("config.json", None, "weights: got none for"),
-        ("broken.json", "weights.pt", "is no configuration"),
-        ("list.json", "weights.pt", "got list, expected an object"),
+        ("broken.json", "weights.pt", "expected a configuration in JSON"),
+        ("list.json", "weights.pt", "list, expected an object"),
         ("weights.pt", None, "weights alone go to --weights"),
         ("config.json", "cut.pt", "corrupt, truncated"),
         ("empty", None, "expected model.json in it"),
@@ -63,6 +65,15 @@ def test_mistakes(spec, weights, message, tmp_path, monkeypatch):
     (tmp_path / "half" / "model.json").write_text(json.dumps(small.CONFIG))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_model(spec, weights)
+
+
+def test_a_configurations_file_says_how_pictures_are_read(tmp_path):
+    said = {"mean": [0.5] * 3, "std": [0.25] * 3, "resize_mode": "squash"}
+    torch.save(small.model().state_dict(), tmp_path / "weights.pt")
+    (tmp_path / "open_clip.json").write_text(json.dumps({"model_cfg": small.CONFIG, "preprocess_cfg": said}))
+    model = open_model(tmp_path / "open_clip.json", tmp_path / "weights.pt")
+    assert model.config == create_model(tmp_path / "open_clip.json").config
+    assert model.config.vision_cfg.preprocess_cfg == PreprocessConfig(**said)
 
 
 def test_devices():
