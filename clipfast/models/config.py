@@ -72,6 +72,8 @@ class VisionConfig:
         for name in ("layers", "image_size"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if isinstance(self.layers, tuple):
+            _only_for_vit(self)
 
     @property
     def heads(self) -> int:
@@ -149,6 +151,7 @@ class CLIPConfig:
                 object.__setattr__(self, name, float(getattr(self, name)))
         for part in ("vision_cfg", "text_cfg"):
             tower = getattr(self, part)
+            _check_sizes(tower, part)
             projection = getattr(tower, "proj_type", "linear")
             if projection not in ("linear", "none"):
                 raise ValueError(f"{part}.proj_type: got {projection!r}, expected 'linear' or 'none'")
@@ -184,6 +187,38 @@ class CLIPConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as a dict that JSON can hold and :meth:`from_dict` reads."""
         return dataclasses.asdict(self)
+
+
+def _only_for_vit(vision: VisionConfig) -> None:
+    """Refuse what a ResNet would not heed."""
+    fields = dataclasses.fields(vision)
+    options = fields[[f.name for f in fields].index("pool_type") :]
+    for option in options:
+        value = getattr(vision, option.name)
+        if option.name != "preprocess_cfg" and value != option.default:
+            raise ValueError(
+                f"vision_cfg.{option.name}: got {value!r} with a ResNet's layers, expected {option.default!r}"
+            )
+
+
+def _check_sizes(tower: VisionConfig | TextConfig, part: str) -> None:
+    """Refuse numbers that no tower can have."""
+    for name, least in (("width", 1), ("image_size", 1), ("context_length", 1), ("vocab_size", 1), ("reg_tokens", 0)):
+        value = getattr(tower, name, least)
+        sides = value if name == "image_size" and isinstance(value, tuple) and len(value) == 2 else (value,)
+        if not all(isinstance(side, int) and not isinstance(side, bool) and side >= least for side in sides):
+            raise ValueError(f"{part}.{name}: got {value!r}, expected a whole number, at least {least}")
+    if isinstance(getattr(tower, "layers", None), int) and getattr(tower, "patch_size", 1) is None:
+        raise ValueError(f"{part}.patch_size: got None, expected pixels a side: the tower is a ViT")
+    eps, factor = tower.norm_eps, tower.ls_init_value
+    if not _is_number(eps) or eps <= 0:
+        raise ValueError(f"{part}.norm_eps: got {eps!r}, expected a number above 0")
+    if factor is not None and not _is_number(factor):
+        raise ValueError(f"{part}.ls_init_value: got {factor!r}, expected a number, or None without LayerScale")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _from_fields(kind: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -172,3 +172,24 @@ def test_the_temperature_starts_and_stays_where_it_should() -> None:
         model.logit_scale.fill_(-1)
     model.clamp_logit_scale()
     assert model.logit_scale.item() == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("vision_cfg", {"image_size": "224"}, "vision_cfg.image_size: got '224', expected a whole number, at least 1"),
+        ("vision_cfg", {"image_size": [224, 0]}, r"vision_cfg.image_size: got \(224, 0\), expected"),
+        ("vision_cfg", {"reg_tokens": -1}, "vision_cfg.reg_tokens: got -1, expected a whole number, at least 0"),
+        ("vision_cfg", {"patch_size": None}, "vision_cfg.patch_size: got None, expected pixels"),
+        ("vision_cfg", {"norm_eps": -1.0}, "vision_cfg.norm_eps: got -1.0, expected a number above 0"),
+        ("text_cfg", {"norm_eps": None}, "text_cfg.norm_eps: got None, expected a number above 0"),
+        ("text_cfg", {"ls_init_value": "a"}, "text_cfg.ls_init_value: got 'a', expected a number, or None"),
+        ("text_cfg", {"vocab_size": 0}, "text_cfg.vocab_size: got 0, expected a whole number, at least 1"),
+        # what a ResNet would pass over in silence
+        ("vision_cfg", {"layers": [1, 1, 1, 1], "pool_type": "map"}, "vision_cfg.pool_type: got 'map' with a ResNet's"),
+        ("vision_cfg", {"layers": [1, 1, 1, 1], "naflex": True}, "vision_cfg.naflex: got True with a ResNet's"),
+    ],
+)
+def test_numbers_that_no_tower_can_have_are_named(part, values, message):
+    with pytest.raises(ValueError, match=message):
+        clipfast.CLIPConfig.from_dict({part: values})
