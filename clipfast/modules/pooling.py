@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from clipfast import ops
-from clipfast.modules import few_rows
 from clipfast.modules.block import MLP, SelfAttention
 from clipfast.modules.norm import LayerNorm
 
@@ -38,11 +37,10 @@ class ProbeAttention(SelfAttention):
             cu_seqlens: Offsets ``[S + 1]`` of packed sequences, none of them empty.
         """
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        asks = few_rows.filled_up(probe[None], 1 + few_rows.missing(1, x))
-        query, key, value = self._project_one(x, asks, 0)
-        query = query[:1].expand(sequences, -1)
-        out = ops.single_query_attention(query, key, value, self.heads, cu_seqlens=cu_seqlens)
-        return self.out_proj(few_rows.filled_up(out, sequences + few_rows.missing(sequences, out)))[:sequences]
+        # projected once for all
+        query, key, value = self._project_one(x, probe[None], 0)
+        query = query.expand(sequences, -1)
+        return self.out_proj(ops.single_query_attention(query, key, value, self.heads, cu_seqlens=cu_seqlens))
 
     def weights(self, x: Tensor, probe: Tensor) -> Tensor:
         """Return the attention weights ``[B, H, N]`` of the probe for ``[B, N, W]``."""
@@ -79,9 +77,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         """Return ``[S, W]`` from ``[S, N, W]``, or from ``[total, W]`` with the offsets ``[S + 1]`` of sequences."""
         y = self.attn(x, self.probe.to(x.dtype), cu_seqlens)
-        sequences = y.shape[0]
-        z = self.mlp(few_rows.filled_up(self.ln(y), sequences + few_rows.missing(sequences, y)))
-        return y + z[:sequences]
+        return y + self.mlp(self.ln(y))
 
     def weights(self, x: Tensor) -> Tensor:
         """Return the probe's attention weights ``[B, H, N]`` for ``[B, N, W]``."""

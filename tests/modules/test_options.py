@@ -256,12 +256,12 @@ def test_attention_pool_projects_every_token_once() -> None:
     assert rows == [(140, 64), (1, 32), (20, 32), (20, 128), (20, 32)]
 
 
-@pytest.mark.parametrize("batch", [1, 3, 5, 16])
-def test_few_rows_are_as_exact_as_many(batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 5])
+def test_attention_pool_in_single_precision(batch: int) -> None:
     torch.manual_seed(0)
-    exact = drawn(AttentionPool(64, 2)).double()
+    exact = drawn(AttentionPool(768, 12)).double()
     pool = copy.deepcopy(exact).float()
-    x = torch.randn(batch, 9, 64)
+    x = torch.randn(batch, 9, 768)
     oracle = results(exact, wide := x.double().requires_grad_(), exact(wide))
     fast = results(pool, single := x.clone().requires_grad_(), pool(single))
     reference = results(pool, single := x.clone().requires_grad_(), Pool(pool)(single)[0])
