@@ -37,7 +37,9 @@ class Normalizer:
         self._symbol = None
         if symbols and (self._units or any(" " in symbol for symbol in symbols)):
             self._symbol = re.compile("|".join(map(re.escape, symbols))).match
-        self._is_plain = re.compile(self._plain_ascii()).fullmatch
+        plain = self._plain()
+        self._is_plain = re.compile(f"{plain}*").fullmatch
+        self._plain_run = re.compile(f"{plain}+").match
 
     def __call__(self, text: str) -> str:
         """Return the normalised text. Lone surrogates must have been replaced."""
@@ -59,20 +61,21 @@ class Normalizer:
 
     # --- replacements -------------------------------------------------------------------------------------
 
-    def _plain_ascii(self) -> str:
-        """An expression for texts of ASCII that no replacement changes."""
+    def _plain(self) -> str:
+        """An expression for characters of which no replacement changes any text: of ASCII, and ``▁``."""
         if self._symbol is not None:
-            return ""
+            return "(?!)"
         if not self._units:
-            return r"[\s\S]*"
-        plain = []
+            return r"[\s\S]"
+        plain = [SPACE] if self._image(SPACE) == SPACE else []
         for code in range(128):
             node, value, length = self._walk(bytes([code]))
             same = not length or value == chr(code)
             # a key may go on with a character that is no ASCII, such as an accent
-            if same and (node is None or all(self._step(node, after) is None for after in range(1, 128))):
+            after = [chr(other) for other in range(1, 128)] + [SPACE]
+            if same and (node is None or all(self._walk(f"{chr(code)}{c}".encode())[0] is None for c in after)):
                 plain.append(re.escape(chr(code)))
-        return f"[{''.join(plain)}]*" if plain else ""
+        return f"[{''.join(plain)}]" if plain else "(?!)"
 
     def _replaced(self, text: str) -> list[str]:
         """Return the parts that a text becomes, with what a replacement gives as one part."""
@@ -81,6 +84,13 @@ class Normalizer:
         parts: list[str] = []
         index = 0
         while index < len(text):
+            if run := self._plain_run(text, index):
+                # the last of them may be the beginning of a key
+                end = run.end() - (run.end() < len(text))
+                parts += text[index:end]
+                index = end
+                if index == len(text):
+                    break
             found = self._symbol(text, index) if self._symbol is not None else None
             character = text[index]
             image = found[0] if found else self._images.get(character)

@@ -1,15 +1,15 @@
 """What a tokenizer's file, and the files beside it, say that a model's own tokenizer does.
 
-transformers' ``tokenizer_config.json`` names special tokens and a class, whose habits are a row of ``_CLASSES``;
+transformers' ``tokenizer_config.json`` names special tokens and a class, whose habits are a row of ``CLASSES``;
 ``open_clip_config.json`` names what open_clip does before and after. What nothing says is an error, never a guess, but
-for files that are recognised by their special tokens: a row of ``_FAMILIES``.
+for files that are recognised by their special tokens: a row of ``FAMILIES``.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from clipfast.data.cleaning import CLEANERS
 from clipfast.data.file_tokenizer import SETTINGS_FILE, FileTokenizer, TokenizerSettings, open_file
 from clipfast.data.spm import Spm
+from clipfast.data.tokenizer_habits import ANY, CLASSES, FAMILIES, Habits
 
 _CLEAN = ("none", *CLEANERS, "lowercase")
 # the names of SentencePiece's files: as of T5 and SigLIP, Llama and Gemma, and fairseq
@@ -32,61 +33,6 @@ _SPM_FILES = (
 _FAIRSEQ_FILE = "sentencepiece.bpe.model"
 
 
-@dataclass(frozen=True)
-class _Habits:
-    """What a class of transformers' does, or is known of a family.
-
-    Attributes:
-        clean: See :class:`TokenizerSettings`.
-        before, after: Names of the special tokens around a text; None leaves it to the file: what a
-            ``tokenizer.json`` says, or for a ``.model`` ``add_eos_token``.
-        tokens: What special tokens are by default.
-        pad_left: Whether rows are filled from the left by default.
-        from_spm: Whether a ``.model`` file is read as transformers reads it for this class.
-        spelled: Whether special tokens count where a text spells them out; for ``.model`` files.
-    """
-
-    clean: tuple[str, ...] = ()
-    before: tuple[str, ...] | None = None
-    after: tuple[str, ...] | None = None
-    tokens: dict[str, str] = field(default_factory=dict)
-    pad_left: bool = False
-    from_spm: bool = True
-    spelled: bool = False
-
-
-_GEMMA_TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
-_T5_TOKENS = {"eos_token": "</s>", "pad_token": "<pad>"}
-_SIGLIP = _Habits(("siglip",), (), ("eos_token",), {"eos_token": "</s>", "pad_token": "</s>"})
-_T5 = _Habits((), (), ("eos_token",), _T5_TOKENS, spelled=True)
-_CLASSES = {
-    "SiglipTokenizer": _SIGLIP,
-    "Siglip2Tokenizer": _Habits(("lowercase",), None, None, _GEMMA_TOKENS, True),
-    "GemmaTokenizer": _Habits((), None, None, _GEMMA_TOKENS, True),
-    "T5Tokenizer": _T5,
-    "MT5Tokenizer": _T5,
-    "XLMRobertaTokenizer": _Habits(
-        (),
-        ("bos_token",),
-        ("eos_token",),
-        {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
-        spelled=True,
-    ),
-    "BertTokenizer": _Habits(
-        (),
-        ("cls_token",),
-        ("sep_token",),
-        {"cls_token": "[CLS]", "sep_token": "[SEP]", "pad_token": "[PAD]"},
-        from_spm=False,
-    ),
-}
-_ANY = _Habits(from_spm=False)
-
-# by the first tokens of the vocabulary, for files that are alone
-_FAMILIES = (
-    (("<pad>", "</s>", "<unk>"), _SIGLIP),
-    (("<pad>", "<eos>", "<bos>", "<unk>"), _Habits(("lowercase",), (), ("eos_token",), _GEMMA_TOKENS)),
-)
 _FAMILY_CONTEXT = 64
 
 
@@ -166,7 +112,7 @@ class _Said:
         processor = str(self.config.get("processor_class") or "").lower()
         return "siglip" in self.model_type or "siglip" in processor or self.config.get("do_lower_case") is True
 
-    def token(self, name: str, habits: _Habits) -> str | None:
+    def token(self, name: str, habits: Habits) -> str | None:
         value = self.config.get(name, habits.tokens.get(name))
         return value.get("content") if isinstance(value, dict) else value
 
@@ -228,7 +174,7 @@ def _resolve(
     of_spm = isinstance(model, Spm)
     options = _open_clip_options(said)
     name = said.tokenizer_class
-    habits = (_CLASSES.get(name) if name else _family(model)) or _ANY
+    habits = (CLASSES.get(name) if name else _family(model)) or ANY
     if of_spm and name and not habits.from_spm:
         raise ValueError(f"got a .model of {name}, expected its tokenizer.json")
     fairseq = of_spm and name == "XLMRobertaTokenizer"
@@ -239,7 +185,7 @@ def _resolve(
         )
     if said.config.get("do_lower_case") is False and "siglip" in habits.clean:
         raise ValueError("got do_lower_case = false in tokenizer_config.json, expected true, as SigLIP has it")
-    if of_spm and habits is _ANY and clean is None and not said.of_hugging_face:
+    if of_spm and habits is ANY and clean is None and not said.of_hugging_face:
         raise ValueError(
             f"clean: got none for a .model whose tokens are not SigLIP's, and no tokenizer_config.json beside it says "
             f"its class, expected one of {', '.join(_CLEAN)}"
@@ -288,13 +234,13 @@ def _open_clip_options(said: _Said) -> dict[str, Any]:
     return options
 
 
-def _context(said: _Said, habits: _Habits) -> int | None:
+def _context(said: _Said, habits: Habits) -> int | None:
     length = said.text_cfg.get("context_length", 77 if said.of_hugging_face else None)
     if length is None:
         length = said.config.get("model_max_length")
         # transformers' way to say that there is no limit
         length = None if length is None or length > 1_000_000 else int(length)
-    known = any(habits is family for _, family in _FAMILIES)
+    known = any(habits is family for _, family in FAMILIES)
     return _FAMILY_CONTEXT if length is None and known else length
 
 
@@ -317,17 +263,17 @@ class _Ids:
         return index
 
 
-def _family(model: Spm | tokenizers.Tokenizer) -> _Habits | None:
+def _family(model: Spm | tokenizers.Tokenizer) -> Habits | None:
     def token(index: int) -> str | None:
         if isinstance(model, Spm):
             return model.file.pieces[index].text if index < len(model.file.pieces) else None
         return model.id_to_token(index)
 
-    return next((h for first, h in _FAMILIES if tuple(map(token, range(len(first)))) == first), None)
+    return next((h for first, h in FAMILIES if tuple(map(token, range(len(first)))) == first), None)
 
 
 def _around(
-    model: Spm | tokenizers.Tokenizer, said: _Said, habits: _Habits, ids: _Ids
+    model: Spm | tokenizers.Tokenizer, said: _Said, habits: Habits, ids: _Ids
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the ids that stand before and after a text's."""
     if habits.before is not None and habits.after is not None:
@@ -343,7 +289,7 @@ def _around(
     return found[0], found[1]
 
 
-def _spelled(said: _Said, habits: _Habits, ids: _Ids) -> tuple[tuple[str, int], ...]:
+def _spelled(said: _Said, habits: Habits, ids: _Ids) -> tuple[tuple[str, int], ...]:
     names = [f"{name}_token" for name in ("bos", "eos", "pad", "cls", "sep", "mask")]
     tokens = {said.token(name, habits) for name in names} | {said.token("unk_token", habits) or "<unk>"}
     found = {token: ids.of(token) for token in sorted(token for token in tokens if token)}
@@ -364,7 +310,7 @@ def _padding(model: tokenizers.Tokenizer) -> dict[str, Any]:
     return model.padding or {}
 
 
-def _pad_id(said: _Said, habits: _Habits, ids: _Ids, own: dict[str, Any]) -> int:
+def _pad_id(said: _Said, habits: Habits, ids: _Ids, own: dict[str, Any]) -> int:
     token = said.token("pad_token", habits)
     if token is not None and "pad_token" not in said.config and "pad_id" in own:
         return int(own["pad_id"])  # a file alone that says it itself
