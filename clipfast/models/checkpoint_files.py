@@ -187,8 +187,8 @@ def read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        config = json.loads(file.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: corrupt, expected a configuration in JSON ({error})") from error
     return config if isinstance(config, dict) else {}
 

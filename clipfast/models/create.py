@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig, get_config, list_models
-from clipfast.models.foreign_config import folder_config
+from clipfast.models.config import CLIPConfig
+from clipfast.models.foreign_config import config_of
 from clipfast.models.weights import load_weights
 from clipfast.modules.vit import ViT
 
@@ -32,8 +31,9 @@ def create_model(
 
     Args:
         name_or_config: A name of :func:`clipfast.list_models`, a :class:`CLIPConfig`, a dict with its keys (open_clip's
-            configuration files have them), the path of a JSON file of these, or the folder of this project's,
-            open_clip's or transformers' model (:func:`~clipfast.models.foreign_config.folder_config`).
+            configuration files have them), the path of a JSON file of these or of transformers' configuration,
+            or the folder of this project's, open_clip's or transformers' model
+            (:func:`~clipfast.models.foreign_config.folder_config`).
         weights: A file, a folder or a state dict for :func:`clipfast.load_weights`; None draws weights as open_clip
             does, also where ``name_or_config`` is a folder.
         image_size: Pixels a side, or ``(height, width)``, in the place of the configuration's. Position embeddings of
@@ -54,7 +54,7 @@ def create_model(
         ValueError: An unknown name (the nearest is suggested), an unknown configuration key, a folder's configuration
             that clipfast does not compute, or weights that do not fit.
     """
-    named = _config_of(name_or_config)
+    named = config_of(name_or_config)
     config = _resized(named, image_size, context_length)
     if text_positions != "linear" and config.text_cfg == named.text_cfg:
         raise ValueError(f"text_positions: got {text_positions!r} without another context_length, expected one with it")
@@ -73,15 +73,6 @@ def create_model(
     image, text = config.vision_cfg != named.vision_cfg, config.text_cfg != named.text_cfg
     resize = True if image and text else "image" if image else "text" if text else False
     return load_weights(model, weights, resize=resize, text_positions=text_positions)
-
-
-def _config_of(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any]) -> CLIPConfig:
-    # a name of a model is never a folder, even where one of that name lies here
-    if isinstance(name_or_config, (str, os.PathLike)) and os.fspath(name_or_config) not in list_models():
-        path = Path(name_or_config)
-        if path.is_dir():
-            return folder_config(path)
-    return get_config(name_or_config)
 
 
 def _resized(config: CLIPConfig, image_size: int | tuple[int, int] | None, context_length: int | None) -> CLIPConfig:

@@ -7,12 +7,13 @@ compute is refused by its name.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from clipfast.models.checkpoint_files import NAMES_IN_FOLDERS, read_config
-from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig
+from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, get_config, list_models
 from clipfast.models.model_folder import CONFIG_FILE
 from clipfast.models.stated import GELUS
 
@@ -60,6 +61,22 @@ _DEFAULTS = {
 _CLIPS_OLD_EOS = 2
 
 
+def config_of(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any]) -> CLIPConfig:
+    """Return the configuration of whatever :func:`clipfast.create_model` takes, folders and transformers' files too.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: As :func:`clipfast.create_model` raises.
+    """
+    # the name of a model is no path, even where something of that name lies here
+    if isinstance(name_or_config, (str, os.PathLike)) and os.fspath(name_or_config) not in list_models():
+        path = Path(name_or_config)
+        if path.is_dir():
+            return folder_config(path)
+        if path.suffix == ".json" and path.is_file() and "model_type" in (values := read_config(path)):
+            return _named_in_errors(path, values, training=True)
+    return get_config(name_or_config)
+
+
 def folder_config(folder: Path, *, training: bool = True) -> CLIPConfig:
     """Return the configuration that a folder holds.
 
@@ -87,8 +104,12 @@ def folder_config(folder: Path, *, training: bool = True) -> CLIPConfig:
     values = read_config(file)
     if not values:
         raise ValueError(f"model: got {file} without entries, expected a configuration's")
+    return _named_in_errors(file, values, training)
+
+
+def _named_in_errors(file: Path, values: Mapping[str, Any], training: bool) -> CLIPConfig:
     try:
-        if file.name == _TRANSFORMERS:
+        if file.name == _TRANSFORMERS or "model_type" in values:
             return transformers_config(values, training=training)
         return CLIPConfig.from_dict(values.get("model_cfg", values))
     except (ValueError, TypeError) as error:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipfast.models.big_vision import from_big_vision, is_big_vision, to_big_vision
+from clipfast.models.big_vision import grid_of as big_vision_grid_of
 from clipfast.models.key_renaming import State, renamed_from, renamed_to, transposed
 from clipfast.models.key_tables import OF_TRANSFORMERS_CLIP, OF_TRANSFORMERS_SIGLIP, TIMM, TRANSFORMERS
 from clipfast.models.long_clip import with_one_table
@@ -21,7 +22,7 @@ from clipfast.models.wrappers import without_prefixes
 
 LAYOUTS = ("openai", "open_clip", "transformers", "timm", "big_vision")
 # those that embed NaFlex's patches by a matrix
-_NAFLEX_LAYOUTS = ("transformers", "timm", "big_vision")
+NAFLEX_LAYOUTS = ("transformers", "timm", "big_vision")
 
 _OPENAI_KEY = re.compile(
     r"""logit_(scale|bias) | positional_embedding | text_projection(\.(weight|bias))? | token_embedding\.weight
@@ -104,6 +105,14 @@ def is_norm_after_pool(state: Mapping[str, Tensor]) -> bool:
     return any(key.endswith(f"{_AFTER_POOL}weight") for key in state)
 
 
+def grid_of(state: Mapping[str, Tensor]) -> tuple[int, int] | None:
+    """Return the grid of image positions that the shapes of big_vision and of timm's NaFlexVit tell; None of others."""
+    for key, value in state.items():
+        if key.endswith("embeds.pos_embed") and value.dim() == 4:
+            return value.shape[1], value.shape[2]
+    return big_vision_grid_of(state)
+
+
 def check_layout(layout: str) -> None:
     """Raise ValueError unless ``layout`` is one of :data:`LAYOUTS`."""
     if layout not in LAYOUTS:
@@ -172,8 +181,8 @@ def from_openai(
             equal size, or heads are needed or wrong.
     """
     check_layout(layout)
-    if naflex and layout not in _NAFLEX_LAYOUTS:
-        raise ValueError(f"naflex: got True with layout {layout!r}, expected one of {', '.join(_NAFLEX_LAYOUTS)}")
+    if naflex and layout not in NAFLEX_LAYOUTS:
+        raise ValueError(f"naflex: got True with layout {layout!r}, expected one of {', '.join(NAFLEX_LAYOUTS)}")
     kernel = state.get("visual.conv1.weight")
     if naflex and kernel is not None and kernel.dim() == 4:  # to (row, column, channel)
         state = {**state, "visual.conv1.weight": kernel.permute(0, 2, 3, 1).flatten(1)}
@@ -281,7 +290,10 @@ def _of_naflex_vit(state: State, grid: tuple[int, int] | None) -> State:
     for key, value in state.items():
         if key == "pos_embed":
             side = math.isqrt(value.shape[1])
-            value = value.unflatten(1, grid or (side, side))
+            rows, columns = grid or (side, side)
+            if rows * columns != value.shape[1]:
+                raise ValueError(f"{key}: got {value.shape[1]} rows, expected {rows}·{columns} for NaFlex's grid")
+            value = value.unflatten(1, (rows, columns))
         theirs = next((t for t, name in _NAFLEX_VIT.items() if key.startswith(name)), None)
         named[key if theirs is None else theirs + key.removeprefix(_NAFLEX_VIT[theirs])] = value
     return named

@@ -15,7 +15,7 @@ from torch import Tensor
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config, list_models
 from clipfast.models.create import create_model
-from clipfast.models.foreign_config import folder_config
+from clipfast.models.foreign_config import folder_config, transformers_config
 from clipfast.models.model_folder import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -109,6 +109,8 @@ def _config_of(path: Path) -> CLIPConfig:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"got {type(values).__name__}, expected an object")
+        if "model_type" in values:
+            return transformers_config(values, training=False)
         return CLIPConfig.from_dict(values.get("model_cfg", values))
     except (ValueError, TypeError) as error:
         raise ValueError(f"model: {path} is no configuration: {error}") from error

@@ -79,10 +79,10 @@ def stated_heads(path: str | os.PathLike[str]) -> tuple[int | None, int | None]:
     if folder is None:
         return None, None
     theirs = read_config(folder / "config.json")
-    if _family(theirs):
-        parts = _parts(theirs)
-        image, text = (parts.get(tower, {}).get("num_attention_heads") for tower in ("image", "text"))
-        return _whole(image), _whole(text)
+    if family := _family(theirs):
+        left_out = {"image": 12, "text": 12 if family == "siglip" else 8}
+        heads = {t: _whole(part.get("num_attention_heads", left_out[t])) for t, part in _parts(theirs).items()}
+        return heads.get("image"), heads.get("text")
     sizes = _own_or_open_clips(folder)
     vision, text = (sizes.get(name) if isinstance(sizes.get(name), dict) else {} for name in ("vision_cfg", "text_cfg"))
     width, head_width = _whole(vision.get("width")), _whole(vision.get("head_width", 64))

@@ -10,11 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clipfast.models.big_vision import grid_of, heads_of, is_big_vision
+from clipfast.models.big_vision import heads_of, is_big_vision
 from clipfast.models.checkpoint_files import check_target, read_state_dict, tensors_of, write_state_dict
 from clipfast.models.key_layouts import (
+    NAFLEX_LAYOUTS,
     check_layout,
     from_openai,
+    grid_of,
     image_tower_of,
     is_classifier,
     is_from_openai,
@@ -152,23 +154,24 @@ def convert_weights(
             f"path: got {os.fspath(target)!r} for layout {layout!r}, expected "
             f"{'.npz' if layout == 'big_vision' else '.safetensors, .pt or .bin'}"
         )
+    if heads is not None and (len(heads) != 2 or not all(isinstance(h, int) and h > 0 for h in heads)):
+        raise ValueError(f"heads: got {heads!r}, expected (image, text), each at least 1")
     raw = _read(source)
     state = to_openai(raw)
     if layout == "timm":
         state = image_tower_of(state)
         if not state:
             raise ValueError("layout 'timm': got weights without an image tower, expected one: timm has no text towers")
-    if naflex is None and layout in ("transformers", "timm", "big_vision"):
-        naflex = is_naflex(raw) or (not isinstance(source, Mapping) and stated_naflex(source))
-    told = (None, None) if isinstance(source, Mapping) else stated_heads(source)
-    its = heads_of(raw)
+    # the weights themselves tell, or a configuration beside them
+    its_heads, its_naflex, norm_after_pool = heads_of(raw), is_naflex(raw), is_norm_after_pool(raw)
+    if not isinstance(source, Mapping):
+        its_heads = tuple(its or told for its, told in zip(its_heads, stated_heads(source), strict=True))
+        its_naflex = its_naflex or stated_naflex(source)
+        norm_after_pool = norm_after_pool or stated_norm_after_pool(source)
+    if naflex is None:
+        naflex = its_naflex and layout in NAFLEX_LAYOUTS
     converted = from_openai(
-        state,
-        layout,
-        naflex=bool(naflex),
-        heads=heads or (its[0] or told[0], its[1] or told[1]),
-        grid=grid_of(raw),
-        norm_after_pool=is_norm_after_pool(raw) or (not isinstance(source, Mapping) and stated_norm_after_pool(source)),
+        state, layout, naflex=naflex, heads=heads or its_heads, grid=grid_of(raw), norm_after_pool=norm_after_pool
     )
     write_state_dict(converted, target)
 

@@ -219,6 +219,19 @@ def test_a_folder_of_transformers_opens(kind: str, tmp_path: Path) -> None:
     assert clipfast.create_model(tmp_path).training
 
 
+def test_a_file_of_transformers_configuration(tmp_path: Path) -> None:
+    MODELS["siglip"][0]().save_pretrained(tmp_path)
+    (tmp_path / "config.json").rename(tmp_path / "siglip.json")
+    made = clipfast.create_model(tmp_path / "siglip.json", weights=tmp_path / "model.safetensors")
+    opened = open_model(tmp_path / "siglip.json", tmp_path / "model.safetensors")
+    assert made.config == opened.config
+    tiny.assert_same_state(made.state_dict(), opened.state_dict())
+    (tmp_path / "siglip.json").write_text(json.dumps({"model_type": "blip"}))
+    for opened in (clipfast.create_model, lambda path: open_model(path, "w.pt")):
+        with pytest.raises(ValueError, match=r"siglip\.json.*model_type: got 'blip'"):
+            opened(tmp_path / "siglip.json")
+
+
 def test_dropout_of_attention_is_refused_in_training_alone(tmp_path: Path) -> None:
     theirs = MODELS["siglip"][0]()
     theirs.config.text_config.attention_dropout = 0.1
@@ -256,13 +269,20 @@ def test_of_several_configurations_that_of_the_weights_counts(tmp_path: Path) ->
     assert folder_config(tmp_path) == clipfast.CLIPConfig.from_dict(small.CONFIG)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "{}"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", "[" * 100_000], ids=["empty", "cut", "list", "none", "deep"])
 @pytest.mark.parametrize("name", ["config.json", "open_clip_config.json", "model.json"])
 def test_a_corrupt_configuration(name: str, content: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     for opened in (clipfast.create_model, open_model):
         with pytest.raises(ValueError, match=rf"{name}"):
             opened(tmp_path)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text(json.dumps(tiny.CONFIG), encoding="utf-8-sig")
+    assert clipfast.create_model(tmp_path / "own.json").config == clipfast.CLIPConfig.from_dict(tiny.CONFIG)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}), encoding="utf-8-sig")
+    assert folder_config(tmp_path).approximate == "quick"
 
 
 def test_a_folder_without_a_configuration(tmp_path: Path) -> None:

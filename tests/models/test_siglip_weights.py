@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import clipfast
 from clipfast.models.checkpoint_files import read_state_dict
 from clipfast.models.key_layouts import detect_layout, from_openai, is_naflex, to_openai
+from clipfast.models.stated import stated_heads
 from clipfast.models.weights import convert_weights, load_weights
 
 
@@ -258,19 +259,26 @@ def test_image_towers_go_to_timm_and_back_bitwise(naflex: bool) -> None:
     tiny.assert_same_state(to_openai(converted), state)
 
 
-def test_timm_takes_naflex_weights() -> None:
+@pytest.mark.parametrize("side", [(3, 3), (1, 9)])
+def test_timm_takes_naflex_weights(side: tuple[int, int], tmp_path: Path) -> None:
     """timm's NaFlexVit has the positions in a grid and embeds patches by a matrix."""
     import timm as library
 
     rival = library.create_model(
         "naflexvit_base_patch16_siglip", embed_dim=64, depth=2, num_heads=2, mlp_ratio=2.0, num_classes=0,
-        pos_embed_grid_size=(3, 3),
+        pos_embed_grid_size=side,
     )  # fmt: skip
     state = tiny_siglip.drawn(rival).state_dict()
     assert is_naflex(state)
-    mine = load_weights(vit()(), state)
-    own = {f"visual.{k}": v for k, v in mine.state_dict().items()}
-    tiny.assert_same_state(from_openai(own, "timm", naflex=True), state)
+    square = side == (3, 3)
+    mine = load_weights(vit()(), state, resize=not square)
+    assert torch.equal(mine.positional_embedding, state["embeds.pos_embed"].flatten(0, 2)) is square
+    # the grid is the source's
+    convert_weights(state, tmp_path / "back.safetensors", "timm")
+    tiny.assert_same_state(read_state_dict(tmp_path / "back.safetensors"), state)
+    own = {f"visual.{k}": v for k, v in mine.state_dict().items()} | {"visual.positional_embedding": torch.ones(8, 64)}
+    with pytest.raises(ValueError, match="pos_embed: got 8 rows, expected 2·2 for NaFlex's grid"):
+        from_openai(own, "timm", naflex=True)
 
 
 @pytest.mark.parametrize("custom_text", [False, True])
@@ -589,6 +597,9 @@ def test_heads_of_big_vision_are_asked_for_where_nothing_tells(tmp_path: Path) -
         convert_weights(state, tmp_path / "w.npz", "big_vision")
     with pytest.raises(ValueError, match="heads: got 5 for .*, expected a divisor of the width"):
         convert_weights(state, tmp_path / "w.npz", "big_vision", heads=(5, 2))
+    for heads in ((2,), (0, 2), (2, -2), (2.0, 2)):
+        with pytest.raises(ValueError, match=r"heads: got .*, expected \(image, text\), each at least 1"):
+            convert_weights(state, tmp_path / "w.npz", "big_vision", heads=heads)
     assert not list(tmp_path.iterdir())
     # a configuration beside the weights tells them, and so do big_vision's own variants' widths
     (tmp_path / "model").mkdir()
@@ -600,6 +611,28 @@ def test_heads_of_big_vision_are_asked_for_where_nothing_tells(tmp_path: Path) -
     wide = {"visual.transformer.resblocks.0.attn.in_proj_bias": torch.zeros(3 * 1152)}
     name = "params/img/Transformer/encoderblock_0/MultiHeadDotProductAttention_0/key/bias"
     assert from_openai(wide, "big_vision")[name].shape == (16, 72)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "heads"),
+    [
+        ("config.json", {"model_type": "siglip"}, (12, 12)),
+        ("config.json", {"model_type": "siglip", "vision_config": {"num_attention_heads": 16}}, (16, None)),
+        ("config.json", {"model_type": "siglip", "vision_config": {"hidden_size": 1152}, "text_config": {}}, (12, 12)),
+        ("config.json", {"model_type": "siglip_text_model", "num_attention_heads": 4}, (None, 4)),
+        ("config.json", {"model_type": "clip", "text_config": {}}, (None, 8)),
+        ("model.json", {"vision_cfg": {"width": 96, "head_width": 32}, "text_cfg": {"heads": 5}}, (3, 5)),
+        (
+            "open_clip_config.json",
+            {"model_cfg": {"vision_cfg": {"timm_model_name": "x"}, "text_cfg": {}}},
+            (None, None),
+        ),
+        ("other.json", {}, (None, None)),
+    ],
+)
+def test_heads_that_a_configuration_states(file: str, values: dict, heads: tuple, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(json.dumps(values))
+    assert stated_heads(tmp_path) == heads
 
 
 def test_a_folder_says_where_timms_last_norm_stands(tmp_path: Path) -> None:
