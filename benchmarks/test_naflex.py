@@ -45,6 +45,10 @@ SIZES = [
     (375, 500), (2000, 1500), (500, 1500), (400, 1600), (90, 728), (1920, 1080), (1024, 1024),
 ]  # fmt: skip
 
+# the budget of each picture: one for all, which the processor scales every picture up to, or one each, as where whole
+# pictures come with parts of them
+BUDGETS = {"one budget": (1,), "three budgets": (1, 2, 4)}
+
 _KEYS = (
     ("transformer.resblocks.", "encoder.layers."),
     ("attn_pool.attn.", "head.attention."),
@@ -105,11 +109,14 @@ def padded(batch: clipfast.NaFlexBatch) -> dict[str, Tensor]:
     }
 
 
-def make(count: int, dtype: torch.dtype) -> tuple[nn.Module, nn.Module | str, clipfast.NaFlexBatch]:
+def make(count: int, dtype: torch.dtype, budgets: str) -> tuple[nn.Module, nn.Module | str, clipfast.NaFlexBatch]:
     """Return clipfast's tower, transformers' and a batch of so many pictures."""
     model = clipfast.create_model(SMALL if NAME == "small" else NAME)
     mine = model.visual.to(DEVICE, dtype)
-    grids = [patch_grid(*SIZES[i % len(SIZES)], MAX_PATCHES, mine.patch_size) for i in range(count)]
+    parts = BUDGETS[budgets]
+    grids = [
+        patch_grid(*SIZES[i % len(SIZES)], MAX_PATCHES // parts[i % len(parts)], mine.patch_size) for i in range(count)
+    ]
     total = sum(rows * columns for rows, columns in grids)
     batch = clipfast.NaFlexBatch(torch.randn(total, 3 * mine.patch_size**2).to(DEVICE, dtype), grids)
     return mine, transformers_tower(mine, model.config.vision_cfg), batch
@@ -132,7 +139,7 @@ def row_of(batch: clipfast.NaFlexBatch, mine: nn.Module, direction: str, words: 
     return Row(
         op="towers",
         name=f"{NAME}, {words} of {len(batch)} pictures within {MAX_PATCHES} patches, {dtype_name(dtype)}",
-        label=f"{NAME}, {len(batch)} pictures, {words}, {dtype_name(dtype)}",
+        label=f"{NAME}, {words}, {dtype_name(dtype)}",
         direction=direction,
         dtype=dtype_name(dtype),
         unit="images",
@@ -144,8 +151,9 @@ def row_of(batch: clipfast.NaFlexBatch, mine: nn.Module, direction: str, words: 
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_naflex_features(dtype: torch.dtype, benchmark: object) -> None:
-    mine, theirs, batch = make(PICTURES, dtype)
+@pytest.mark.parametrize("budgets", BUDGETS)
+def test_naflex_features(budgets: str, dtype: torch.dtype, benchmark: object) -> None:
+    mine, theirs, batch = make(PICTURES, dtype, budgets)
     mine.eval()
     sides: dict = {"clipfast": mine, "PyTorch": in_plain_pytorch(mine)}
     if isinstance(theirs, str):
@@ -158,12 +166,12 @@ def test_naflex_features(dtype: torch.dtype, benchmark: object) -> None:
         exact = copy.deepcopy(mine).double()(batch.to(torch.float64))
     sides = {name: side if isinstance(side, str) else torch.inference_mode()(side) for name, side in sides.items()}
     oracle = Oracle([exact], "PyTorch", factor=DEPTH)
-    measure(benchmark, row_of(batch, mine, "forward", "features"), sides, [(batch,)], oracle=oracle)
+    measure(benchmark, row_of(batch, mine, "forward", f"features ({budgets})"), sides, [(batch,)], oracle=oracle)
 
 
 def test_naflex_gradients(benchmark: object) -> None:
     """Float32: features and the gradients of all parameters; checked are the features and the gradients' norm."""
-    mine, theirs, batch = make(TRAINED, torch.float32)
+    mine, theirs, batch = make(TRAINED, torch.float32, "one budget")
 
     def step(model: nn.Module, encode: Callable[[object], Tensor]) -> Callable[[object], list[Tensor]]:
         def run(batch: object) -> list[Tensor]:

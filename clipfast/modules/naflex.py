@@ -211,4 +211,5 @@ def _checked_grids(grids: Tensor | Sequence[tuple[int, int]]) -> Tensor:
         raise ValueError(
             f"{name}: got a grid of {tuple(grids[grids.min(dim=1).values < 1][0].tolist())}, expected 1 × 1 or more"
         )
-    return grids.long()
+    # of its own: offsets are made of it once
+    return grids.to(torch.int64, copy=True)

@@ -136,11 +136,13 @@ def tokens_of(tower: nn.Module, batch: NaFlexBatch) -> Tensor:
 
 def takes_packed(tower: nn.Module) -> bool:
     """Return whether nobody would notice that the parts of a ViT are given packed rows."""
+    takes_rows = getattr(tower.transformer, "takes_rows", None)
     rowwise = [tower.ln_pre, tower.ln_post, tower.patch_dropout, tower.attn_pool]
     if tower.attn_pool is not None:
         rowwise.append(getattr(tower.attn_pool, "attn", None))
     return (
-        tower.transformer.takes_rows()
+        takes_rows is not None
+        and takes_rows()
         and is_untouched(tower.conv1, plainness.CONVOLUTIONS)
         and all(is_untouched(part, _FORWARDS) for part in rowwise if part is not None)
         and (tower.attn_pool is None or not is_observed(tower.attn_pool))
@@ -158,9 +160,11 @@ def _begin(tower: nn.Module, batch: NaFlexBatch) -> tuple[Arrangement, Tensor] |
     patches = batch.patches if arranged.rows is None else batch.patches.index_select(0, arranged.rows)
     x = tower._product(patches)
     table = positions_for(tower, tower.positional_embedding, tower.grid_size, arranged.grids, patches)
-    table = (torch.cat(table) if len(table) > 1 else table[0]).to(x.dtype)
+    table = torch.cat(table) if len(table) > 1 else table[0]
+    # gradients of many pictures add up in no fewer bits than 32
+    table = table.to(torch.promote_types(table.dtype, torch.float32) if table.requires_grad else x.dtype)
     # whose gradient is added up in one order, unlike that of an index
-    x = x + F.embedding(arranged.positions, table)
+    x = x + F.embedding(arranged.positions, table).to(x.dtype)
     return arranged, x if tower.ln_pre is None else tower.ln_pre(x)
 
 

@@ -29,15 +29,17 @@ def resampled_positions(table: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
         float32, those of float64 too, as in transformers; elsewhere in float32, or float64 where that is the table's.
         Gradients of the grids are added up in the dtype that was computed in, the last grid's first.
     """
-    grid = table.permute(2, 0, 1).unsqueeze(0)
     on_cpu = table.device.type == "cpu"
-    grid = grid.to(torch.float32 if on_cpu else torch.promote_types(table.dtype, torch.float32))
-    return [
-        F.interpolate(grid, size=size, mode="bilinear", align_corners=False, antialias=True)[0]
-        .flatten(1)
-        .T.to(table.dtype)
-        for size in grids
-    ]
+    own = table.permute(2, 0, 1).unsqueeze(0)
+    own = own.to(torch.float32 if on_cpu else torch.promote_types(table.dtype, torch.float32))
+
+    def resampled(grid: Grid) -> Tensor:
+        # to its own grid, every weight is 1 or 0: nothing to compute, and nothing that an exported model lacks
+        if grid == tuple(table.shape[:2]):
+            return own
+        return F.interpolate(own, size=grid, mode="bilinear", align_corners=False, antialias=True)
+
+    return [resampled(grid)[0].flatten(1).T.to(table.dtype) for grid in grids]
 
 
 class KeptPositions:

@@ -304,6 +304,24 @@ def test_checkpointing_accumulation_and_autocast():
         assert error < 0.1 * exact.abs().max()
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_many_pictures_of_one_grid_add_up_in_float32(how):
+    count = 400
+    exact, images = tower(patch_dropout=0.0), torch.randn(count, 3, 2 * PATCH, PATCH, dtype=torch.float64)
+    weights = torch.randn(count, WIDTH, dtype=torch.float64) + 1
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    low, pixels = copy.deepcopy(exact).to(dtype), images.to(dtype)
+    batch = clipfast.NaFlexBatch.of(Patches(patches, (2, 1)) for patches in cut(pixels, PATCH))
+    wanted = gradients(exact, (exact(images) * weights).sum())["positional_embedding"]
+    errors = []
+    for inputs in (pixels, batch):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            loss = (low(inputs) * weights.to(dtype)).sum()
+        errors.append((gradients(low, loss)["positional_embedding"] - wanted).abs().max())
+    assert errors[1] <= 2 * errors[0] + 2 * torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+    assert errors[0] < 0.1 * wanted.abs().max()
+
+
 def test_float16():
     model, batch = tower(torch.float32), batch_of(GRIDS, torch.float32)
     exact = model(batch)
@@ -332,6 +350,15 @@ class Doubled(nn.Module):
         return 2 * x + x.mean(dim=1, keepdim=True)
 
 
+class Backwards(transformer.Transformer):
+    """A stack of somebody else's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in reversed(self.resblocks):
+            x = block(x)
+        return x
+
+
 class Mean(nn.Module):
     """A pooling of somebody else's."""
 
@@ -354,6 +381,10 @@ def changed(model: ViT, how: str) -> list[tuple[int, ...]]:
     elif how == "a patched transformer":
         original = model.transformer.forward
         model.transformer.forward = lambda x: original(x) + x.mean(dim=1, keepdim=True)
+    elif how == "another transformer":
+        model.transformer = Doubled()
+    elif how == "a transformer of another class":
+        model.transformer.__class__ = Backwards
     elif how == "another pooling":
         model.attn_pool = Mean()
     elif how == "a patched convolution":
@@ -374,6 +405,7 @@ def changed(model: ViT, how: str) -> list[tuple[int, ...]]:
 
 HOOKS = ["on a block", "in a block", "on the convolution", "on the norm", "on the pooling", "in the pooling"]
 CHANGES = ["another block", "a patched block", "a patched transformer", "another pooling", "a patched convolution"]
+CHANGES += ["another transformer", "a transformer of another class"]
 
 
 @pytest.mark.parametrize("how", [*(f"a hook {where}" for where in HOOKS), *CHANGES])
