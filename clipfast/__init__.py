@@ -37,6 +37,8 @@ _HOME_OF = {
     "Tokenizer": "clipfast.data.tokenizer",
     "tokenize": "clipfast.data.tokenizer",
     "image_transform": "clipfast.data.transform",
+    "naflex_transform": "clipfast.data.naflex",
+    "NaFlexBatch": "clipfast.modules.naflex",
     "exact_shortcuts": "clipfast.modules.shortcuts",
     "trim_captions": "clipfast.modules.packing",
     "backend": "clipfast.ops.dispatch",
@@ -76,6 +78,7 @@ def __dir__() -> list[str]:
 
 if TYPE_CHECKING:
     from clipfast import data, embed, evaluate, models, modules, ops, train, visualize
+    from clipfast.data.naflex import naflex_transform
     from clipfast.data.tokenizer import Tokenizer, tokenize
     from clipfast.data.transform import image_transform
     from clipfast.models.accelerate import accelerate, acceleration, restore
@@ -89,6 +92,7 @@ if TYPE_CHECKING:
     from clipfast.modules.distill_loss import DistillClipLoss
     from clipfast.modules.inference import forget_packed_weights
     from clipfast.modules.loss import ContrastiveLoss, SigLipLoss
+    from clipfast.modules.naflex import NaFlexBatch
     from clipfast.modules.packing import trim_captions
     from clipfast.modules.resnet import ModifiedResNet
     from clipfast.modules.shortcuts import exact_shortcuts

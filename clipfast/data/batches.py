@@ -6,8 +6,8 @@ that goes on at step k, on as many ranks as it likes, sees what it would have se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -17,10 +17,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipfast.data.captions import draw_caption
+from clipfast.data.naflex import NaFlexTransform
 from clipfast.data.order import ShuffledOrder
 from clipfast.data.pairs import Pair, PairError, PairSource
+from clipfast.data.patch_budget import Part, PatchBudget
 from clipfast.data.transform import ImageError, ImageTransform, load_image
 from clipfast.data.workers import WAIT, StoppedReading, Workers, start_worker, until_stopped
+from clipfast.modules.naflex import NaFlexBatch, Patches
 from clipfast.notices import for_workers
 
 # a pair is replaced by another this many times before the data as a whole are called unreadable
@@ -28,17 +31,19 @@ _ATTEMPTS = 100
 # captions are cut here before they are tokenized: a context of 77 tokens ends long before
 MAX_CAPTION = 20_000
 
+Transform = ImageTransform | NaFlexTransform
+
 
 class Batch(NamedTuple):
     """A rank's share of a step.
 
     Attributes:
-        images: float32 ``[b, 3, H, W]``.
+        images: float32 ``[b, 3, H, W]``, or packed patches where the transform gives those.
         tokens: int64 ``[b, L]``.
         skipped: The key of each pair that could not be used, and why. Others took their places.
     """
 
-    images: Tensor
+    images: Tensor | NaFlexBatch
     tokens: Tensor
     skipped: tuple[tuple[str, str], ...] = ()
 
@@ -74,12 +79,16 @@ class Shares:
         first = step * self.batch_size + self.rank * self.per_rank
         return range(first, first + self.per_rank)
 
+    def part(self, step: int) -> Part:
+        """Return what this rank reads for a step."""
+        return Part(self.positions(step))
+
 
 def training_batches(
     source: PairSource,
-    transform: ImageTransform,
+    transform: Transform,
     tokenizer: Callable[[list[str]], Tensor],
-    shares: Shares,
+    shares: Shares | PatchBudget,
     *,
     seed: int,
     first_step: int = 0,
@@ -98,9 +107,10 @@ def training_batches(
 
     Args:
         source: The pairs.
-        transform: From picture to tensor; a random crop is drawn from a generator of its own for each pair.
+        transform: From picture to tensor or patches; a random crop is drawn from a generator of its own for each pair.
         tokenizer: From captions to token ids ``[b, L]``.
-        shares: Which part of every step is this rank's.
+        shares: Which part of every step is this rank's; a :class:`~clipfast.data.patch_budget.PatchBudget` says of how
+            many patches a step's pictures are too.
         seed: Of the order, the crops, the captions and the replacements.
         first_step: Where to go on, counted from 0.
         last_step: Where to end.
@@ -140,11 +150,11 @@ def read_pairs(
     source: PairSource,
     indices: range,
     count: int,
-    transform: ImageTransform,
+    transform: Transform,
     tokenizer: Callable[[list[str]], Tensor],
     *,
     stop: Callable[[], bool] | None = None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor | NaFlexBatch, Tensor, Tensor] | None:
     """Read pairs in their order, for measuring: a batch of one size, whatever can be read of it.
 
     Of several captions of a picture it is the first.
@@ -153,16 +163,16 @@ def read_pairs(
         source: The pairs.
         indices: Which; those from ``count`` on are none.
         count: How many pairs there are to read in all.
-        transform: From picture to tensor.
+        transform: From picture to tensor or patches.
         tokenizer: From captions to token ids.
         stop: Asked before each pair.
 
     Returns:
-        ``images [b, 3, H, W]``, ``tokens [b, L]`` and bool ``[b]``: whether a row is a pair, or blank because there is
-        none or it cannot be read. None once ``stop()`` is true.
+        ``images [b, 3, H, W]`` or packed patches, ``tokens [b, L]`` and bool ``[b]``: whether a row is a pair, or blank
+        because there is none or it cannot be read. None once ``stop()`` is true.
     """
-    blank = torch.zeros(3, *transform.image_size), ""
-    rows: list[tuple[Tensor, str]] = []
+    blank = transform.blank(), ""
+    rows: list[tuple[Tensor | Patches, str]] = []
     good = []
     for index in indices:
         if stop is not None and stop():
@@ -176,10 +186,10 @@ def read_pairs(
             rows.append(blank)
             good.append(False)
     images, captions = zip(*rows, strict=True)
-    return torch.stack(images), tokenizer(list(captions)), torch.tensor(good)
+    return _joined(images), tokenizer(list(captions)), torch.tensor(good)
 
 
-def why_unusable(source: PairSource, index: int, transform: ImageTransform) -> str | None:
+def why_unusable(source: PairSource, index: int, transform: Transform) -> str | None:
     """Say why a pair cannot be used, or None if it can."""
     try:
         _usable_pair(_read(source, index), 0, transform)
@@ -191,11 +201,11 @@ def why_unusable(source: PairSource, index: int, transform: ImageTransform) -> s
 class _Positions:
     """What each step reads, in the form in which ``DataLoader`` asks for it."""
 
-    def __init__(self, shares: Shares, first_step: int, last_step: int) -> None:
+    def __init__(self, shares: Shares | PatchBudget, first_step: int, last_step: int) -> None:
         self.shares, self.first_step, self.last_step = shares, first_step, last_step
 
-    def __iter__(self) -> Iterator[range]:
-        return map(self.shares.positions, range(self.first_step, self.last_step))
+    def __iter__(self) -> Iterator[Part]:
+        return map(self.shares.part, range(self.first_step, self.last_step))
 
     def __len__(self) -> int:
         return max(0, self.last_step - self.first_step)
@@ -214,42 +224,48 @@ class _Reader(Dataset[Batch | ValueError]):
         self,
         source: PairSource,
         order: ShuffledOrder,
-        transform: ImageTransform,
+        transform: Transform,
         tokenizer: Callable[[list[str]], Tensor],
         seed: int,
     ) -> None:
         self.source, self.order, self.transform, self.tokenizer, self.seed = source, order, transform, tokenizer, seed
 
-    def __getitems__(self, positions: range) -> Batch | ValueError:
+    def __getitems__(self, part: Part) -> Batch | ValueError:
         skipped: list[tuple[str, str]] = []
+        transform = (
+            self.transform if part.max_patches is None else replace(self.transform, max_patches=part.max_patches)
+        )
         try:
-            images, captions = zip(*(self._usable(position, skipped) for position in positions), strict=True)
+            pairs = [self._usable(position, transform, skipped) for position in part.positions]
+            images, captions = zip(*pairs, strict=True)
         except ValueError as error:
             # it is raised where it is read: PyTorch would put the worker's traceback into its words
             return error
-        return Batch(torch.stack(images), self.tokenizer(list(captions)), tuple(skipped))
+        return Batch(_joined(images), self.tokenizer(list(captions)), tuple(skipped))
 
-    def _usable(self, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
+    def _usable(
+        self, position: int, transform: Transform, skipped: list[tuple[str, str]]
+    ) -> tuple[Tensor | Patches, str]:
         """Return the picture and caption at a position, or those that take its place."""
         if self.stop is not None and self.stop():
             raise StoppedReading
         for attempt in range(_ATTEMPTS):
             index = self.order.beside(position, attempt) if attempt else self.order[position]
             try:
-                return self._pair(index, position, skipped)
+                return self._pair(index, position, transform, skipped)
             except _Unusable as error:
                 skipped.append((error.key, error.reason))
         raise ValueError(
             f"data: {_ATTEMPTS} pairs in a row cannot be used, the last is {skipped[-1][0]}: {skipped[-1][1]}"
         )
 
-    def _pair(self, index: int, position: int, skipped: list[tuple[str, str]]) -> tuple[Tensor, str]:
+    def _pair(
+        self, index: int, position: int, transform: Transform, skipped: list[tuple[str, str]]
+    ) -> tuple[Tensor | Patches, str]:
         pair = _read(self.source, index)
         generator = torch.Generator().manual_seed(_mixed(self.seed, position))
         epoch = position // len(self.order)
-        usable = _usable_pair(
-            pair, draw_caption(len(pair.captions), self.seed, epoch, index), self.transform, generator
-        )
+        usable = _usable_pair(pair, draw_caption(len(pair.captions), self.seed, epoch, index), transform, generator)
         # entries of its list of captions that are none are a loss too
         skipped += [(f"{pair.key}, {which}", reason) for which, reason in pair.unusable]
         return usable
@@ -263,8 +279,8 @@ def _read(source: PairSource, index: int) -> Pair:
 
 
 def _usable_pair(
-    pair: Pair, chosen: int, transform: ImageTransform, generator: torch.Generator | None = None
-) -> tuple[Tensor, str]:
+    pair: Pair, chosen: int, transform: Transform, generator: torch.Generator | None = None
+) -> tuple[Tensor | Patches, str]:
     caption = pair.captions[chosen].strip()
     if not caption:
         raise _Unusable(pair.key, "its caption is empty")
@@ -273,6 +289,10 @@ def _usable_pair(
     except ImageError as error:
         raise _Unusable(pair.key, str(error)) from error
     return image, caption[:MAX_CAPTION]
+
+
+def _joined(images: Sequence[Tensor | Patches]) -> Tensor | NaFlexBatch:
+    return NaFlexBatch.of(images) if isinstance(images[0], Patches) else torch.stack(images)
 
 
 class _Unusable(Exception):

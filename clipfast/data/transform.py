@@ -113,6 +113,23 @@ def _decoded(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
 # --- transforms -------------------------------------------------------------------------------------------
 
 
+def ready_to_resize(
+    image: Image.Image, max_pixels: int, as_open_clip: bool = False, apply_orientation: bool = False
+) -> Image.Image:
+    """A picture with its pixels in memory, of 8 bits and turned; arguments and errors as :func:`image_transform`'s."""
+    if not isinstance(image, Image.Image):
+        shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
+        raise TypeError(
+            f"image must be a PIL.Image.Image (clipfast.data.transform.load_image gives one), "
+            f"got {type(image).__name__}{shape}"
+        )
+    image = _decoded(image, "the image", max_pixels)
+    turn = _orientation(image) if apply_orientation else None
+    if not as_open_clip:
+        image = to_8_bits(image)
+    return image if turn is None else image.transpose(turn)
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """See :func:`image_transform`, which makes it."""
@@ -132,22 +149,15 @@ class ImageTransform:
 
         A random crop is drawn from `generator`, or from torch's own.
         """
-        if not isinstance(image, Image.Image):
-            shape = f" of shape {tuple(image.shape)}" if hasattr(image, "shape") else ""
-            raise TypeError(
-                f"image must be a PIL.Image.Image (clipfast.data.transform.load_image gives one), "
-                f"got {type(image).__name__}{shape}"
-            )
-        image = _decoded(image, "the image", self.max_pixels)
-        turn = _orientation(image) if self.apply_orientation else None
-        if not self.as_open_clip:
-            image = to_8_bits(image)
-        if turn is not None:
-            image = image.transpose(turn)
+        image = ready_to_resize(image, self.max_pixels, self.as_open_clip, self.apply_orientation)
         image = self._random_resized_crop(image, generator) if self.train else self._resized_center_crop(image)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         values = pixels.to(torch.float32).div_(255)
-        return values.sub_(_per_channel(self.mean, values)).div_(_per_channel(self.std, values))
+        return values.sub_(per_channel(self.mean, values)).div_(per_channel(self.std, values))
+
+    def blank(self) -> torch.Tensor:
+        """A picture of zeros, for the place of one that cannot be read."""
+        return torch.zeros(3, *self.image_size, dtype=torch.float32, device="cpu")
 
     def _resized_center_crop(self, image: Image.Image) -> Image.Image:
         (width, height), (crop_height, crop_width) = image.size, self.image_size
@@ -168,7 +178,7 @@ class ImageTransform:
         return image.crop((left, top, left + crop_width, top + crop_height))
 
     def _random_resized_crop(self, image: Image.Image, generator: torch.Generator | None) -> Image.Image:
-        left, top, width, height = _random_part(image.size, self.scale, self.ratio, generator)
+        left, top, width, height = random_part(image.size, self.scale, self.ratio, generator)
         part = image.crop((left, top, left + width, top + height))
         return part.resize(self.image_size[::-1], Image.Resampling.BICUBIC)
 
@@ -210,12 +220,17 @@ def image_transform(
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
         raise ValueError(f"image_size must be a positive int or a (height, width) of them, got {image_size!r}")
-    for name, value, length in (("mean", mean, 3), ("std", std, 3), ("scale", scale, 2), ("ratio", ratio, 2)):
-        if len(value) != length or (name != "mean" and min(value) <= 0):
-            raise ValueError(f"{name} must be {length} {'' if name == 'mean' else 'positive '}numbers, got {value!r}")
+    check_numbers(mean, std, scale, ratio)
     return ImageTransform(
         size, train, tuple(mean), tuple(std), tuple(scale), tuple(ratio), max_pixels, as_open_clip, apply_orientation
     )
+
+
+def check_numbers(mean: Sequence[float], std: Sequence[float], scale: Sequence[float], ratio: Sequence[float]) -> None:
+    """Raise a ValueError unless the arguments of a transform are as many numbers as they should be."""
+    for name, value, length in (("mean", mean, 3), ("std", std, 3), ("scale", scale, 2), ("ratio", ratio, 2)):
+        if len(value) != length or (name != "mean" and min(value) <= 0):
+            raise ValueError(f"{name} must be {length} {'' if name == 'mean' else 'positive '}numbers, got {value!r}")
 
 
 def to_pixels(
@@ -224,11 +239,12 @@ def to_pixels(
     """Undo the normalisation of images `[B, 3, H, W]`: uint8 `[B, H, W, 3]`, as pictures are drawn from."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
-    values = images.detach().float() * _per_channel(std, images) + _per_channel(mean, images)
+    values = images.detach().float() * per_channel(std, images) + per_channel(mean, images)
     return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+def per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+    """Three numbers as float32 `[3, 1, 1]`, where `like` is."""
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(3, 1, 1)
 
 
@@ -252,13 +268,13 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
         return None
 
 
-def _random_part(
+def random_part(
     size: tuple[int, int],
     scale: tuple[float, float],
     ratio: tuple[float, float],
     generator: torch.Generator | None = None,
 ) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a random part of a picture of `size` (width, height).
+    """Left, top, width and height of a random part of a picture of `size` (width, height), drawn from `generator`.
 
     Area and shape are drawn up to ten times until the part fits in the picture; the last resort is the largest
     centred part of an allowed shape. The crop of Inception (Szegedy et al. 2015) as torchvision draws it.

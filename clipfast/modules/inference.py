@@ -24,9 +24,9 @@ class _Kept(NamedTuple):
     made: Any
 
 
-# by the module that owns the weights, so that copying, pickling and moving a model know nothing of it; and by the dtype
-# that was computed in
-_kept: WeakKeyDictionary[nn.Module, dict[torch.dtype, _Kept]] = WeakKeyDictionary()
+# by the module that owns the weights, so that copying, pickling and moving a model know nothing of it; and by what was
+# made, in which dtype
+_kept: WeakKeyDictionary[nn.Module, dict[tuple[str, torch.dtype], _Kept]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -64,7 +64,9 @@ def product_dtype(x: Tensor) -> torch.dtype | None:
     return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
 
 
-def kept(owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callable[[torch.dtype], T]) -> T | None:
+def kept(
+    owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callable[[torch.dtype], T], what: str = "products"
+) -> T | None:
     """Return what ``make`` made of an owner's parameters, made anew if they were written to, moved or replaced since.
 
     Writes are known by PyTorch's count of them, and by a :class:`~clipfast.ops.fingerprint.Fingerprint`: what is
@@ -74,7 +76,8 @@ def kept(owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callab
         owner: What it is kept for; as long as this lives.
         parameters: The owner's parameters.
         x: What they are to be multiplied with.
-        make: Is given the dtype of the products. Only one thing is made for each owner and dtype.
+        make: Is given the dtype of the products.
+        what: Tells things apart that are made for one owner and dtype.
 
     Returns:
         None where it cannot be kept: :func:`product_dtype` is None, a parameter wants a gradient, is of another dtype
@@ -95,7 +98,7 @@ def kept(owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callab
     if len(dtypes) != 1 or not dtypes <= stored:
         return None
     with _lock:
-        found = _kept.get(owner, {}).get(dtype)
+        found = _kept.get(owner, {}).get((what, dtype))
     if found is not None and len(found.state) == len(state):
         same = all(a is c and b == d and v == w for (a, b, v), (c, d, w) in zip(found.state, state, strict=True))
         if same and not found.fingerprint.changed():
@@ -106,7 +109,7 @@ def kept(owner: nn.Module, parameters: Iterable[Tensor], x: Tensor, make: Callab
     fingerprint = Fingerprint([p for p, _, _ in state])
     made = make(dtype)
     with _lock:
-        _kept.setdefault(owner, {})[dtype] = _Kept(state, fingerprint, made)
+        _kept.setdefault(owner, {})[what, dtype] = _Kept(state, fingerprint, made)
     return made
 
 
@@ -189,14 +192,14 @@ def project(owner: nn.Module, x: Tensor, projection: Tensor | nn.Module | None) 
     return x @ projection if projected is None else projected
 
 
-def each_alone(forward: Callable[[Tensor], Tensor], batch: Tensor, invariant: Callable[[], bool]) -> Tensor:
+def each_alone(forward: Callable[[Any], Tensor], batch: Any, invariant: Callable[[], bool]) -> Tensor:
     """Return ``forward(batch)``; of one row at a time where results may not depend on the batch, but would.
 
     Args:
         forward: Maps ``[B, ...]`` to ``[B, E]``.
-        batch: What it is given.
+        batch: What it is given: a tensor, or what has a length and splits as one.
         invariant: Whether ``forward`` gives a row the same bits in every batch.
     """
-    if not dispatch.is_deterministic() or dispatch.leaves_clipfast() or batch.shape[0] < 2 or invariant():
+    if not dispatch.is_deterministic() or dispatch.leaves_clipfast() or len(batch) < 2 or invariant():
         return forward(batch)
     return torch.cat([forward(row) for row in batch.split(1)])

@@ -65,7 +65,7 @@ class Transformer(nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, read: Read | None = None) -> Tensor:
         """Return what the last block gives; arguments and result as :meth:`ResidualAttentionBlock.forward`.
 
-        ``cu_seqlens`` wants blocks that :meth:`can_pack`. ``read`` is a shortcut where :meth:`can_read_one`, and
+        ``cu_seqlens`` wants blocks that :meth:`takes_rows`. ``read`` is a shortcut where :meth:`can_read_one`, and
         otherwise a choice among all tokens.
         """
         encoder = self.packed_encoder(x)
@@ -75,12 +75,16 @@ class Transformer(nn.Module):
         x, _ = self._through(list(self.resblocks), x, cu_seqlens, read if shorten else None)
         return x if shorten or read is None else take_tokens(x, read)
 
-    def can_pack(self) -> bool:
+    def takes_rows(self) -> bool:
         """Return whether the blocks take packed sequences: they are clipfast's, and nobody watches them."""
+        as_defined = "forward" not in self.__dict__ and type(self).forward is Transformer.forward
+        return as_defined and self._takes_rows(range(self.layers))
+
+    def can_pack(self) -> bool:
+        """Return whether the blocks take packed captions, cut at the token that is read: so and causal."""
         return (
             shortcuts_enabled()
-            and "forward" not in self.__dict__
-            and self._takes_rows(range(self.layers))
+            and self.takes_rows()
             # what lies behind the token that is read is hidden from it
             and all(block.attn.causal for block in self.resblocks)
         )

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clipfast.modules import inference, plainness
+from clipfast.modules import inference, packed_images, plainness
 from clipfast.modules.block import LayerNorm
 from clipfast.modules.initialization import init_as_big_vision
 from clipfast.modules.locking import set_trainable, unlock_last
+from clipfast.modules.naflex import NaFlexBatch, cut, size_of
 from clipfast.modules.patches import PatchDropout, check_images, interpolate_positions
 from clipfast.modules.plainness import is_untouched
 from clipfast.modules.pooling import AttentionPool, check_pooling
+from clipfast.modules.positions import positions_for
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import Transformer
 from clipfast.ops.dispatch import leaves_clipfast
@@ -45,7 +47,8 @@ class ViT(nn.Module):
         norm_eps: The LayerNorms' epsilon.
         ls_init_value: Where LayerScale's factors start; None leaves them out.
         qkv_bias: Whether the projections to queries, keys and values have a bias.
-        naflex: Whether images of any aspect come as packed patches.
+        naflex: Whether pictures of any aspect may come, as a :class:`~clipfast.NaFlexBatch` or as images of any
+            multiple of the patch size: positions are resampled for them. It wants no class token and no registers.
 
     Attributes:
         weights_grid: The grid of patches of weights that this model is meant to take, ``(rows, columns)``, where that
@@ -61,7 +64,7 @@ class ViT(nn.Module):
     """
 
     # of the class, for the twins of other libraries' towers, which set what differs
-    pool_type, class_token, prefix_tokens, final_ln_after_pool = "tok", True, 1, False
+    pool_type, class_token, prefix_tokens, final_ln_after_pool, naflex = "tok", True, 1, False, False
 
     def __init__(
         self,
@@ -87,6 +90,8 @@ class ViT(nn.Module):
         naflex: bool = False,
     ) -> None:
         super().__init__()
+        if naflex and (class_token or reg_tokens):
+            raise ValueError("ViT(naflex): got True with a class token or registers, expected neither")
         self.naflex = naflex
         check_pooling(pool_type, class_token, final_ln_after_pool)
         self.pool_type, self.final_ln_after_pool = pool_type, final_ln_after_pool
@@ -115,11 +120,12 @@ class ViT(nn.Module):
         if is_map:
             init_as_big_vision(self)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor | NaFlexBatch) -> Tensor:
         """Encode images.
 
         Args:
-            images: ``[B, 3, height, width]``, normalised, in the dtype of the weights (any float under autocast).
+            images: ``[B, 3, height, width]``, normalised, in the dtype of the weights (any float under autocast); with
+                ``naflex`` a :class:`~clipfast.NaFlexBatch` too.
 
         Returns:
             Pooled features ``[B, E]``, not normalised: tokens after the last LayerNorm, pooled and projected.
@@ -129,7 +135,9 @@ class ViT(nn.Module):
         """
         return inference.each_alone(self._features, images, lambda: self._is_batch_invariant(images))
 
-    def _features(self, images: Tensor) -> Tensor:
+    def _features(self, images: Tensor | NaFlexBatch) -> Tensor:
+        if self.naflex and isinstance(images, NaFlexBatch):
+            return packed_images.features_of(self, images)
         x = self._embed(images)
         if self.pool_type == "tok":
             # only the class token is read: the last block and LayerNorm compute no other
@@ -149,11 +157,14 @@ class ViT(nn.Module):
         patches = x[:, self.prefix_tokens :]
         return self.ln_post(patches.mean(dim=1)) if self.final_ln_after_pool else self.ln_post(patches).mean(dim=1)
 
-    def forward_features(self, images: Tensor) -> Tensor:
+    def forward_features(self, images: Tensor | NaFlexBatch) -> Tensor:
         """Return all tokens after the last LayerNorm, ``[B, prefix + patches, W]``: class token, registers, patches.
 
-        With ``final_ln_after_pool`` they are those before it, which are pooled.
+        With ``final_ln_after_pool`` they are those before it, which are pooled. Those of a
+        :class:`~clipfast.NaFlexBatch` are packed, ``[total, W]``.
         """
+        if self.naflex and isinstance(images, NaFlexBatch):
+            return packed_images.tokens_of(self, images)
         x = self.transformer(self._embed(images))
         return x if self.final_ln_after_pool else self.ln_post(x)
 
@@ -187,13 +198,14 @@ class ViT(nn.Module):
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt: got {output_fmt!r}, expected 'NCHW' or 'NLC'")
-        x, chosen = self.transformer.intermediates(self._embed(x), indices, stop_early=stop_early)
+        embedded, grid = self._embed(x), self._grid_of(x)
+        x, chosen = self.transformer.intermediates(embedded, indices, stop_early=stop_early)
         if normalize_intermediates:
             chosen = [self.ln_post(tokens) for tokens in chosen]
         prefix = self.prefix_tokens
         patches = [tokens[:, prefix:] for tokens in chosen]
         if output_fmt == "NCHW":
-            patches = [p.transpose(1, 2).unflatten(2, self.grid_size).contiguous() for p in patches]
+            patches = [p.transpose(1, 2).unflatten(2, grid).contiguous() for p in patches]
         output: dict[str, Tensor | list[Tensor]] = {"image_intermediates": patches}
         if output_extra_tokens and prefix:
             output["image_intermediates_prefix"] = [tokens[:, :prefix] for tokens in chosen]
@@ -275,11 +287,15 @@ class ViT(nn.Module):
         return (height, width), (height // self.patch_size, width // self.patch_size)
 
     def _embed(self, images: Tensor) -> Tensor:
-        check_images(images, *self.image_size, self.conv1.weight)
+        size = size_of(images, self.patch_size) if self.naflex else self.image_size
+        check_images(images, *(size or self.image_size), self.conv1.weight)
         x = self._patches(images)
         if self.class_token:
             x = torch.cat([self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
-        x = x + self.positional_embedding.to(x.dtype)
+        positions = self.positional_embedding
+        if self.naflex:
+            (positions,) = positions_for(self, positions, self.grid_size, [self._grid_of(images)], images)
+        x = x + positions.to(x.dtype)
         if self.prefix_tokens > self.class_token:
             registers = self.reg_tokens.to(x.dtype).expand(x.shape[0], -1, -1)
             x = torch.cat([x[:, : int(self.class_token)], registers, x[:, int(self.class_token) :]], dim=1)
@@ -290,18 +306,26 @@ class ViT(nn.Module):
         """Return ``[B, patches, W]``: the convolution's patches do not overlap, so it is a product."""
         if not self._is_product() or leaves_clipfast():
             return self.conv1(images).flatten(2).transpose(1, 2)
-        size, (rows, columns) = self.patch_size, self.grid_size
+        size, (rows, columns) = self.patch_size, self._grid_of(images)
         # where they do not fill an image, the rest of it is not read
-        images = images[..., : rows * size, : columns * size]
-        pixels = images.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
-        pixels = pixels.flatten(3).flatten(0, 2)
-        x = inference.linear(self.conv1, pixels, self.conv1.weight, lambda w: w.flatten(1))
+        pixels = cut(images[..., : rows * size, : columns * size], size)
+        # tokens lie behind each other at once, which a convolution's have to be brought to
+        return self._product(pixels.flatten(0, 1)).unflatten(0, (-1, rows * columns))
+
+    def _product(self, patches: Tensor) -> Tensor:
+        """Return ``[total, W]`` from patches ``[total, 3·P·P]``, of whichever pictures."""
+        conv, bias = self.conv1, self.conv1.bias
+        if not self._is_product():
+            return conv(patches.unflatten(1, conv.weight.shape[1:])).flatten(1)
+        x = inference.linear(conv, patches, conv.weight, lambda w: w.flatten(1))
         if x is None:
-            # tokens lie behind each other at once, which a convolution's have to be brought to
-            x = F.linear(pixels, self.conv1.weight.flatten(1), self.conv1.bias)
-        elif self.conv1.bias is not None:
-            x = x + self.conv1.bias.to(x.dtype)
-        return x.unflatten(0, (-1, rows * columns))
+            return F.linear(patches, conv.weight.flatten(1), bias)
+        return x if bias is None else x + bias.to(x.dtype)
+
+    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Return the rows and columns of patches of images that fit."""
+        size = self.patch_size
+        return (images.shape[2] // size, images.shape[3] // size) if self.naflex else self.grid_size
 
     def _is_product(self) -> bool:
         """Return whether the convolution is one of patches that nobody watches or has changed."""

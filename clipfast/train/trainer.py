@@ -269,8 +269,10 @@ class Trainer:
 def _compile_blocks(model: CLIP, mode: Compile) -> None:
     if mode == "no":
         return
-    # a graph is for one shape, and the packed captions of every batch are of another
-    for tower, of_tower in ((model.visual, mode), (model, GRAPH_MODES.get(mode, mode))):
+    # a graph is for one shape, and the packed captions of every batch are of another, as pictures of any aspect are
+    without = GRAPH_MODES.get(mode, mode)
+    of_images = without if getattr(model.visual, "naflex", False) else mode
+    for tower, of_tower in ((model.visual, of_images), (model, without)):
         for block in getattr(getattr(tower, "transformer", None), "resblocks", ()):
             block.compile(mode=of_tower)
 

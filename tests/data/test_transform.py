@@ -121,7 +121,7 @@ def test_wide_crops(theirs, size):
 def test_ratio_bounds_the_shape_of_a_crop():
     for seed in range(200):
         torch.manual_seed(seed)
-        left, top, width, height = module._random_part((400, 300), (0.2, 0.5), (1.9, 2.1))
+        left, top, width, height = module.random_part((400, 300), (0.2, 0.5), (1.9, 2.1))
         assert 0 <= left <= 400 - width
         assert 0 <= top <= 300 - height
         assert 1.85 < width / height < 2.15
