@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+import clipfast
+
 ROOT = Path(__file__).parent.parent
-HEAD = "clipfast-0.1.0"
+HEAD = f"clipfast-{clipfast.__version__}"
 
 
 def make_sdist(folder: Path) -> Path:
@@ -38,6 +40,7 @@ def held(sdist: Path) -> set[str]:
 
 def expected() -> set[str]:
     found = {"setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "PKG-INFO", "README.md", "LICENSE"}
+    found |= {"CHANGELOG.md", "CONTRIBUTING.md"}
     found |= {"THIRD_PARTY_LICENSES", "scripts/manylinux.py", "scripts/sbom.py", "clipfast/py.typed"}
     found |= {f"clipfast/data/{name}" for name in ("VOCABULARY_LICENSE", "bpe_simple_vocab_16e6.txt.gz")}
     found.add("clipfast/evaluate/imagenet.json")

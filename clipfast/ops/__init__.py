@@ -1,5 +1,9 @@
 """The functions that CLIP spends its time in, each with a reference, faster implementations and a choice.
 
+Here belong functions of tensors: an op's reference in plain PyTorch, what computes the same sooner, the rule that
+chooses, and how the op library and Triton's kernels are called. Layers with Parameters belong to ``clipfast.modules``;
+the kernels' own code lies in ``kernels/`` and ``csrc/``. No op knows a layer, a model or a file of data.
+
 The functions are imported here, before anything can import their files, so that ``clipfast.ops.attention`` is
 the function however it was imported and not the file of the same name.
 """
