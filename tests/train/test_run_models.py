@@ -6,11 +6,9 @@ import io
 import json
 
 import pytest
+import siglip_folders
 import small
-import tiny_siglip
 import torch
-import transformers
-import vocabularies
 from PIL import Image
 from rich.console import Console
 
@@ -20,25 +18,9 @@ from clipfast.train.config import make_run_config
 from clipfast.train.run_models import make_teacher
 from clipfast.train.start import train
 
-TOKENS = tiny_siglip.TOKENS
-
-
-def folder_of_transformers(folder):
-    """Return transformers' small SigLIP as its authors leave it, and its tokenizer."""
-    tokenizer_config = vocabularies.SIGLIP_CONFIG | {"model_max_length": TOKENS}
-    vocabularies.folder(folder, {"spiece.model": vocabularies.spm(), "tokenizer_config.json": tokenizer_config})
-    tokenizer = transformers.SiglipTokenizer.from_pretrained(str(folder))
-    config = tiny_siglip.siglip_config()
-    config.text_config.vocab_size = len(tokenizer)
-    model = tiny_siglip.drawn(transformers.SiglipModel(config)).float()
-    model.save_pretrained(folder)
-    side = {"height": tiny_siglip.SIDE, "width": tiny_siglip.SIDE}
-    transformers.SiglipImageProcessorPil(size=side).save_pretrained(folder)
-    return model.eval(), tokenizer
-
 
 def test_a_run_begins_with_another_librarys_folder(tmp_path):
-    model, tokenizer = folder_of_transformers(tmp_path / "siglip")
+    model, ids_of, read = siglip_folders.siglip(tmp_path / "siglip")
     pictures = small.write_pictures(tmp_path / "pictures", 4)
     quiet = Console(file=io.StringIO())
     settings = {
@@ -47,12 +29,10 @@ def test_a_run_begins_with_another_librarys_folder(tmp_path):
         "learning_rate": 1e-12, "warmup_steps": 1, "workers": 0, "device": "cpu", "tensorboard": False,
     }  # fmt: skip
     found = train(settings, console=quiet)
-    processor = transformers.SiglipImageProcessorPil.from_pretrained(tmp_path / "siglip")
-    pixels = processor([Image.open(path).convert("RGB") for path in pictures], return_tensors="pt")
+    pixels = read([Image.open(path).convert("RGB") for path in pictures])
     texts = [path.with_suffix(".txt").read_text() for path in pictures]
-    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
     with torch.no_grad():
-        expected = model(ids["input_ids"], **pixels, return_loss=True).loss
+        expected = model(ids_of(texts), **pixels, return_loss=True).loss
     assert found.metrics["val_loss"] == pytest.approx(float(expected), rel=1e-5)
     # what a run leaves is enough for the next one
     assert config_of(tmp_path / "run") == config_of(tmp_path / "siglip")
