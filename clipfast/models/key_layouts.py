@@ -16,7 +16,7 @@ from torch import Tensor
 from clipfast.models.big_vision import from_big_vision, is_big_vision, to_big_vision
 from clipfast.models.big_vision import grid_of as big_vision_grid_of
 from clipfast.models.key_renaming import State, renamed_from, renamed_to, transposed
-from clipfast.models.key_tables import OF_TRANSFORMERS_CLIP, OF_TRANSFORMERS_SIGLIP, TIMM, TRANSFORMERS
+from clipfast.models.key_tables import OF_TRANSFORMERS_CLIP, OF_TRANSFORMERS_SIGLIP, TIMM, TRANSFORMERS, lacked_by
 from clipfast.models.long_clip import with_one_table
 from clipfast.models.wrappers import without_prefixes
 
@@ -177,8 +177,8 @@ def from_openai(
         Contiguous tensors, views of those that came where they can be.
 
     Raises:
-        ValueError: ``layout`` is none of these or has no place for one of the keys, a QKV projection is not three of
-            equal size, or heads are needed or wrong.
+        ValueError: ``layout`` is none of these, has no place for one of the keys or always has one that is missing, a
+            QKV projection is not three of equal size, or heads are needed or wrong.
     """
     check_layout(layout)
     if naflex and layout not in NAFLEX_LAYOUTS:
@@ -201,6 +201,8 @@ def from_openai(
         converted, homeless = _to_transformers(state)
     if homeless:
         raise ValueError(f"layout {layout!r}: got keys that it has no place for: {_listed(homeless, 10)}")
+    if lacked := lacked_by(layout, state):
+        raise ValueError(f"layout {layout!r}: got no {_listed(lacked, 10)}, expected what its models always have")
     if layout == "timm" and "head.weight" in converted:
         converted["head.bias"] = converted["head.weight"].new_zeros(converted["head.weight"].shape[0])
     return {k: v.contiguous() for k, v in converted.items()}

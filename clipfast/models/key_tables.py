@@ -84,6 +84,22 @@ OF_TRANSFORMERS_SIGLIP = (
     "visual.attn_pool.",
 )
 
+# what their image towers always have
+_ALWAYS_IN_CLIP = ("visual.class_embedding", "visual.ln_pre.weight", "visual.ln_post.weight")
+_ALWAYS_IN_SIGLIP = ("visual.conv1.bias", "visual.ln_post.weight")
+
+
+def lacked_by(layout: str, state: Mapping[str, object]) -> list[str]:
+    """Return the keys of OpenAI's layout without which a layout's classes would begin a parameter anew."""
+    if layout not in ("transformers", "big_vision"):
+        return []
+    wanted = [f"{k.removesuffix('weight')}bias" for k in state if k.endswith("attn.in_proj_weight")]
+    if "visual.conv1.weight" in state:
+        of_clip = any(k.startswith(OF_TRANSFORMERS_CLIP) or k == "text_projection" for k in state)
+        wanted += _ALWAYS_IN_CLIP if of_clip and layout == "transformers" else _ALWAYS_IN_SIGLIP
+    return [k for k in wanted if k not in state]
+
+
 TIMM = KeyTable(
     names={
         "visual.class_embedding": "cls_token",

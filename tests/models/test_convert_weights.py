@@ -9,10 +9,12 @@ import archives
 import pytest
 import safetensors.torch
 import tiny
+import tiny_siglip
 import torch
 import transformers
 from torch import Tensor
 
+import clipfast
 from clipfast.models.checkpoint_files import read_state_dict
 from clipfast.models.key_layouts import to_openai
 from clipfast.models.weights import convert_weights
@@ -90,3 +92,29 @@ def test_the_target_is_checked_before_the_source_is_read(tmp_path: Path) -> None
         convert_weights(tmp_path / "not there", tmp_path / "w.npz", "timm")
     with pytest.raises(FileNotFoundError, match="not there"):
         convert_weights(tmp_path / "not there", tmp_path / "w.pt", "timm")
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "lacked"),
+    [
+        (tiny_siglip.CLIPA, "transformers", "visual.ln_pre.weight"),
+        (
+            tiny.CONFIG | {"text_cfg": tiny.CONFIG["text_cfg"] | {"qkv_bias": False}},
+            "transformers",
+            "attn.in_proj_bias",
+        ),
+        (
+            tiny_siglip.SIGLIP | {"vision_cfg": tiny_siglip.VISION | {"qkv_bias": False}},
+            "big_vision",
+            "visual.transformer.resblocks.0.attn.in_proj_bias",
+        ),
+    ],
+    ids=["no first norm", "no bias of text", "no bias of images"],
+)
+def test_what_a_library_would_begin_anew_is_refused(config, layout, lacked, tmp_path):
+    """Its classes would load such a file with a warning at best, and compute something else."""
+    state = clipfast.create_model(config).state_dict()
+    target, heads = ("written.npz", (2, 2)) if layout == "big_vision" else ("written.pt", None)
+    with pytest.raises(ValueError, match=rf"layout '{layout}': got no .*{lacked}.*, expected what its models always"):
+        convert_weights(state, tmp_path / target, layout, heads=heads)
+    assert not list(tmp_path.iterdir())
