@@ -71,7 +71,8 @@ def unknown_names(text: str) -> list[str]:
             path = path.rstrip(".")
             if path not in MADE and not (list(ROOT.glob(path)) if "*" in path else (ROOT / path).exists()):
                 unknown.append(path)
-        unknown += [f"make {name}" for name in re.findall(r"(?:^|[^\w-])make ([a-z][\w-]*)", code) if name not in targets]
+        wanted = re.findall(r"(?:^|[^\w-])make ([a-z][\w-]*)", code)
+        unknown += [f"make {name}" for name in wanted if name not in targets]
         for path, word in re.findall(r"pytest (\S+\.py) -k \"?(\w+)", code):
             # a word of a selection is of a test's name, or of its parameters
             if (ROOT / path).exists() and word not in (ROOT / path).read_text(encoding="utf-8"):
