@@ -25,14 +25,8 @@ from clipfast.kernels.attention_tables import (
     Whole,
 )
 
-SMALLEST_HEAD, LARGEST_HEAD = 32, 128
 # offsets within a tile are 32 bits: 257 rows of at most this many elements
 LARGEST_TOKEN_STRIDE = 2**22
-
-
-def serves(head_dim: int) -> bool:
-    """Return whether there are tiles for heads of a width, of which every row may start on 16 bytes."""
-    return head_dim % 8 == 0 and SMALLEST_HEAD <= head_dim <= LARGEST_HEAD
 
 
 def block_d(head_dim: int) -> int:
@@ -73,7 +67,7 @@ def forward_plan(architecture: int, tokens: int | None, head_dim: int, size: int
     Args:
         architecture: 80, 86, 90 or 100.
         tokens: The length of every sequence; None for packed sequences.
-        head_dim: One that :func:`serves`.
+        head_dim: A multiple of 8 from 32 to 128.
         size: Bytes an element.
         causal: Whether a token attends to itself and those before it only.
     """

@@ -84,10 +84,13 @@ class Normalizer:
         parts: list[str] = []
         index = 0
         while index < len(text):
-            if run := self._plain_run(text, index):
+            run = self._plain_run(text, index)
+            if run and run.end() > index + (run.end() < len(text)):
                 # the last of them may be the beginning of a key
                 end = run.end() - (run.end() < len(text))
-                parts += text[index:end]
+                piece = text[index:end]
+                # its characters are parts by themselves: all blanks but the first of them go
+                parts.append(re.sub(" {2,}", " ", piece) if self._file.remove_extra_whitespaces else piece)
                 index = end
                 if index == len(text):
                     break

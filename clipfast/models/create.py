@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from clipfast.hints import keywords_told
 from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig
+from clipfast.models.config import CLIPConfig, list_models
 from clipfast.models.foreign_config import config_of
 from clipfast.models.weights import load_weights
 from clipfast.modules.vit import ViT
@@ -100,11 +101,11 @@ def _file_of(pretrained: str | os.PathLike[str] | Mapping[str, Tensor]) -> Any:
 
 def _refuse_hub(name: object) -> None:
     """Raise for what only a model hub knows: nothing is downloaded."""
-    if not isinstance(name, str) or Path(name).exists():
+    if not isinstance(name, str) or (path := Path(name)).exists():
         return
-    if name.startswith("hf-hub:") or (
-        name.count("/") == 1 and not Path(name).suffix and not Path(name).parent.exists()
-    ):
+    of_hub = name.count("/") == 1 and not path.suffix and not path.parent.exists()
+    # "ViT-B/16" is a wrong name, and another message says which is near
+    if name.startswith("hf-hub:") or (of_hub and not difflib.get_close_matches(name, list_models(), cutoff=0.75)):
         raise FileNotFoundError(
             f"model name: got {name!r}, which looks like a model hub's, expected one of clipfast.list_models() or "
             f"a folder: nothing is downloaded. {HOW_TO_FETCH}"

@@ -317,10 +317,8 @@ class ViT(nn.Module):
         conv, bias = self.conv1, self.conv1.bias
         if not self._is_product():
             return conv(patches.unflatten(1, conv.weight.shape[1:])).flatten(1)
-        x = inference.linear(conv, patches, conv.weight, lambda w: w.flatten(1))
-        if x is None:
-            return F.linear(patches, conv.weight.flatten(1), bias)
-        return x if bias is None else x + bias.to(x.dtype)
+        x = inference.linear(conv, patches, conv.weight, lambda w: w.flatten(1), bias)
+        return F.linear(patches, conv.weight.flatten(1), bias) if x is None else x
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         """Return the rows and columns of patches of images that fit."""

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-# tables and arithmetic: Triton is not imported
-from clipfast.kernels import attention_policy
 from clipfast.ops import attention_packed, attention_torch, kernel_ops, trust
 from clipfast.ops.probes import probe_rows, random
 
@@ -46,6 +44,8 @@ def _plain_backward(
 
 def _trials(qkv: Tensor, cu_seqlens: Tensor | None, causal: bool, scale: float, backward: bool) -> list[trust.Trial]:
     """Return how the kernels that a call gets are checked; a backward pass relies on the forward kernel too."""
+    from clipfast.kernels import attention_policy
+
     tokens, head_dim = None if cu_seqlens is not None else qkv.shape[1], qkv.shape[-1]
     shape = attention_policy.architecture(_capability(qkv.device)), tokens, head_dim, qkv.element_size(), causal
     call = (qkv.device, qkv.dtype, head_dim, tokens, causal, attention_policy.unit(qkv.stride()) == 8)
@@ -184,7 +184,8 @@ def attention(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float
 
 def refusal(qkv: Tensor, causal: bool, cu_seqlens: Tensor | None, scale: float) -> str | None:
     """Return why the kernels cannot serve a call, or None."""
-    if not attention_policy.serves(qkv.shape[-1]):
+    # a row of every head may start on 16 bytes; tiles are powers of two, which wider heads have none of
+    if qkv.shape[-1] % 8 or not 32 <= qkv.shape[-1] <= 128:
         return f"head_dim {qkv.shape[-1]} is not served (multiples of 8 from 32 to 128 are)"
     return kernel_ops.refusal(
         "attention", lambda: _trials(qkv, cu_seqlens, causal, scale, backward=torch.is_grad_enabled()), qkv

@@ -159,7 +159,7 @@ def losses_of_rank(rank: int, ranks: int, data: str) -> list:
     return [losses(place, data, *case) for case in CASES]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # shares of ranks and fixed pictures on ranks have tests of their own
 def test_ranks_train_as_one_process(place):
     alone = losses(Workplace(torch.device("cpu")), str(place / "shards"), "ddp", None)
     expected = torch.tensor(alone, dtype=torch.float64).expand(len(CASES), -1, -1)
