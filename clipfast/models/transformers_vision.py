@@ -115,6 +115,7 @@ class PoolingHead(Accelerated):
         """Return the twin of attention, LayerNorm and MLP."""
         probe = self._parameters.get("probe")
         require(type(probe) in (nn.Parameter, Tensor), f"its probe is a {type(probe).__qualname__}, no plain Parameter")
+        require(tuple(probe.shape[:-1]) == (1, 1), f"its probe is {tuple(probe.shape)}, expected [1, 1, W]")
         attention = of_type(self.attention, nn.MultiheadAttention, "attention")
         require(attention.bias_k is None and not attention.add_zero_attn, "attention adds keys of its own")
         require(attention.batch_first and attention._qkv_same_embed_dim, "attention is laid out otherwise")

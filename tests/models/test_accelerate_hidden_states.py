@@ -77,6 +77,19 @@ def test_hidden_states(tower: str, wanted: Any) -> None:
             assert type(actual) is type(expected)
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_layers_are_counted_as_the_configuration_counts_them(tower: str) -> None:
+    case = asking(TOWERS[tower], output_hidden_states=-2)
+    model, original = case.pair()
+    for m in (model, original):
+        # who cuts layers off may leave the configuration as it was
+        del m.encoder.layers[-1]
+    with torch.no_grad():
+        actual, expected = (output_of(case, m) for m in (model, original))
+    assert [h is None for h in actual.hidden_states] == [h is None for h in expected.hidden_states]
+    assert_close(tensors_of(actual), tensors_of(expected), 1e-12)
+
+
 @pytest.mark.parametrize("fields", [("pooler_output", "last_hidden_state"), ("last_hidden_state", "pooler_output")])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_what_lies_behind_a_layer_waits(tower: str, fields: tuple[str, str]) -> None:
