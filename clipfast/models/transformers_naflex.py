@@ -38,7 +38,7 @@ from clipfast.models.twins import TwinTransformer
 from clipfast.modules.naflex import NaFlexBatch
 from clipfast.modules.packed_images import Arrangement, arrange
 from clipfast.modules.positions import positions_for, resampled_positions
-from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
+from clipfast.modules.shortcuts import shortcuts_enabled
 from clipfast.ops import transfer
 
 
@@ -248,7 +248,9 @@ class _Call:
             pooled, later = self.pooled(x, pool), lambda: self.padded(x)
         else:
             pooled = self.pooled(self.tokens_seen(), pool)
-            later = Later(self.tower, self.twin).of("last_hidden_state", lambda: self.padded(self.tokens()))
+            later = Later(self.tower, self.twin, just_used=True).of(
+                "last_hidden_state", lambda: self.padded(self.tokens())
+            )
         options["tokens_are_read"] = False
 
         def first_read() -> Tensor:
@@ -271,7 +273,7 @@ class _Call:
             wanted,
             finish=self.twin.ln_post,
             pool=(lambda x: self.pooled(x, pool)) if has_head else None,
-            waits=not has_head or not is_observed(self.tower.head),
+            waits=not has_head or pool is not None,
             cu_seqlens=self.cu_seqlens,
             show=self.padded,
             transformer=self._transformer,

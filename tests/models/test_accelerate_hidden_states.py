@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import peft
 import pytest
 import tiny
 import tiny_towers
@@ -138,6 +139,20 @@ def test_a_head_that_is_hooked_is_called_at_once() -> None:
     with torch.no_grad():
         output_of(case, model)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("tower", ["SigLIP images", "SigLIP 2 images"])
+def test_an_adapted_head_is_called_at_once(tower: str) -> None:
+    case = asking(TOWERS[tower], output_hidden_states=-2)
+    model, original = case.pair()
+    for m in (model, original):
+        torch.manual_seed(0)
+        # it writes to the head's weights in every call
+        peft.get_peft_model(m, peft.LoraConfig(target_modules=["attention"], r=2, init_lora_weights=False))
+        m.double()
+    with torch.no_grad():
+        actual, expected = (output_of(case, m) for m in (model, original))
+    assert_close(tensors_of(actual), tensors_of(expected), 1e-12)
 
 
 @pytest.mark.parametrize("value", [{"output_attentions": True}, {"output_hidden_states": "all"}], ids=str)
