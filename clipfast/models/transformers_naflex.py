@@ -155,6 +155,8 @@ class NaFlexTower(Accelerated):
         shown = self._clipfast_options["token_outputs"] or wanted is not None or (pool is None and self.use_head)
         if reason is None and shown and not _is_uniform(pixel_values, lengths):
             reason = "pixel_values whose padding is not alike"
+        if reason is None and shown and _derives_padding(pixel_values, lengths):
+            reason = "gradients of pixel_values, each of whose patches of padding has its own"
         if reason is not None:
             count(self, reason)
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
@@ -311,6 +313,12 @@ def _lengths(pixel_values: Any, mask: Any, shapes: Any, features: int) -> tuple[
     else:
         shown = torch.equal(mask.bool().cpu(), torch.arange(most, device="cpu") < lengths[:, None])
     return (None if shown else "a pixel_attention_mask other than that of spatial_shapes"), lengths
+
+
+def _derives_padding(pixel_values: Tensor, lengths: Tensor) -> bool:
+    """Return whether somebody derives by patches of padding, of which one stands for all."""
+    derives = torch.is_grad_enabled() and pixel_values.requires_grad
+    return derives and bool((lengths < pixel_values.shape[1]).any())
 
 
 def _is_uniform(pixel_values: Tensor, lengths: Tensor) -> bool:
