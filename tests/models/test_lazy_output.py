@@ -313,8 +313,9 @@ def holes() -> Tensor:
         {"attention_mask": MASK.flip(1)},
         {"attention_mask": MASK[:, None, None, :].bool()},
         {"position_ids": torch.arange(16)[None] // 2},
+        {"output_attentions": True},
     ],
-    ids=["holes", "left padding", "four dimensions", "position_ids"],
+    ids=["holes", "left padding", "four dimensions", "position_ids", "output_attentions"],
 )
 def test_calls_that_fell_back_are_named(change: dict[str, Any]) -> None:
     model, original = pair(make=tiny.transformers_clip)
