@@ -20,15 +20,16 @@ class Later:
     Args:
         tower: The accelerated tower, which lives as long as this waits.
         twin: What computes in its place; its blocks are ``twin.transformer``.
+        just_used: Whether those blocks were all called a moment ago.
     """
 
-    def __init__(self, tower: nn.Module, twin: nn.Module) -> None:
+    def __init__(self, tower: nn.Module, twin: nn.Module, just_used: bool = False) -> None:
         self._tower, self._twin = tower, twin
         self._inference, self._grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         self._device = next(tower.parameters()).device.type
         self._autocast = torch.is_autocast_enabled(self._device), torch.get_autocast_dtype(self._device)
         self._state = _state_of(tower)
-        self._written = uncounted_writes(twin.transformer)
+        self._written = uncounted_writes(twin.transformer, just_used)
 
     def of(self, field: str, compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """Return what computes a field of the tower's output later.
@@ -62,7 +63,8 @@ def can_wait(tower: nn.Module) -> bool:
         # FSDP has them during a call only
         and not (dist.is_available() and dist.is_initialized())
         and all(
-            type(p) in (nn.Parameter, Tensor)
+            # others than Parameters are there for a call only, such as functional_call's
+            type(p) is nn.Parameter
             and not p.is_inference()
             and not p.is_meta
             and not (torch.is_grad_enabled() and p.requires_grad)

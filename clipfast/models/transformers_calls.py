@@ -75,7 +75,8 @@ def hidden_states_wanted(tower: nn.Module, kwargs: dict[str, Any], layers: int) 
     selected = _selected(value)
     if selected is None:
         return list(range(layers + 1))
-    return sorted(i for i in _resolve(tower, selected, layers + 1) if 0 <= i <= layers)
+    # negative ones are counted from the configuration's number of layers, which may not be how many there are
+    return sorted(i for i in _resolve(tower, selected) if 0 <= i <= layers)
 
 
 def wants_dict(tower: nn.Module, kwargs: dict[str, Any]) -> bool:

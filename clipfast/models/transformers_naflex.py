@@ -38,7 +38,7 @@ from clipfast.models.twins import TwinTransformer
 from clipfast.modules.naflex import NaFlexBatch
 from clipfast.modules.packed_images import Arrangement, arrange
 from clipfast.modules.positions import positions_for, resampled_positions
-from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
+from clipfast.modules.shortcuts import shortcuts_enabled
 from clipfast.ops import transfer
 
 
@@ -155,6 +155,8 @@ class NaFlexTower(Accelerated):
         shown = self._clipfast_options["token_outputs"] or wanted is not None or (pool is None and self.use_head)
         if reason is None and shown and not _is_uniform(pixel_values, lengths):
             reason = "pixel_values whose padding is not alike"
+        if reason is None and shown and _derives_padding(pixel_values, lengths):
+            reason = "gradients of pixel_values, each of whose patches of padding has its own"
         if reason is not None:
             count(self, reason)
             return super().forward(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
@@ -248,7 +250,9 @@ class _Call:
             pooled, later = self.pooled(x, pool), lambda: self.padded(x)
         else:
             pooled = self.pooled(self.tokens_seen(), pool)
-            later = Later(self.tower, self.twin).of("last_hidden_state", lambda: self.padded(self.tokens()))
+            later = Later(self.tower, self.twin, just_used=True).of(
+                "last_hidden_state", lambda: self.padded(self.tokens())
+            )
         options["tokens_are_read"] = False
 
         def first_read() -> Tensor:
@@ -271,7 +275,7 @@ class _Call:
             wanted,
             finish=self.twin.ln_post,
             pool=(lambda x: self.pooled(x, pool)) if has_head else None,
-            waits=not has_head or not is_observed(self.tower.head),
+            waits=not has_head or pool is not None,
             cu_seqlens=self.cu_seqlens,
             show=self.padded,
             transformer=self._transformer,
@@ -309,6 +313,12 @@ def _lengths(pixel_values: Any, mask: Any, shapes: Any, features: int) -> tuple[
     else:
         shown = torch.equal(mask.bool().cpu(), torch.arange(most, device="cpu") < lengths[:, None])
     return (None if shown else "a pixel_attention_mask other than that of spatial_shapes"), lengths
+
+
+def _derives_padding(pixel_values: Tensor, lengths: Tensor) -> bool:
+    """Return whether somebody derives by patches of padding, of which one stands for all."""
+    derives = torch.is_grad_enabled() and pixel_values.requires_grad
+    return derives and bool((lengths < pixel_values.shape[1]).any())
 
 
 def _is_uniform(pixel_values: Tensor, lengths: Tensor) -> bool:

@@ -33,7 +33,8 @@ from clipfast.models.twin_blocks import TwinLayerNorm, of_type, require
 from clipfast.models.twin_state import Twin
 from clipfast.models.twins import TwinText
 from clipfast.modules.block import take_tokens
-from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
+from clipfast.modules.plainness import LINEARS, is_untouched
+from clipfast.modules.shortcuts import shortcuts_enabled
 
 
 class TextTower(Accelerated):
@@ -143,7 +144,7 @@ class TextTower(Accelerated):
             wanted,
             finish=twin.ln_final,
             pool=lambda tokens: self._features(take_tokens(tokens, read)),
-            waits=head is None or not is_observed(head),
+            waits=head is None or is_untouched(head, LINEARS),
         )
 
     def _can_wait(self, kwargs: dict[str, Any]) -> bool:
@@ -171,7 +172,7 @@ class TextTower(Accelerated):
             later = lambda: found  # noqa: E731
         else:
             pooled = twin(input_ids)
-            later = Later(self, twin).of("last_hidden_state", tokens)
+            later = Later(self, twin, just_used=True).of("last_hidden_state", tokens)
         options["tokens_are_read"] = False
 
         def first_read() -> Tensor:

@@ -30,7 +30,7 @@ from clipfast.models.twin_pooling import TwinAttentionPool, TwinProbeAttention
 from clipfast.models.twin_state import Twin
 from clipfast.models.twins import TwinViT
 from clipfast.modules import plainness
-from clipfast.modules.shortcuts import has_hooks, is_observed
+from clipfast.modules.shortcuts import has_hooks
 
 
 class _ImageTower(Accelerated):
@@ -94,7 +94,7 @@ class SiglipVisionTower(_ImageTower):
         pool = self.head if self.use_head else None
         wanted = hidden_states_wanted(self, kwargs, twin.transformer.layers)
         if wanted is not None:
-            waits = pool is None or not is_observed(pool)
+            waits = pool is None or may_be_called_later(pool)
             return with_hidden_states(self, twin, kwargs, x, wanted, finish=twin.ln_post, pool=pool, waits=waits)
         tokens = twin.ln_post(twin.tokens(x))
         pooled = None if pool is None else pool(tokens)
@@ -115,6 +115,7 @@ class PoolingHead(Accelerated):
         """Return the twin of attention, LayerNorm and MLP."""
         probe = self._parameters.get("probe")
         require(type(probe) in (nn.Parameter, Tensor), f"its probe is a {type(probe).__qualname__}, no plain Parameter")
+        require(tuple(probe.shape[:-1]) == (1, 1), f"its probe is {tuple(probe.shape)}, expected [1, 1, W]")
         attention = of_type(self.attention, nn.MultiheadAttention, "attention")
         require(attention.bias_k is None and not attention.add_zero_attn, "attention adds keys of its own")
         require(attention.batch_first and attention._qkv_same_embed_dim, "attention is laid out otherwise")
@@ -136,6 +137,14 @@ class PoolingHead(Accelerated):
         if has_hooks(self) or plainness.is_shadowed(self, "forward"):
             return None
         return self.serving_twin()
+
+
+def may_be_called_later(head: nn.Module) -> bool:
+    """Return whether nobody would notice when a head is called: its own code, and no more, is what it computes.
+
+    Others may draw, count or write (peft merges its adapters into an attention's weights for the call).
+    """
+    return isinstance(head, PoolingHead) and head.packed_pool() is not None
 
 
 class SiglipHead(PoolingHead):

@@ -113,10 +113,18 @@ def kept(
     return made
 
 
-def uncounted_writes(owner: nn.Module) -> Callable[[], bool]:
-    """Return what tells later whether weights of an owner that are packed now were written to uncounted since."""
+def uncounted_writes(owner: nn.Module, just_used: bool = False) -> Callable[[], bool]:
+    """Return what tells later whether weights of an owner that are packed now were written to uncounted since.
+
+    Args:
+        owner: What they are kept for.
+        just_used: Whether they served a moment ago, and were looked at then.
+    """
     with _lock:
         fingerprints = [one.fingerprint for one in _kept.get(owner, {}).values()]
+    if not just_used or len(fingerprints) > 1:
+        # what was packed of earlier weights, for another dtype say, tells nothing of these
+        fingerprints = [fingerprint for fingerprint in fingerprints if not fingerprint.changed()]
     return lambda: any(fingerprint.changed() for fingerprint in fingerprints)
 
 

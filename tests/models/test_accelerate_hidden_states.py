@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import peft
 import pytest
 import tiny
 import tiny_towers
@@ -77,6 +78,19 @@ def test_hidden_states(tower: str, wanted: Any) -> None:
             assert type(actual) is type(expected)
 
 
+@pytest.mark.parametrize("tower", TOWERS)
+def test_layers_are_counted_as_the_configuration_counts_them(tower: str) -> None:
+    case = asking(TOWERS[tower], output_hidden_states=-2)
+    model, original = case.pair()
+    for m in (model, original):
+        # who cuts layers off may leave the configuration as it was
+        del m.encoder.layers[-1]
+    with torch.no_grad():
+        actual, expected = (output_of(case, m) for m in (model, original))
+    assert [h is None for h in actual.hidden_states] == [h is None for h in expected.hidden_states]
+    assert_close(tensors_of(actual), tensors_of(expected), 1e-12)
+
+
 @pytest.mark.parametrize("fields", [("pooler_output", "last_hidden_state"), ("last_hidden_state", "pooler_output")])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_what_lies_behind_a_layer_waits(tower: str, fields: tuple[str, str]) -> None:
@@ -125,6 +139,20 @@ def test_a_head_that_is_hooked_is_called_at_once() -> None:
     with torch.no_grad():
         output_of(case, model)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("tower", ["SigLIP images", "SigLIP 2 images"])
+def test_an_adapted_head_is_called_at_once(tower: str) -> None:
+    case = asking(TOWERS[tower], output_hidden_states=-2)
+    model, original = case.pair()
+    for m in (model, original):
+        torch.manual_seed(0)
+        # it writes to the head's weights in every call
+        peft.get_peft_model(m, peft.LoraConfig(target_modules=["attention"], r=2, init_lora_weights=False))
+        m.double()
+    with torch.no_grad():
+        actual, expected = (output_of(case, m) for m in (model, original))
+    assert_close(tensors_of(actual), tensors_of(expected), 1e-12)
 
 
 @pytest.mark.parametrize("value", [{"output_attentions": True}, {"output_hidden_states": "all"}], ids=str)

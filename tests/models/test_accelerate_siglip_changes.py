@@ -124,6 +124,15 @@ def test_a_changed_probe_counts() -> None:
     assert len(calls) == 2
 
 
+def test_more_probes_are_left_to_the_original() -> None:
+    model, original = SIGLIP.pair()
+    for m in (model, original):
+        probe = m.vision_model.head.probe.detach()
+        m.vision_model.head.probe = nn.Parameter(torch.cat([probe, 2 * probe], dim=1))
+    assert_close(SIGLIP.call(model), SIGLIP.call(original), 1e-12)
+    assert "its probe is (1, 2, " in str(clipfast.acceleration(model))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementations(implementation: str) -> None:
     for case in (SIGLIP, SIGLIP_2):

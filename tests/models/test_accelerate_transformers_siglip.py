@@ -14,6 +14,7 @@ from acceleration import (
     assert_close,
     comparable,
     counted,
+    loss_of,
     tensors_of,
 )
 from acceleration_checks import (
@@ -218,6 +219,20 @@ def test_padding_does_not_matter_where_nobody_is_given_it() -> None:
     with counted() as calls:
         assert_close(case.call(model), comparable(case, case.call(original)), 1e-12)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{}, POOLED], ids=["tokens", "pooled"])
+def test_gradients_of_pixels_and_padding(options: dict[str, Any]) -> None:
+    case = Case("", tiny.siglip2_vision, tiny.patches, options=options)
+    gradients = []
+    for m in case.pair():
+        inputs = case.inputs(torch.float64)
+        inputs["pixel_values"].requires_grad_()
+        output = m(**inputs)
+        tokens = [] if options else [output.last_hidden_state]
+        loss_of([output.pooler_output, *tokens]).backward()
+        gradients.append(inputs["pixel_values"].grad)
+    assert_close(gradients[:1], gradients[1:], 1e-12)
 
 
 def test_shortcuts_that_are_forbidden_pad() -> None:

@@ -239,6 +239,27 @@ def test_uncounted_writes_change_a_model_too() -> None:
             output.last_hidden_state  # noqa: B018
 
 
+def test_what_was_packed_of_earlier_weights_tells_nothing_of_these() -> None:
+    model, original = pair(torch.float32, partial(tiny.transformers_text, False))
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            model(input_ids=IDS)
+        for m in (model, original):
+            for parameter in m.parameters():
+                parameter.mul_(1.1)
+        output = model(input_ids=IDS)
+        assert type(output) is not type(original(input_ids=IDS))
+        assert_close([output.last_hidden_state], [original(input_ids=IDS).last_hidden_state], 2e-6)
+
+
+def test_weights_of_a_functional_call_are_there_for_the_call() -> None:
+    model, original = pair()
+    weights = {name: 1.1 * parameter.detach() for name, parameter in original.named_parameters()}
+    with torch.no_grad():
+        actual, expected = (torch.func.functional_call(m, weights, (IDS,)) for m in (model, original))
+    assert_close([actual.last_hidden_state], [expected.last_hidden_state], 1e-12)
+
+
 def test_who_reads_tokens_gets_them_at_once() -> None:
     """Otherwise everything would be computed twice, call after call."""
     model, original = pair()
