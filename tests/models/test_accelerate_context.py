@@ -43,7 +43,9 @@ def test_another_default_device(library: str, dtype: torch.dtype) -> None:
         with torch.device("meta"), counted() as calls:
             actual = tensors_of(model(**x))
     assert_close(actual, expected, 2e-6 if dtype == torch.float32 else 1e-12)
-    assert calls or library == "clipfast"
+    # calls for hidden states go through the blocks, and not through the stack that is counted
+    assert calls or library in ("clipfast", "transformers siglip")
+    assert not (library != "clipfast" and clipfast.acceleration(model).fell_back)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -61,7 +63,8 @@ def test_forward_mode_gives_tangents(library: str, grad: bool) -> None:
     assert_close([tangents[1]], [tangents[0]], 1e-12)
 
 
-@pytest.mark.parametrize("library", LIBRARIES)
+# a batch of SigLIP 2 is more than its pixels
+@pytest.mark.parametrize("library", [name for name in LIBRARIES if name != "transformers siglip"])
 def test_torch_func(library: str) -> None:
     plain, model, x = models(library)
     name, results = image_name(x), []
