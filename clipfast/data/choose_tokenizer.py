@@ -7,7 +7,9 @@ from pathlib import Path
 
 from clipfast.data.tokenizer import Tokenizer
 from clipfast.data.tokenizer_base import AnyTokenizer
-from clipfast.models.config import TextConfig, get_config
+from clipfast.models.config import TextConfig, list_models
+from clipfast.models.foreign_config import config_of
+from clipfast.models.model_folder import CONFIG_FILE
 
 _FILES = "a tokenizer.json, a SentencePiece .model, or a folder with one"
 # mT5's vocabulary has 100 tokens for pre-training that SigLIP's tables of embeddings lack
@@ -22,10 +24,20 @@ def get_tokenizer(name: str | os.PathLike[str], context_length: int | None = Non
     Raises:
         ValueError: An unknown name, or a model whose tokenizer comes from a file.
     """
-    if Path(name).exists():
-        return Tokenizer.from_file(name, context_length=context_length)
-    text = get_config(os.fspath(name)).text_cfg
+    # the name of a model is no path, even where something of that name lies here
+    path = None if os.fspath(name) in list_models() else Path(name)
+    if path is not None and path.exists() and not _reads_as_clip(path):
+        return Tokenizer.from_file(path, context_length=context_length)
+    text = config_of(name).text_cfg
     return tokenizer_for(text) if context_length is None else type(tokenizer_for(text))(context_length)
+
+
+def _reads_as_clip(path: Path) -> bool:
+    """Tell whether a path is the folder of a run whose texts CLIP's tokenizer reads: it keeps no file of that."""
+    if not (path / CONFIG_FILE).is_file():
+        return False
+    text = config_of(path).text_cfg
+    return text.vocab_size == Tokenizer.vocab_size and tokenizer_beside(path, text) is None
 
 
 def tokenizer_beside(model: str | os.PathLike[str], text: TextConfig) -> Path | None:

@@ -6,12 +6,13 @@ import re
 from dataclasses import replace
 
 import pytest
+import small
 import torch
 import vocabularies
 from vocabularies import SIGLIP_CONFIG, folder
 
 import clipfast
-from clipfast.data.choose_tokenizer import keep_tokenizer, tokenizer_beside, tokenizer_for
+from clipfast.data.choose_tokenizer import get_tokenizer, keep_tokenizer, tokenizer_beside, tokenizer_for
 from clipfast.models.config import TextConfig
 
 FILES = {"spiece.model": vocabularies.spm, "tokenizer_config.json": lambda: SIGLIP_CONFIG}
@@ -96,3 +97,12 @@ def test_a_models_folder_has_its_tokenizer(siglip, tmp_path):
     assert torch.equal(tokenizer_for(text, run)(["a Dog!"]), tokenizer_for(text, siglip)(["a Dog!"]))
     keep_tokenizer(clipfast.Tokenizer(), run)
     assert not (run / "clipfast_tokenizer.json").exists()
+
+
+def test_a_run_of_clip_keeps_no_file(tmp_path, monkeypatch):
+    run = small.run(tmp_path / "run")
+    assert get_tokenizer(run)(["a dog"]).tolist() == clipfast.Tokenizer(16)(["a dog"]).tolist()
+    assert get_tokenizer(run, 20).context_length == 20
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ViT-B-32").mkdir()  # a name is no path
+    assert get_tokenizer("ViT-B-32").context_length == 77
