@@ -114,7 +114,7 @@ def bytes_table() -> str:
 def text() -> str:
     """Return what stands between the page's marks."""
     about = (
-        "Decisions for large batches of classic CLIP's models (other families' calls fall into the same classes, by length "
+        "Decisions for large batches of classic CLIP's models (others' calls fall into the same classes, by length "
         "and head width); for small ones PyTorch, but for packed captions and the losses:"
     )
     return f"{bytes_table()}\n{about}\n\n{table()}"
