@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import clipfast
-from clipfast.modules import block, resnet, vit
+from clipfast.modules import block, patches, resnet, vit
 from clipfast.ops import (
     attention_packed,
     attention_triton,
@@ -124,7 +124,7 @@ def read_of_the_last_block(patch: Patch) -> None:
 
 
 def patches_copied(patch: Patch) -> None:
-    patch.setattr(vit.transfer, "to_device", lambda host, device: host.to(device))
+    patch.setattr(patches.transfer, "to_device", lambda host, device: host.to(device))
 
 
 def batch_norm(patch: Patch) -> None:
