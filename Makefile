@@ -1,9 +1,9 @@
 # Every target is a thin call; scripts/ and the `clipfast` command do the work.
 # ARGS passes options on: make demo ARGS="--steps 50", make test ARGS="-k tokenizer".
 
-# tests run in so many processes, each with one thread
+# tests run in so many processes, each with one thread, and so do the programs that they start: more would wait for each other
 JOBS ?= 2
-PYTEST = .venv/bin/pytest -n $(JOBS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(JOBS) --dist loadfile
 
 .PHONY: help demo test test-all test-cuda-build exhaustive bench kernels wheel sdist gpu lint clean
 
