@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
 import clipfast
-from clipfast.modules import block, patches, resnet, vit
+from clipfast.modules import block, patches, resnet
 from clipfast.ops import (
     attention_packed,
     attention_triton,
