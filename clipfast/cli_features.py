@@ -15,6 +15,9 @@ from clipfast.data.options import DataOptions
 from clipfast.notices import error_console, say
 
 if TYPE_CHECKING:
+    import os
+
+    from clipfast.data.tokenizer_base import AnyTokenizer
     from clipfast.models.clip import CLIP
 
 _Model = Annotated[
@@ -92,7 +95,7 @@ def eval_(
         from clipfast.evaluate.linear_probe import SWEEP
         from clipfast.evaluate.run import Reading, evaluate, metrics_table, write_evaluation
 
-        clip = _open(model, weights, device, precision)
+        clip, read_by = _open(model, tokenizer, weights, device, precision)
         reading = Reading(batch_size, workers, error_console())
         result = evaluate(
             clip,
@@ -105,7 +108,7 @@ def eval_(
             c=SWEEP if c is None else c,
             reading=reading,
             options=data_options(),
-            tokenizer=_tokenizer_of(clip, model, tokenizer),
+            tokenizer=read_by,
         )
         about = {"clipfast": __version__, "model": model, "data": data, "precision": precision}
         if output is not None:
@@ -145,7 +148,7 @@ def embed(
     with _mistakes_told():
         from clipfast.embed.embed import embed as compute
 
-        clip = _open(model, weights, device, precision)
+        clip, read_by = _open(model, tokenizer, weights, device, precision)
         result = compute(
             clip,
             source,
@@ -158,7 +161,7 @@ def embed(
             batch_size=batch_size,
             workers=workers,
             restart=restart,
-            tokenizer=_tokenizer_of(clip, model, tokenizer),
+            tokenizer=read_by,
             model_source=_where(model, weights, tokenizer),
             console=error_console(),
         )
@@ -209,7 +212,7 @@ def show(
     with _mistakes_told():
         from clipfast.visualize.show import show as draw
 
-        clip = _open(model, weights, device, "fp32")
+        clip, read_by = _open(model, tokenizer, weights, device, "fp32")
         place = Path(model)
         log = (place if place.is_dir() else place.parent) / "log.jsonl"
         has_log = place.exists() and log.is_file()
@@ -222,7 +225,7 @@ def show(
             method=method,
             block=block,
             dark=dark,
-            tokenizer=_tokenizer_of(clip, model, tokenizer),
+            tokenizer=read_by,
         )
         for file in files:
             echo(file)
@@ -250,22 +253,16 @@ def _mistakes_told() -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _open(spec: str, weights: str | Path | None, device: str, precision: str) -> CLIP:
-    import torch
+def _open(
+    spec: str, tokenizer: Path | None, weights: Path | None, device: str, precision: str
+) -> tuple[CLIP, AnyTokenizer | str | os.PathLike[str] | None]:
+    """Return a model, and where its tokenizer lies; None for CLIP's."""
+    from clipfast.data.model_inputs import model_and_tokenizer
+    from clipfast.models.open_model import PRECISIONS
 
-    from clipfast.models.open_model import open_model
-
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    if precision not in dtypes:
-        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(dtypes)}")
-    return open_model(spec, weights, device, dtypes[precision])
-
-
-def _tokenizer_of(clip: CLIP, model: str, given: str | Path | None) -> str | Path | None:
-    """Return where the model's tokenizer lies; None for CLIP's."""
-    from clipfast.data.choose_tokenizer import tokenizer_beside
-
-    return given if given is not None else tokenizer_beside(model, clip.config.text_cfg)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    return model_and_tokenizer(spec, tokenizer, weights, device, PRECISIONS[precision])
 
 
 def _where(model: str, weights: Path | None, tokenizer: Path | None) -> dict[str, str]:

@@ -193,16 +193,15 @@ class RowProgress(ProgressLines):
         super().__exit__(kind, error, trace)
         took = time.monotonic() - self._started
         if kind is None and took >= self._seconds_between_lines:
-            self.write(rate_in_words(self._rate(took)), f"took {in_words(took)}")
+            self.write(rate_in_words(self._rate(self._done, took)), f"took {in_words(took)}")
 
     def __call__(self, rows: int) -> None:
         """Count ``rows`` more."""
-        took = time.monotonic() - self._started
         done = self._done + rows
-        rate = (done - self._first) / max(took, 1e-9)
+        rate = self._rate(done, time.monotonic() - self._started)
         self.show(done, rate_in_words(rate))
         if done < self._total and self.is_due():
             self.write(rate_in_words(rate), f"{in_words((self._total - done) / max(rate, 1e-9))} left")
 
-    def _rate(self, took: float) -> float:
-        return (self._done - self._first) / max(took, 1e-9)
+    def _rate(self, done: int, took: float) -> float:
+        return (done - self._first) / max(took, 1e-9)

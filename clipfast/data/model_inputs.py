@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -31,11 +32,12 @@ def model_and_tokenizer(
     tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None,
     weights: str | os.PathLike[str] | None = None,
     device: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> tuple[CLIP, AnyTokenizer | str | os.PathLike[str] | None]:
     """Open a model where its folder or name is given, with the tokenizer that lies beside it unless one is given."""
     if not isinstance(model, (str, os.PathLike)):
         return model, tokenizer
-    clip = open_model(model, weights, device)
+    clip = open_model(model, weights, device, dtype)
     return clip, tokenizer_beside(model, clip.config.text_cfg) if tokenizer is None else tokenizer
 
 

@@ -14,10 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from clipfast.data.transform import MAX_PIXELS, check_numbers, per_channel, random_part, ready_to_resize
+from clipfast.data.transform import MAX_PIXELS, check_numbers, normalise_, random_part, ready_to_resize
+from clipfast.models.preprocess import SIGLIP
 from clipfast.modules.naflex import Patches, cut
-
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 # the scales that are looked among, and how exactly: transformers', so that every picture gets the same grid
 _PRECISION = 1e-5
@@ -57,8 +56,8 @@ class NaFlexTransform:
     max_patches: int = 256
     patch_size: int = 16
     train: bool = False
-    mean: tuple[float, float, float] = SIGLIP_MEAN
-    std: tuple[float, float, float] = SIGLIP_STD
+    mean: tuple[float, float, float] = SIGLIP.mean
+    std: tuple[float, float, float] = SIGLIP.std
     scale: tuple[float, float] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     max_pixels: int = MAX_PIXELS
@@ -79,8 +78,7 @@ class NaFlexTransform:
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         # in transformers' order of roundings
         values = pixels.to(torch.float64).mul_(1 / 255).to(torch.float32)
-        values = values.sub_(per_channel(self.mean, values)).div_(per_channel(self.std, values))
-        return Patches(cut(values, self.patch_size), grid)
+        return Patches(cut(normalise_(values, self.mean, self.std), self.patch_size), grid)
 
     def _random_box(self, size: tuple[int, int], generator: torch.Generator | None) -> tuple[int, int, int, int]:
         # of the picture's own shape, more or less
@@ -98,8 +96,8 @@ def naflex_transform(
     patch_size: int = 16,
     *,
     train: bool = False,
-    mean: Sequence[float] = SIGLIP_MEAN,
-    std: Sequence[float] = SIGLIP_STD,
+    mean: Sequence[float] = SIGLIP.mean,
+    std: Sequence[float] = SIGLIP.std,
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     max_pixels: int = MAX_PIXELS,

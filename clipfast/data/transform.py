@@ -159,7 +159,7 @@ class ImageTransform:
         image = self._random_resized_crop(image, generator) if self.train else self._resized(image)
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
         values = pixels.to(torch.float32).div_(255)
-        return values.sub_(per_channel(self.mean, values)).div_(per_channel(self.std, values))
+        return normalise_(values, self.mean, self.std)
 
     def blank(self) -> torch.Tensor:
         """A picture of zeros, for the place of one that cannot be read."""
@@ -274,11 +274,16 @@ def to_pixels(
     """Undo the normalisation of images `[B, 3, H, W]`: uint8 `[B, H, W, 3]`, as pictures are drawn from."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [B, 3, H, W], got {list(images.shape)}")
-    values = images.detach().float() * per_channel(std, images) + per_channel(mean, images)
+    values = images.detach().float() * _per_channel(std, images) + _per_channel(mean, images)
     return (values * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
+def normalise_(values: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """Normalise a picture's float32 values `[3, H, W]` in place, and return them."""
+    return values.sub_(_per_channel(mean, values)).div_(_per_channel(std, values))
+
+
+def _per_channel(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     """Three numbers as float32 `[3, 1, 1]`, where `like` is."""
     return torch.tensor(values, dtype=torch.float32, device=like.device).view(3, 1, 1)
 

@@ -15,9 +15,9 @@ from clipfast.hints import keywords_told
 from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig
 from clipfast.models.create import create_model
+from clipfast.models.open_model import PRECISIONS
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_DTYPES |= {f"pure_{name}": dtype for name, dtype in _DTYPES.items() if name != "fp32"}
+_DTYPES = PRECISIONS | {f"pure_{name}": dtype for name, dtype in PRECISIONS.items() if name != "fp32"}
 
 
 @keywords_told

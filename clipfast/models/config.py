@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -241,12 +242,16 @@ def _nearest(name: str, known: list[str]) -> str:
 # names that a message lists
 _MOST_SHOWN = 24
 
-_NAMED = {name: CLIPConfig.from_dict(row) for name, row in rows().items()}
+
+@cache
+def _named() -> dict[str, CLIPConfig]:
+    """Return the named models; who brings a configuration of his own does not wait for them."""
+    return {name: CLIPConfig.from_dict(row) for name, row in rows().items()}
 
 
 def list_models() -> list[str]:
     """Return the names that :func:`clipfast.create_model` knows; see :mod:`clipfast.models.named`."""
-    return list(_NAMED)
+    return list(_named())
 
 
 def get_config(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str, Any]) -> CLIPConfig:
@@ -261,8 +266,8 @@ def get_config(name_or_config: str | os.PathLike[str] | CLIPConfig | Mapping[str
             f"the path of a JSON file"
         )
     name = os.fspath(name_or_config)
-    if name in _NAMED:
-        return _NAMED[name]
+    if name in _named():
+        return _named()[name]
     if name.endswith(".json"):
         try:
             values = json.loads(Path(name).read_bytes().decode("utf-8-sig"))

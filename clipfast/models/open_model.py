@@ -16,6 +16,9 @@ from clipfast.models.create import create_model
 from clipfast.models.foreign_config import config_of, folder_config
 from clipfast.models.model_folder import CONFIG_FILE, WEIGHTS_FILE
 
+#: What the commands and open_clip call dtypes of weights.
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def open_model(
     spec: str | os.PathLike[str],

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from clipfast.ops.attention_packed import offsets_of
+
 
 class Patches(NamedTuple):
     """One picture, cut into patches.
@@ -78,7 +80,7 @@ class NaFlexBatch:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "grids", _checked_grids(self.grids))
-        object.__setattr__(self, "cu_seqlens", torch.cat([self.grids.new_zeros(1), self.lengths.cumsum(0)]))
+        object.__setattr__(self, "cu_seqlens", offsets_of(self.lengths))
         if not isinstance(self.patches, Tensor) or not self.patches.is_floating_point():
             came = self.patches.dtype if isinstance(self.patches, Tensor) else type(self.patches).__name__
             raise TypeError(f"NaFlexBatch(patches): got {came}, expected a floating-point tensor [total, 3·P·P]")

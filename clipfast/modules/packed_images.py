@@ -23,6 +23,7 @@ from clipfast.modules.positions import Grid, positions_for
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.uncompiled import uncompiled
 from clipfast.ops import attention_packed, transfer
+from clipfast.ops.attention_packed import inverse, offsets_of
 
 _FORWARDS = {kind: kind.forward for kind in (LayerNorm, AttentionPool, ProbeAttention, PatchDropout)}
 _NOT_COMPILED = "how many patches a NaFlexBatch has is data: its blocks are compiled, what lies around them is not"
@@ -64,18 +65,18 @@ def arrange(batch: NaFlexBatch, device: torch.device, dropped: float = 0.0) -> A
     by_length = (batch.lengths * (int(batch.grids.max()) + 1) + batch.grids[:, 0]).sort(stable=True).indices
     lengths, begins = batch.lengths[by_length], batch.cu_seqlens[:-1][by_length]
     kept, drawn = (lengths, None) if not dropped else _drawn(lengths, dropped)
-    cu_seqlens = _offsets(kept)
+    cu_seqlens = offsets_of(kept)
     # each packed patch's place among those of its picture that are kept, and among all
     within = torch.arange(int(cu_seqlens[-1]), device="cpu") - cu_seqlens[:-1].repeat_interleave(kept)
     places = within if drawn is None else drawn
     rows = places + begins.repeat_interleave(kept)
-    first = _offsets(torch.tensor([rows * columns for rows, columns in distinct], device="cpu"))
+    first = offsets_of(torch.tensor([rows * columns for rows, columns in distinct], device="cpu"))
     of_picture = first[torch.tensor([distinct[grid] for grid in grids], device="cpu")]
     positions = places + of_picture[by_length].repeat_interleave(kept)
-    order = _inverse(by_length)
-    sorted_back = within + _offsets(kept[order])[:-1][by_length].repeat_interleave(kept)
+    order = inverse(by_length)
+    sorted_back = within + offsets_of(kept[order])[:-1][by_length].repeat_interleave(kept)
     offsets, rows, positions, order, back, there = transfer.together(
-        [cu_seqlens.int(), rows, positions, order, _inverse(sorted_back), sorted_back], device
+        [cu_seqlens.int(), rows, positions, order, inverse(sorted_back), sorted_back], device
     )
     attention_packed.remember(cu_seqlens, kept, int(cu_seqlens[-1]), None if device.type == "cpu" else offsets)
     in_order = drawn is None and bool((by_length.diff() > 0).all())
@@ -91,14 +92,6 @@ def _drawn(lengths: Tensor, dropped: float) -> tuple[Tensor, Tensor]:
         kept += [max(1, int(n * (1 - dropped)))] * count
         places.append(torch.randn(count, n, device="cpu").topk(kept[-1], dim=-1).indices.flatten())
     return torch.tensor(kept, device="cpu"), torch.cat(places)
-
-
-def _offsets(lengths: Tensor) -> Tensor:
-    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-
-
-def _inverse(order: Tensor) -> Tensor:
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device="cpu"))
 
 
 def check_batch(batch: NaFlexBatch, patch_size: int, weight: Tensor) -> None:

@@ -56,12 +56,12 @@ def pack(tokens: Tensor, read: Tensor, device: torch.device | None = None, fill:
     if fill:
         read, captions = (F.pad(t, (0, fill)) for t in (read, captions))
     lengths, by_length = (read + 1).sort(stable=True)
-    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    cu_seqlens = attention_packed.offsets_of(lengths)
     # in host memory, whatever PyTorch's default device is
     total = int(cu_seqlens[-1])
     positions = torch.arange(total, device="cpu") - cu_seqlens[:-1].repeat_interleave(lengths)
     rows = positions + (captions[by_length] * tokens.shape[1]).repeat_interleave(lengths)
-    order = torch.empty_like(by_length).scatter_(0, by_length, torch.arange(len(by_length), device="cpu"))
+    order = attention_packed.inverse(by_length)
     order = order[: len(order) - fill]
     on_host = tokens.device.type == "cpu"
     ids = tokens.flatten()[rows] if on_host else rows

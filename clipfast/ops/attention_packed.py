@@ -194,11 +194,17 @@ def group_by_length(offsets: list[int], device: torch.device) -> Groups:
     # from where a token goes to where it comes from is as far as for its sequence's first
     moves = torch.tensor(starts, device="cpu")[sequences] - (lengths.cumsum(0) - lengths)
     tokens = torch.arange(offsets[-1], device="cpu") + moves.repeat_interleave(lengths)
-    orders = transfer.together([tokens, _inverse(tokens), sequences, _inverse(sequences)], device)
+    orders = transfer.together([tokens, inverse(tokens), sequences, inverse(sequences)], device)
     return Groups(counts, (orders[0], orders[1]), (orders[2], orders[3]))
 
 
-def _inverse(order: Tensor) -> Tensor:
+def offsets_of(lengths: Tensor) -> Tensor:
+    """Return the offsets ``[S + 1]`` of sequences of lengths ``[S]`` that are packed one behind the other."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+
+
+def inverse(order: Tensor) -> Tensor:
+    """Return the permutation that undoes ``order``."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
 
 

@@ -31,7 +31,7 @@ def test_every_way_to_name_a_model(tmp_path):
 
 
 def test_a_name_with_weights(tmp_path, monkeypatch):
-    monkeypatch.setitem(config._NAMED, "small", CLIPConfig.from_dict(small.CONFIG))
+    monkeypatch.setitem(config._named(), "small", CLIPConfig.from_dict(small.CONFIG))
     weights = tmp_path / "w.pt"
     torch.save(small.model().state_dict(), weights)
     assert same(open_model("small", weights))
