@@ -22,6 +22,7 @@ from clipfast.benchmark.machine import commit_name, details, folder_name, machin
 from clipfast.benchmark.measure import Call, Measurement, Oracle
 from clipfast.benchmark.results import Limits, Row, Run, write_run
 from clipfast.benchmark.summary import share_of_limit
+from clipfast.ops import dispatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
@@ -146,6 +147,17 @@ def lines_of(row: Row) -> list[str]:
             line += f", error {side.error:.1e}"
         lines.append(line)
     return lines + [f"  {name:<30} {reason}" for name, reason in row.missing.items()]
+
+
+def op_facts(op: str, *args: Any, backward: bool, **kwargs: Any) -> dict[str, Any]:
+    """Return what a row of one op tells of clipfast's call: its shape class, and which implementation served it."""
+    tensors = [a.detach().requires_grad_(backward) if isinstance(a, Tensor) else a for a in args]
+    served_by = clipfast.explain(op, *tensors, **kwargs).splitlines()[0].removeprefix(f"{op}: ")
+    return {
+        "shape_class": dispatch.shape_class(op, *args, **kwargs),
+        "backward": backward,
+        "served_by": served_by,
+    }
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, DTYPE, ON_GPU, by_scale, dtype_name, exactly, measure, on_backend, rotating, with_backward
+from harness import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    by_scale,
+    dtype_name,
+    exactly,
+    measure,
+    on_backend,
+    op_facts,
+    rotating,
+    with_backward,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfast import ops
 from clipfast.benchmark.measure import Oracle
 from clipfast.benchmark.results import Row
-from clipfast.ops import dispatch
 
 HEADS, HEAD_DIM = 12, 64
 # the series that differs by tokens alone: B-32, B-16, L-14, L-14-336; and the causal text tower beside it
@@ -79,7 +90,6 @@ def test_attention(tokens, causal, backward, benchmark):
         axis=None if causal else "tokens",
         at=None if causal else tokens,
         law={} if causal else {"time": 2, "memory": 1},
-        facts={"shape_class": dispatch.shape_class("attention", *inputs[0], HEADS, causal=causal)}
-        | {"backward": backward},
+        facts=op_facts("attention", *inputs[0], HEADS, causal=causal, backward=backward),
     )
     measure(benchmark, row, sides, inputs, oracle=Oracle(exact, "PyTorch"), saves=backward)

@@ -8,12 +8,23 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, DTYPE, ON_GPU, by_scale, dtype_name, exactly, measure, on_backend, rotating, with_backward
+from harness import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    by_scale,
+    dtype_name,
+    exactly,
+    measure,
+    on_backend,
+    op_facts,
+    rotating,
+    with_backward,
+)
 
 from clipfast import ops
 from clipfast.benchmark.measure import Oracle
 from clipfast.benchmark.results import Row
-from clipfast.ops import dispatch
 
 # the hidden rows of an image and their width
 SIZES = {"B-32": (50, 3072), "B-16": (197, 3072), "L-14": (257, 4096)}
@@ -62,6 +73,6 @@ def test_bias_gelu(size, backward, form, benchmark):
         flops=rows * width * (11 + backward * 12),
         # forward: x, y; backward: dy, x, dx
         bytes=(5 if backward else 2) * rows * width * DTYPE.itemsize,
-        facts={"shape_class": dispatch.shape_class("bias_gelu", *inputs[0], form), "backward": backward},
+        facts=op_facts("bias_gelu", *inputs[0], form, backward=backward),
     )
     measure(benchmark, row, sides, inputs, oracle=Oracle(exact, "PyTorch"), saves=backward)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from harness import DEVICE, absent, by_scale, dtype_name, measure, on_backend
+from harness import DEVICE, absent, by_scale, dtype_name, measure, on_backend, op_facts
 
 from clipfast import ops
 from clipfast.benchmark.measure import Oracle
 from clipfast.benchmark.results import Row
-from clipfast.ops import dispatch
 
 WIDTH = 512
 SCALE, BIAS = 14.3, -10.0
@@ -120,7 +119,7 @@ def run(benchmark, op, batch, dtype, sides, inputs):
         axis="batch",
         at=batch,
         law={"time": 2, "memory": 1},
-        facts={"shape_class": dispatch.shape_class(op, *inputs), "backward": True},
+        facts=op_facts(op, *inputs, backward=True),
     )
     measure(benchmark, row, sides, [inputs], oracle=Oracle(exact, "PyTorch", scales), saves=True)
 

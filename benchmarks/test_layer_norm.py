@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import DEVICE, DTYPE, ON_GPU, absent, by_scale, dtype_name, exactly, measure, rotating, with_backward
+from harness import (
+    DEVICE,
+    DTYPE,
+    ON_GPU,
+    absent,
+    by_scale,
+    dtype_name,
+    exactly,
+    measure,
+    op_facts,
+    rotating,
+    with_backward,
+)
 
 import clipfast
 from clipfast import ops
 from clipfast.benchmark.measure import Oracle
 from clipfast.benchmark.results import Row
-from clipfast.ops import dispatch
 
 # rows and width: the text tower, B-32, B-16, L-14 and H-14
 SIZES = {"text": (77, 512), "B-32": (50, 768), "B-16": (197, 768), "L-14": (257, 1024), "H-14": (257, 1280)}
@@ -78,6 +89,6 @@ def test_layer_norm(size, backward, add, benchmark):
         flops=rows * width * (8 + add + backward * 14),
         # forward: x, y and with add residual, stream; backward: dy, x, dx and with add dstream
         bytes=((4 if add else 2) + backward * (4 if add else 3)) * rows * width * DTYPE.itemsize,
-        facts={"shape_class": dispatch.shape_class(op, *inputs[0]), "backward": backward},
+        facts=op_facts(op, *inputs[0], backward=backward),
     )
     measure(benchmark, row, sides, inputs, oracle=Oracle(exact, "PyTorch"), saves=backward)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from harness import DEVICE, absent, by_scale, dtype_name, measure
 from torch import Tensor, nn
-from towers import DEPTH, compiled, exact_features, in_inference_mode, operations, reference
+from towers import DEPTH, compiled, counted, exact_features, in_inference_mode, operations, reference
 
 import clipfast
 from clipfast.benchmark.measure import Oracle
@@ -110,7 +110,7 @@ def side(theirs: nn.Module | str, encode: Callable[[nn.Module], Callable[[Tensor
 
 def row_of(mine: clipfast.CLIP, call: Callable[[], object], items: int, unit: str, dtype: torch.dtype) -> Row:
     tower = mine.visual if unit == "images" else mine.transformer
-    words = f"{NAME}, {items} {unit}"
+    words = f"{NAME}, {counted(items, unit[:-1])}"
     return Row(
         op="towers",
         name=f"{words}{'' if unit == 'images' else ' of 64 tokens'}, {dtype_name(dtype)}",

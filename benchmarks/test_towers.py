@@ -15,7 +15,7 @@ import pytest
 import torch
 from harness import DEVICE, ON_GPU, absent, by_scale, dense, dtype_name, measure
 from torch import Tensor, nn
-from towers import DEPTH, compiled, exact_features, in_inference_mode, operations, reference
+from towers import DEPTH, compiled, counted, exact_features, in_inference_mode, operations, reference
 
 import clipfast
 from clipfast.benchmark.measure import Oracle
@@ -72,28 +72,52 @@ def open_clips(name: str, mine: clipfast.CLIP) -> nn.Module | str:
     return theirs.eval().to(DEVICE, next(mine.parameters()).dtype)
 
 
-def transformers_tower(mine: clipfast.CLIP) -> Callable[[Tensor], Tensor] | str:
+def transformers_model(mine: clipfast.CLIP) -> nn.Module | str:
+    """Return transformers' model with the same weights, or why not."""
     if reason := absent("transformers"):
         return reason
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPConfig, CLIPModel
 
-    vision = mine.config.vision_cfg
-    tower = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=vision.width,
-            intermediate_size=4 * vision.width,
-            num_hidden_layers=vision.layers,
-            num_attention_heads=vision.width // vision.head_width,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
+    vision, text = mine.config.vision_cfg, mine.config.text_cfg
+    theirs = CLIPModel(
+        CLIPConfig(
             projection_dim=mine.config.embed_dim,
-            hidden_act="gelu",
+            vision_config={
+                "hidden_size": vision.width,
+                "intermediate_size": 4 * vision.width,
+                "num_hidden_layers": vision.layers,
+                "num_attention_heads": vision.width // vision.head_width,
+                "image_size": vision.image_size,
+                "patch_size": vision.patch_size,
+                "hidden_act": "gelu",
+            },
+            text_config={
+                "hidden_size": text.width,
+                "intermediate_size": 4 * text.width,
+                "num_hidden_layers": text.layers,
+                "num_attention_heads": text.heads,
+                "hidden_act": "gelu",
+                "bos_token_id": 49406,
+                "eos_token_id": 49407,
+                "pad_token_id": 0,
+            },
         )
-    ).eval()
+    )
     state = {key: value.float().cpu() for key, value in mine.state_dict().items()}
-    tower.load_state_dict(from_openai(image_tower_of(state), "transformers"), strict=False)
-    tower = tower.to(DEVICE, next(mine.parameters()).dtype)
-    return lambda images: tower(images).image_embeds
+    theirs.load_state_dict(from_openai(state, "transformers"), strict=False)
+    return theirs.eval().to(DEVICE, next(mine.parameters()).dtype)
+
+
+def transformers_images(theirs: nn.Module | str) -> Callable[[Tensor], Tensor] | str:
+    if isinstance(theirs, str):
+        return theirs
+    return lambda images: theirs.visual_projection(theirs.vision_model(images).pooler_output)
+
+
+def transformers_texts(theirs: nn.Module | str) -> Callable[[Tensor], Tensor] | str:
+    if isinstance(theirs, str):
+        return theirs
+    return lambda tokens: theirs.text_projection(theirs.text_model(tokens).pooler_output)
 
 
 def timm_tower(name: str, mine: clipfast.CLIP) -> Callable[[Tensor], Tensor] | str:
@@ -153,7 +177,7 @@ def test_images(name: str, count: int, dtype: torch.dtype, benchmark: object) ->
             "clipfast, dense": dense(mine.encode_image),
             "PyTorch": reference(mine.encode_image),
             "open_clip": tower,
-            "transformers": transformers_tower(mine),
+            "transformers": transformers_images(transformers_model(mine)),
             "timm": timm_tower(name, mine),
         }
         if (
@@ -162,8 +186,8 @@ def test_images(name: str, count: int, dtype: torch.dtype, benchmark: object) ->
             sides |= {"OpenVINO": openvino(tower, images), "open_clip, compiled, frozen": compiled(tower)}
     row = Row(
         op="towers",
-        name=f"{name}, {count} images, {dtype_name(dtype)}",
-        label=f"{name}, {count} images, {dtype_name(dtype)}",
+        name=f"{name}, {counted(count, 'image')}, {dtype_name(dtype)}",
+        label=f"{name}, {counted(count, 'image')}, {dtype_name(dtype)}",
         direction="forward",
         dtype=dtype_name(dtype),
         unit="images",
@@ -200,6 +224,7 @@ def test_zero_shot_prompts(name: str, dtype: torch.dtype, benchmark: object) -> 
             "clipfast, dense": dense(mine.encode_text),
             "PyTorch": reference(mine.encode_text),
             "open_clip": encode,
+            "transformers": transformers_texts(transformers_model(mine)),
             "open_clip, compiled, frozen": compiled(encode),
         }
     average = float((tokens.argmax(dim=-1) + 1).float().mean())
@@ -221,53 +246,6 @@ def test_zero_shot_prompts(name: str, dtype: torch.dtype, benchmark: object) -> 
     measure(benchmark, row, in_inference_mode(sides), [(tokens,)], oracle=oracle)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_padded_captions(name: str, benchmark: object) -> None:
-    """transformers' text tower behind a processor's mask: captions of 10 tokens, padded to 77."""
-    if reason := absent("transformers"):
-        pytest.skip(reason)
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    text = clipfast.create_model(SMALL if name == "small" else name).config.text_cfg
-    theirs = CLIPTextModel(
-        CLIPTextConfig(
-            hidden_size=text.width,
-            intermediate_size=4 * text.width,
-            num_hidden_layers=text.layers,
-            num_attention_heads=text.heads,
-            hidden_act="gelu",
-            bos_token_id=49406,
-            eos_token_id=49407,
-            pad_token_id=49407,
-        )
-    )
-    theirs = theirs.eval().to(DEVICE)
-    mine = clipfast.accelerate(copy.deepcopy(theirs))
-    tokens = torch.randint(1, 49000, (PROMPTS, 77), device=DEVICE)
-    tokens[:, 0], tokens[:, 9:] = 49406, 49407
-    mask = (torch.arange(77, device=DEVICE) < 10).long().expand(PROMPTS, 77)
-
-    def pooled(model: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda tokens: model(input_ids=tokens, attention_mask=mask).pooler_output
-
-    row = Row(
-        op="towers",
-        name=f"{name}, {PROMPTS} captions of 10 tokens padded to 77 with transformers' mask, float32",
-        label=f"{name}, {PROMPTS} padded captions",
-        direction="forward",
-        dtype="float32",
-        unit="captions",
-        items=PROMPTS,
-        flops=operations(lambda: mine(input_ids=tokens)),
-        bytes=4 * sum(p.numel() for p in theirs.encoder.parameters()),
-    )
-    with torch.no_grad():
-        exact = pooled(copy.deepcopy(theirs).double())(tokens)
-    oracle = Oracle([exact], "transformers", factor=DEPTH)
-    sides = {"clipfast": pooled(mine), "transformers": pooled(theirs)}
-    measure(benchmark, row, in_inference_mode(sides), [(tokens,)], oracle=oracle)
-
-
 def training_step(model: nn.Module, loss: Callable[..., Tensor]) -> Callable[[Tensor, Tensor], list[Tensor]]:
     """Return an optimizer step; it gives the loss and the gradients' norm."""
     # so small a rate that every round computes the same
@@ -282,6 +260,21 @@ def training_step(model: nn.Module, loss: Callable[..., Tensor]) -> Callable[[Te
         return [value.detach(), norm]
 
     return step
+
+
+def transformers_step(theirs: nn.Module | str) -> Callable[[Tensor, Tensor], list[Tensor]] | str:
+    if isinstance(theirs, str):
+        return theirs
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = theirs.train()
+
+        def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor]:
+            return (self.model(input_ids=tokens, pixel_values=images, return_loss=True).loss,)
+
+    return training_step(Loss(), lambda value: value)
 
 
 def captions(count: int) -> Tensor:
@@ -317,6 +310,7 @@ def test_training_step(name: str, benchmark: object) -> None:
         from open_clip.loss import ClipLoss
 
         sides["open_clip"] = training_step(theirs.train(), lambda image, text, scale: ClipLoss()(image, text, scale))
+    sides["transformers"] = transformers_step(transformers_model(mine))
     average = float((tokens.argmax(dim=-1) + 1).float().mean())
     row = Row(
         op="towers",

@@ -68,7 +68,8 @@ class Row:
         law: The exponents that theory gives for the series: ``{"time": 2, "memory": 1}``.
         sides: Figures by name; :data:`OURS` first, then :data:`DENSE` where there is one, then rivals.
         missing: Why sides are absent, by name: ``"not installed"``.
-        facts: More, for readers that know the op: ``shape_class`` and ``backward`` for the dispatch table.
+        facts: More, for readers that know the op: ``shape_class`` and ``backward`` for the dispatch table, and
+            ``served_by``, the implementation that served clipfast's call.
     """
 
     op: str

@@ -15,6 +15,7 @@ OPS = {
     "block": "A transformer block",
     "contrastive_loss": "Contrastive loss",
     "towers": "Whole towers",
+    "accelerate": "One line: clipfast.accelerate(model)",
     "training": "The training engine",
     "data": "Data path",
     "tokenizer": "Tokenizer",
