@@ -3,7 +3,8 @@
 
 # tests run in so many processes, each with one thread, and so do the programs that they start: more would wait for each other
 JOBS ?= 2
-PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(JOBS) --dist loadfile
+# tests/conftest.py puts the longest files first
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test test-all test-cuda-build exhaustive bench kernels wheel sdist gpu lint clean
 

@@ -23,10 +23,10 @@ import triton.language as tl
 
 from clipfast.kernels.aot import Loop, Work
 from clipfast.kernels.attention_tiles import (
-    LOWEST,
     NUMBERS,
     absorb,
     absorb_row,
+    begin,
     heads_of,
     load_class_statistics,
     load_row,
@@ -62,6 +62,25 @@ def sequence_bounds(cu_seqlens, batch, tokens, PACKED: tl.constexpr):
     return start, length
 
 
+@triton.jit
+def own_sequence(
+    qkv, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, splits,
+    PACKED: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    """Return what a program works on.
+
+    That is which of the ``splits`` programs of its head and sequence it is, the head, the sequence's first row (int64
+    both) and its length, where queries, keys and values start, and the stride of their tokens in elements.
+    """
+    program = tl.program_id(0)
+    sequence, split = program // splits, program % splits
+    batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
+    start, length = sequence_bounds(cu_seqlens, batch, tokens, PACKED)
+    offset = start * token_stride if PACKED else batch * batch_stride
+    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
+    return split, head, start, length, queries, keys, values, token_stride
+
+
 @jit(do_not_specialize=NUMBERS)
 def streaming_forward(
     qkv, out, lse, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, all_tokens, splits,
@@ -70,12 +89,9 @@ def streaming_forward(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """``qkv [B, N, 3, H, D]`` (``[total, 3, H, D]``) to ``out [B·N, H·D]`` and ``lse [P, H, B·N]``."""
-    program = tl.program_id(0)
-    sequence, split = program // splits, program % splits
-    batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
-    start, length = sequence_bounds(cu_seqlens, batch, tokens, PACKED)
-    offset = start * token_stride if PACKED else batch * batch_stride
-    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
+    split, head, start, length, queries, keys, values, token_stride = own_sequence(
+        qkv, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, splits, PACKED, UNIT
+    )
     out += start * (heads * D) + head * D
     second = widen(all_tokens) * heads
     lse += head * all_tokens + start
@@ -103,15 +119,7 @@ def streaming_forward(
         query = load_tile(
             queries + offset * token_stride, token_stride, length - first, D, QUERIES, BLOCK_D, CLASS_TOKEN
         )
-        if CLASS_TOKEN:
-            class_key, class_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
-            top = signed(tl.sum(query.to(tl.float32) * class_key[None, :], 1), SIGN) * log2_scale
-            total = tl.full((QUERIES,), 1.0, tl.float32)
-            acc = tl.zeros((QUERIES, BLOCK_D), tl.float32) + class_value[None, :]
-        else:
-            top = tl.full((QUERIES,), LOWEST, tl.float32)
-            total = tl.zeros((QUERIES,), tl.float32)
-            acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+        top, total, acc = begin(query, keys, values, log2_scale, QUERIES, D, BLOCK_D, SIGN, CLASS_TOKEN)
         end = tl.minimum(length, first + QUERIES) if CAUSAL else length
         for column in range(START, end, KEYS):
             step = widen(column) * token_stride
@@ -135,12 +143,9 @@ def streaming_backward_queries(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Write dQ of ``d_qkv [B·N or total, 3, H, D]`` and ``delta [H, B·N or total]``."""
-    program = tl.program_id(0)
-    sequence, split = program // splits, program % splits
-    batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
-    start, length = sequence_bounds(cu_seqlens, batch, tokens, PACKED)
-    offset = start * token_stride if PACKED else batch * batch_stride
-    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
+    split, head, start, length, queries, keys, values, token_stride = own_sequence(
+        qkv, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, splits, PACKED, UNIT
+    )
     width = heads * D
     out += start * width + head * D
     d_out += start * width + head * D
@@ -210,12 +215,9 @@ def streaming_backward_keys(
     UNIT: tl.constexpr,
 ):  # fmt: skip
     """Write dK and dV of ``d_qkv [B·N or total, 3, H, D]``."""
-    program = tl.program_id(0)
-    sequence, split = program // splits, program % splits
-    batch, head = (sequence // heads).to(tl.int64), (sequence % heads).to(tl.int64)
-    start, length = sequence_bounds(cu_seqlens, batch, tokens, PACKED)
-    offset = start * token_stride if PACKED else batch * batch_stride
-    queries, keys, values, token_stride = heads_of(qkv, offset, head, token_stride, part_stride, head_stride, UNIT)
+    split, head, start, length, queries, keys, values, token_stride = own_sequence(
+        qkv, cu_seqlens, batch_stride, token_stride, part_stride, head_stride, heads, tokens, splits, PACKED, UNIT
+    )
     width = heads * D
     d_out += start * width + head * D
     d_keys = d_qkv + start * (3 * width) + head * D + width

@@ -146,6 +146,27 @@ def signed(products, SIGN: tl.constexpr):
 
 
 @triton.jit
+def begin(
+    query, keys, values, log2_scale, QUERIES: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SIGN: tl.constexpr,
+    CLASS_TOKEN: tl.constexpr,
+):  # fmt: skip
+    """Return ``top, total, acc`` (see :func:`absorb`) of a tile of queries that has seen the class token, or nothing.
+
+    A class token's key and value are read again by every tile: cheaper than the registers to keep them in.
+    """
+    if CLASS_TOKEN:
+        class_key, class_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
+        top = signed(tl.sum(query.to(tl.float32) * class_key[None, :], 1), SIGN) * log2_scale
+        total = tl.full((QUERIES,), 1.0, tl.float32)
+        acc = tl.zeros((QUERIES, BLOCK_D), tl.float32) + class_value[None, :]
+    else:
+        top = tl.full((QUERIES,), LOWEST, tl.float32)
+        total = tl.zeros((QUERIES,), tl.float32)
+        acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+    return top, total, acc
+
+
+@triton.jit
 def absorb(query, key, value, rows, columns, tokens, top, total, acc, log2_scale, SIGN: tl.constexpr,
            CAUSAL: tl.constexpr, FULL: tl.constexpr):  # fmt: skip
     """Let a tile of queries see a tile of keys: one step of the online softmax (Milakov and Gimelshein, 2018).

@@ -18,11 +18,11 @@ import triton.language as tl
 
 from clipfast.kernels.aot import Loop, Work
 from clipfast.kernels.attention_tiles import (
-    LOWEST,
     NUMBERS,
     absorb,
     absorb_row,
     backpropagate,
+    begin,
     heads_of,
     load_row,
     load_tile,
@@ -75,16 +75,7 @@ def whole_forward(
         query = load_tile(
             queries + first * token_stride, token_stride, tokens - first, D, QUERIES, BLOCK_D, CLASS_TOKEN
         )
-        if CLASS_TOKEN:
-            # read again by every tile: cheaper than the registers to keep them in
-            class_key, class_value = load_row(keys, D, BLOCK_D), load_row(values, D, BLOCK_D)
-            top = signed(tl.sum(query.to(tl.float32) * class_key[None, :], 1), SIGN) * log2_scale
-            total = tl.full((QUERIES,), 1.0, tl.float32)
-            acc = tl.zeros((QUERIES, BLOCK_D), tl.float32) + class_value[None, :]
-        else:
-            top = tl.full((QUERIES,), LOWEST, tl.float32)
-            total = tl.zeros((QUERIES,), tl.float32)
-            acc = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+        top, total, acc = begin(query, keys, values, log2_scale, QUERIES, D, BLOCK_D, SIGN, CLASS_TOKEN)
         columns = START + tl.arange(0, KEYS_0)
         top, total, acc = absorb(
             query, key_0, value_0, rows, columns, tokens, top, total, acc, log2_scale,

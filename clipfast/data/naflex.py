@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
-from clipfast.data.transform import MAX_PIXELS, check_numbers, normalise_, random_part, ready_to_resize
+from clipfast.data.transform import MAX_PIXELS, OfPictures, check_numbers, normalise_, random_part, ready_to_resize
 from clipfast.models.preprocess import SIGLIP
 from clipfast.modules.naflex import Patches, cut
 
@@ -50,19 +50,13 @@ def patch_grid(height: int, width: int, max_patches: int, patch_size: int) -> tu
 
 
 @dataclass(frozen=True)
-class NaFlexTransform:
+class NaFlexTransform(OfPictures):
     """See :func:`naflex_transform`, which makes it."""
 
     max_patches: int = 256
     patch_size: int = 16
-    train: bool = False
-    mean: tuple[float, float, float] = SIGLIP.mean
-    std: tuple[float, float, float] = SIGLIP.std
-    scale: tuple[float, float] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    max_pixels: int = MAX_PIXELS
-    as_open_clip: bool = False
-    apply_orientation: bool = False
+    mean: tuple[float, float, float] = field(default=SIGLIP.mean, kw_only=True)
+    std: tuple[float, float, float] = field(default=SIGLIP.std, kw_only=True)
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Patches:
         """The picture as float32 patches, normalised; errors as :func:`naflex_transform` says.
@@ -132,17 +126,9 @@ def naflex_transform(
             raise ValueError(f"{name} must be a positive int, got {value!r}")
     check_numbers(mean, std, scale, ratio)
     return NaFlexTransform(
-        max_patches,
-        patch_size,
-        train,
-        tuple(mean),
-        tuple(std),
-        tuple(scale),
-        tuple(ratio),
-        max_pixels,
-        as_open_clip,
-        apply_orientation,
-    )
+        max_patches, patch_size, train=train, mean=tuple(mean), std=tuple(std), scale=tuple(scale), ratio=tuple(ratio),
+        max_pixels=max_pixels, as_open_clip=as_open_clip, apply_orientation=apply_orientation,
+    )  # fmt: skip
 
 
 def _on_white(image: Image.Image) -> Image.Image:

@@ -133,11 +133,10 @@ def ready_to_resize(
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-@dataclass(frozen=True)
-class ImageTransform:
-    """See :func:`image_transform`, which makes it."""
+@dataclass(frozen=True, kw_only=True)
+class OfPictures:
+    """What a transform of whichever kind does with pictures; see :func:`image_transform`."""
 
-    image_size: tuple[int, int]
     train: bool = False
     mean: tuple[float, float, float] = OPENAI_MEAN
     std: tuple[float, float, float] = OPENAI_STD
@@ -146,6 +145,13 @@ class ImageTransform:
     max_pixels: int = MAX_PIXELS
     as_open_clip: bool = False
     apply_orientation: bool = False
+
+
+@dataclass(frozen=True)
+class ImageTransform(OfPictures):
+    """See :func:`image_transform`, which makes it."""
+
+    image_size: tuple[int, int]
     interpolation: str = "bicubic"
     resize_mode: str = "shortest"
     fill_color: int = 0
@@ -256,8 +262,8 @@ def image_transform(
     check_numbers(mean, std, scale, ratio)
     PreprocessConfig(interpolation=interpolation, resize_mode=resize_mode, fill_color=fill_color)
     return ImageTransform(
-        size, train, tuple(mean), tuple(std), tuple(scale), tuple(ratio), max_pixels, as_open_clip, apply_orientation,
-        interpolation, resize_mode, fill_color,
+        size, interpolation, resize_mode, fill_color, train=train, mean=tuple(mean), std=tuple(std), scale=tuple(scale),
+        ratio=tuple(ratio), max_pixels=max_pixels, as_open_clip=as_open_clip, apply_orientation=apply_orientation,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Mapping
@@ -30,18 +31,15 @@ def stated_gelus(path: str | os.PathLike[str]) -> dict[str, frozenset[str]]:
     Raises:
         ValueError: The configuration is not JSON.
     """
-    folder = _folder_of(Path(path))
-    if folder is None:
-        return {}
-    config = read_config(folder / "config.json")
-    if family := _family(config):
+    stated = _Stated(path)
+    if family := stated.family:
         return {
             tower: frozenset({GELUS.get(name, name)})
-            for tower, part in _parts(config).items()
+            for tower, part in _parts(stated.theirs).items()
             for name in [part.get("hidden_act", _HIDDEN_ACT[family])]
         }
-    sizes = read_config(folder / "open_clip_config.json").get("model_cfg")
-    if not isinstance(sizes, dict):
+    sizes = stated.open_clips
+    if sizes is None:
         return {}
     # erf GELU stands in for tanh in open_clip's own models of SigLIP: which one was trained, it does not say
     gelus = frozenset({"quick"} if sizes.get("quick_gelu") else {"none", "tanh"})
@@ -56,17 +54,14 @@ def stated_grid(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     Raises:
         ValueError: The configuration is not JSON.
     """
-    folder = _folder_of(Path(path))
-    if folder is None:
-        return None
-    theirs = read_config(folder / "config.json")
-    if family := _family(theirs):
-        vision = _parts(theirs).get("image", {})
-        if _is_siglip2(theirs):
+    stated = _Stated(path)
+    if family := stated.family:
+        vision = _parts(stated.theirs).get("image", {})
+        if _is_siglip2(stated.theirs):
             side = math.isqrt(_whole(vision.get("num_patches", 256)) or 0)
             return (side, side) if side else None
         return _grid({"image_size": 224, "patch_size": _PATCH_SIZE[family]} | vision)
-    return _grid(_own_or_open_clips(folder).get("vision_cfg"))
+    return _grid(stated.tower("vision_cfg"))
 
 
 def stated_heads(path: str | os.PathLike[str]) -> tuple[int | None, int | None]:
@@ -75,16 +70,12 @@ def stated_heads(path: str | os.PathLike[str]) -> tuple[int | None, int | None]:
     Raises:
         ValueError: The configuration is not JSON.
     """
-    folder = _folder_of(Path(path))
-    if folder is None:
-        return None, None
-    theirs = read_config(folder / "config.json")
-    if family := _family(theirs):
+    stated = _Stated(path)
+    if family := stated.family:
         left_out = {"image": 12, "text": 12 if family == "siglip" else 8}
-        heads = {t: _whole(part.get("num_attention_heads", left_out[t])) for t, part in _parts(theirs).items()}
+        heads = {t: _whole(part.get("num_attention_heads", left_out[t])) for t, part in _parts(stated.theirs).items()}
         return heads.get("image"), heads.get("text")
-    sizes = _own_or_open_clips(folder)
-    vision, text = (sizes.get(name) if isinstance(sizes.get(name), dict) else {} for name in ("vision_cfg", "text_cfg"))
+    vision, text = stated.tower("vision_cfg"), stated.tower("text_cfg")
     width, head_width = _whole(vision.get("width")), _whole(vision.get("head_width", 64))
     return width // head_width if width and head_width else None, _whole(text.get("heads"))
 
@@ -95,14 +86,10 @@ def stated_naflex(path: str | os.PathLike[str]) -> bool:
     Raises:
         ValueError: The configuration is not JSON.
     """
-    folder = _folder_of(Path(path))
-    if folder is None:
-        return False
-    theirs = read_config(folder / "config.json")
-    if _family(theirs):
-        return _is_siglip2(theirs)
-    vision = _own_or_open_clips(folder).get("vision_cfg")
-    return isinstance(vision, dict) and vision.get("naflex") is True
+    stated = _Stated(path)
+    if stated.family:
+        return _is_siglip2(stated.theirs)
+    return stated.tower("vision_cfg").get("naflex") is True
 
 
 def stated_norm_after_pool(path: str | os.PathLike[str]) -> bool:
@@ -111,15 +98,40 @@ def stated_norm_after_pool(path: str | os.PathLike[str]) -> bool:
     Raises:
         ValueError: The configuration is not JSON.
     """
-    folder = _folder_of(Path(path))
-    vision = None if folder is None else _own_or_open_clips(folder).get("vision_cfg")
-    return isinstance(vision, dict) and vision.get("final_ln_after_pool") is True
+    return _Stated(path).tower("vision_cfg").get("final_ln_after_pool") is True
 
 
-def _family(config: Mapping[str, Any]) -> str | None:
-    """Return the family of transformers' configuration: ``"clip"``, ``"metaclip_2"`` or ``"siglip"``."""
-    kind = str(config.get("model_type"))
-    return next((family for family in _HIDDEN_ACT if kind.startswith(family)), None)
+class _Stated:
+    """The configurations beside weights, each read when it is asked for; without a folder of theirs all are empty."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._folder = _folder_of(Path(path))
+
+    @functools.cached_property
+    def theirs(self) -> Mapping[str, Any]:
+        """What transformers' says."""
+        return self._read("config.json")
+
+    @property
+    def family(self) -> str | None:
+        """The family of transformers' configuration, ``"clip"``, ``"metaclip_2"`` or ``"siglip"``; None of others."""
+        kind = str(self.theirs.get("model_type"))
+        return next((family for family in _HIDDEN_ACT if kind.startswith(family)), None)
+
+    @property
+    def open_clips(self) -> Mapping[str, Any] | None:
+        """What open_clip's says of the model; None where there is none."""
+        sizes = self._read("open_clip_config.json").get("model_cfg")
+        return sizes if isinstance(sizes, dict) else None
+
+    def tower(self, name: str) -> Mapping[str, Any]:
+        """Return a tower's part of open_clip's or this project's configuration; empty where it says nothing of it."""
+        sizes = self.open_clips
+        part = (self._read("model.json") if sizes is None else sizes).get(name)
+        return part if isinstance(part, dict) else {}
+
+    def _read(self, name: str) -> Mapping[str, Any]:
+        return {} if self._folder is None else read_config(self._folder / name)
 
 
 def _is_siglip2(config: Mapping[str, Any]) -> bool:
@@ -141,13 +153,8 @@ def _parts(config: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     return {tower: config if len(towers) == 1 else {} for tower in towers}
 
 
-def _own_or_open_clips(folder: Path) -> Mapping[str, Any]:
-    open_clips = read_config(folder / "open_clip_config.json").get("model_cfg")
-    return open_clips if isinstance(open_clips, dict) else read_config(folder / "model.json")
-
-
-def _grid(vision: Any) -> tuple[int, int] | None:
-    if not isinstance(vision, dict) or not isinstance(vision.get("patch_size"), int) or vision["patch_size"] < 1:
+def _grid(vision: Mapping[str, Any]) -> tuple[int, int] | None:
+    if not isinstance(vision.get("patch_size"), int) or vision["patch_size"] < 1:
         return None
     sides = vision.get("image_size", 224)
     sides = [sides, sides] if isinstance(sides, int) else sides

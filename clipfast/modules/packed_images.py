@@ -18,7 +18,7 @@ from clipfast.modules.naflex import NaFlexBatch, uncut
 from clipfast.modules.norm import LayerNorm
 from clipfast.modules.patches import PatchDropout
 from clipfast.modules.plainness import is_untouched
-from clipfast.modules.pooling import AttentionPool, ProbeAttention
+from clipfast.modules.pooling import AttentionPool, ProbeAttention, pooled
 from clipfast.modules.positions import Grid, positions_for
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.uncompiled import uncompiled
@@ -164,13 +164,8 @@ def _begin(tower: nn.Module, batch: NaFlexBatch) -> tuple[Arrangement, Tensor] |
 @uncompiled(_NOT_COMPILED)
 def _pooled(tower: nn.Module, x: Tensor, arranged: Arrangement) -> Tensor:
     """Return features ``[B, E]`` of the last block's tokens, in the order of the pictures."""
-    if tower.pool_type == "map":
-        pooled = tower.attn_pool(tower.ln_post(x), arranged.cu_seqlens)
-    elif tower.final_ln_after_pool:
-        pooled = tower.ln_post(_means(x, arranged))
-    else:
-        pooled = _means(tower.ln_post(x), arranged)
-    return tower._project(pooled).index_select(0, arranged.order)
+    features = tower._project(pooled(tower, x, lambda tokens: _means(tokens, arranged), arranged.cu_seqlens))
+    return features.index_select(0, arranged.order)
 
 
 def _means(x: Tensor, arranged: Arrangement) -> Tensor:

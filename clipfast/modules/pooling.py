@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,21 @@ def check_pooling(pool_type: str, class_token: bool, final_ln_after_pool: bool) 
         raise ValueError(
             "ViT(final_ln_after_pool): got True with pool_type 'map', expected False: the pooling has its own"
         )
+
+
+def pooled(tower: nn.Module, x: Tensor, mean: Callable[[Tensor], Tensor], cu_seqlens: Tensor | None = None) -> Tensor:
+    """Return ``[S, W]`` from an image tower's last tokens by its ``pool_type``, ``"map"`` or ``"avg"``.
+
+    Args:
+        tower: Has ``pool_type``, ``attn_pool``, ``ln_post`` and ``final_ln_after_pool``.
+        x: ``[S, N, W]``, or ``[total, W]`` of packed pictures.
+        mean: Gives ``[S, W]``, the mean of each picture's tokens.
+        cu_seqlens: Offsets ``[S + 1]`` of packed pictures.
+    """
+    if tower.pool_type == "map":
+        x = tower.ln_post(x)
+        return tower.attn_pool(x) if cu_seqlens is None else tower.attn_pool(x, cu_seqlens)
+    return tower.ln_post(mean(x)) if tower.final_ln_after_pool else mean(tower.ln_post(x))
 
 
 class ProbeAttention(SelfAttention):

@@ -15,7 +15,7 @@ from clipfast.modules.locking import set_trainable, unlock_last
 from clipfast.modules.naflex import NaFlexBatch, cut, size_of
 from clipfast.modules.patches import PatchDropout, check_images, interpolate_positions
 from clipfast.modules.plainness import is_untouched
-from clipfast.modules.pooling import AttentionPool, check_pooling
+from clipfast.modules.pooling import AttentionPool, check_pooling, pooled
 from clipfast.modules.positions import positions_for
 from clipfast.modules.shortcuts import is_observed
 from clipfast.modules.transformer import Transformer
@@ -152,10 +152,8 @@ class ViT(nn.Module):
         """Return ``[B, W]`` from the last block's tokens ``[B, N, W]``."""
         if self.pool_type == "tok":
             return self.ln_post(x[:, 0])
-        if self.pool_type == "map":
-            return self.attn_pool(self.ln_post(x))
-        patches = x[:, self.prefix_tokens :]
-        return self.ln_post(patches.mean(dim=1)) if self.final_ln_after_pool else self.ln_post(patches).mean(dim=1)
+        read = x if self.pool_type == "map" else x[:, self.prefix_tokens :]
+        return pooled(self, read, lambda patches: patches.mean(dim=1))
 
     def forward_features(self, images: Tensor | NaFlexBatch) -> Tensor:
         """Return all tokens after the last LayerNorm, ``[B, prefix + patches, W]``: class token, registers, patches.

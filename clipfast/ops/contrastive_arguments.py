@@ -114,15 +114,21 @@ def check_features(image_features: Tensor, text_features: Tensor) -> None:
             raise ValueError(
                 f"contrastive_loss({name}): got shape {tuple(features.shape)}, expected [B, D] with B of at least 1"
             )
-    for what, of_image, of_text, error in (
-        ("shape", tuple(image_features.shape), tuple(text_features.shape), ValueError),
-        ("dtype", image_features.dtype, text_features.dtype, TypeError),
-        ("device", image_features.device, text_features.device, ValueError),
-    ):
-        if of_image != of_text:
-            raise error(
-                f"contrastive_loss(text_features): got {what} {of_text}, expected {of_image}, as image_features"
-            )
+    check_alike("contrastive_loss(text_features)", text_features, image_features, "shape", "dtype", "device")
+
+
+def check_alike(name: str, x: Tensor, image_features: Tensor, *properties: str) -> None:
+    """Raise unless an argument has properties of the images' features: ``"shape"``, ``"dtype"`` or ``"device"``.
+
+    Raises:
+        TypeError: Its dtype is another.
+        ValueError: Its shape or its device is.
+    """
+    for what in properties:
+        came, expected = (tuple(t.shape) if what == "shape" else getattr(t, what) for t in (x, image_features))
+        if came != expected:
+            error = TypeError if what == "dtype" else ValueError
+            raise error(f"{name}: got {what} {came}, expected {expected}, as image_features")
 
 
 def check_smoothing(label_smoothing: float, name: str = "contrastive_loss(label_smoothing)") -> None:
@@ -145,10 +151,7 @@ def _check_groups(groups: Tensor | None, image_features: Tensor) -> None:
             f"contrastive_loss(groups): got shape {tuple(groups.shape)}, expected [{image_features.shape[0]}], one id "
             f"a pair"
         )
-    if groups.device != image_features.device:
-        raise ValueError(
-            f"contrastive_loss(groups): got device {groups.device}, expected {image_features.device}, as image_features"
-        )
+    check_alike("contrastive_loss(groups)", groups, image_features, "device")
 
 
 def _check_extra(extra: Tensor | None, image_features: Tensor) -> None:
@@ -160,12 +163,7 @@ def _check_extra(extra: Tensor | None, image_features: Tensor) -> None:
     width = image_features.shape[1]
     if extra.dim() != 2 or extra.shape[1] != width:
         raise ValueError(f"{name}: got shape {tuple(extra.shape)}, expected [M, {width}], as wide as image_features")
-    for what, came, expected, error in (
-        ("dtype", extra.dtype, image_features.dtype, TypeError),
-        ("device", extra.device, image_features.device, ValueError),
-    ):
-        if came != expected:
-            raise error(f"{name}: got {what} {came}, expected {expected}, as image_features")
+    check_alike(name, extra, image_features, "dtype", "device")
 
 
 def check_scale(logit_scale: Tensor | float, name: str = "contrastive_loss(logit_scale)") -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from clipfast.ops import contrastive_autograd, contrastive_kernels, contrastive_reference, dispatch
-from clipfast.ops.contrastive_arguments import Options, check_scale, prepare
+from clipfast.ops.contrastive_arguments import Options, check_alike, check_scale, prepare
 from clipfast.ops.contrastive_kernels import Kernels, accumulation_dtype
 from clipfast.ops.contrastive_loss import (
     announce_chunks,
@@ -123,8 +123,7 @@ def _check_teacher(teacher: Teacher, image_features: Tensor) -> None:
             raise ValueError(
                 f"{name}: got shape {tuple(x.shape)}, expected [{image_features.shape[0]}, E], a row for each pair"
             )
-        if x.device != image_features.device:
-            raise ValueError(f"{name}: got device {x.device}, expected {image_features.device}, as image_features")
+        check_alike(name, x, image_features, "device")
     if teacher.image.shape != teacher.text.shape or teacher.image.dtype != teacher.text.dtype:
         raise ValueError(
             f"distillation_loss(teacher_text_features): got {tuple(teacher.text.shape)} in {teacher.text.dtype}, "

@@ -237,19 +237,29 @@ auto siglip_gradients_(const Tensor& image, const Problem<Real>& p, Real bias, c
 // ---------------------------------------------------------------------------------------------------------------
 // the ops: sums in float64 for float64 features, in float32 for all others
 
-bool in_double(const Tensor& image) { return image.scalar_type() == ScalarType::Double; }
+// Returns what `f` makes of the checked arguments, which all of the ops share.
+template <class F>
+auto with_problem(const char* op, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
+                  const std::optional<Tensor>& image_factor, const std::optional<Tensor>& text_factor,
+                  int64_t first_label, const F& f) {
+    const auto run = [&](auto real) {
+        return f(Problem<decltype(real)>(op, image, text, logit_scale, image_factor, text_factor, first_label));
+    };
+    return image.scalar_type() == ScalarType::Double ? run(double()) : run(float());
+}
+
+template <class Real>
+Real bias_of(const Problem<Real>& p, const Tensor& logit_bias) {
+    return vector_of<Real>(p.op, "logit_bias", logit_bias, 1)[0];
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics(const Tensor& image, const Tensor& text,
                                                                           const Tensor& logit_scale,
                                                                           std::optional<Tensor> image_factor,
                                                                           std::optional<Tensor> text_factor,
                                                                           int64_t first_label) {
-    const auto run = [&](auto real) {
-        using Real = decltype(real);
-        return contrastive_statistics_<Real>(image, Problem<Real>("contrastive_statistics", image, text, logit_scale,
-                                                                  image_factor, text_factor, first_label));
-    };
-    return in_double(image) ? run(double()) : run(float());
+    return with_problem("contrastive_statistics", image, text, logit_scale, image_factor, text_factor, first_label,
+                        [&](const auto& p) { return contrastive_statistics_(image, p); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_gradients(const Tensor& image, const Tensor& text,
@@ -257,38 +267,32 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_gradients(const Tensor& image, co
                                                          std::optional<Tensor> text_factor, const Tensor& row_lse,
                                                          const Tensor& col_lse, const Tensor& row_weight,
                                                          const Tensor& col_weight, int64_t first_label, bool wide) {
-    const auto run = [&](auto real) {
-        using Real = decltype(real);
-        return contrastive_gradients_<Real>(image, Problem<Real>("contrastive_gradients", image, text, logit_scale,
-                                                                 image_factor, text_factor, first_label),
-                                            row_lse, col_lse, row_weight, col_weight, wide);
-    };
-    return in_double(image) ? run(double()) : run(float());
+    return with_problem("contrastive_gradients", image, text, logit_scale, image_factor, text_factor, first_label,
+                        [&](const auto& p) {
+                            return contrastive_gradients_(image, p, row_lse, col_lse, row_weight, col_weight, wide);
+                        });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_statistics_and_products(
     const Tensor& image, const Tensor& text, const Tensor& logit_scale, std::optional<Tensor> image_factor,
     std::optional<Tensor> text_factor, int64_t first_label) {
-    const auto run = [&](auto real) {
-        using Real = decltype(real);
-        Problem<Real> p("contrastive_statistics_and_products", image, text, logit_scale, image_factor, text_factor,
-                        first_label);
+    const auto run = [&](auto p) {
+        using Real = decltype(p.scale);
         Tensor products = torch::stable::new_empty(image, {p.image.rows, p.text.rows},
                                                    std::make_optional(scalar_type<Real>));
         p.kept = products.template mutable_data_ptr<Real>();
         return std::tuple_cat(contrastive_statistics_<Real>(image, p), std::make_tuple(products));
     };
-    return in_double(image) ? run(double()) : run(float());
+    return with_problem("contrastive_statistics_and_products", image, text, logit_scale, image_factor, text_factor,
+                        first_label, run);
 }
 
 std::tuple<Tensor, Tensor, Tensor> contrastive_gradients_of_products(
     const Tensor& products, const Tensor& image, const Tensor& text, const Tensor& logit_scale,
     std::optional<Tensor> image_factor, std::optional<Tensor> text_factor, const Tensor& row_lse, const Tensor& col_lse,
     const Tensor& row_weight, const Tensor& col_weight, int64_t first_label, bool wide) {
-    const auto run = [&](auto real) {
-        using Real = decltype(real);
-        Problem<Real> p("contrastive_gradients_of_products", image, text, logit_scale, image_factor, text_factor,
-                        first_label);
+    const auto run = [&](auto p) {
+        using Real = decltype(p.scale);
         STD_TORCH_CHECK(products.scalar_type() == scalar_type<Real> && products.dim() == 2 &&
                             products.size(0) == p.image.rows && products.size(1) == p.text.rows &&
                             products.is_contiguous(),
@@ -299,29 +303,23 @@ std::tuple<Tensor, Tensor, Tensor> contrastive_gradients_of_products(
         p.left = true;
         return contrastive_gradients_<Real>(image, p, row_lse, col_lse, row_weight, col_weight, wide);
     };
-    return in_double(image) ? run(double()) : run(float());
+    return with_problem("contrastive_gradients_of_products", image, text, logit_scale, image_factor, text_factor,
+                        first_label, run);
 }
 
 Tensor siglip_statistics(const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
                          std::optional<Tensor> image_factor, std::optional<Tensor> text_factor, int64_t first_label) {
-    const auto run = [&](auto real) {
-        using Real = decltype(real);
-        const Problem<Real> p("siglip_statistics", image, text, logit_scale, image_factor, text_factor, first_label);
-        return siglip_statistics_<Real>(image, p, vector_of<Real>(p.op, "logit_bias", logit_bias, 1)[0]);
-    };
-    return in_double(image) ? run(double()) : run(float());
+    return with_problem("siglip_statistics", image, text, logit_scale, image_factor, text_factor, first_label,
+                        [&](const auto& p) { return siglip_statistics_(image, p, bias_of(p, logit_bias)); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> siglip_gradients(
     const Tensor& image, const Tensor& text, const Tensor& logit_scale, const Tensor& logit_bias,
     std::optional<Tensor> image_factor, std::optional<Tensor> text_factor, const Tensor& row_weight, int64_t first_label,
     bool wide) {
-    const auto run = [&](auto real) {
-        using Real = decltype(real);
-        const Problem<Real> p("siglip_gradients", image, text, logit_scale, image_factor, text_factor, first_label);
-        return siglip_gradients_<Real>(image, p, vector_of<Real>(p.op, "logit_bias", logit_bias, 1)[0], row_weight, wide);
-    };
-    return in_double(image) ? run(double()) : run(float());
+    return with_problem(
+        "siglip_gradients", image, text, logit_scale, image_factor, text_factor, first_label,
+        [&](const auto& p) { return siglip_gradients_(image, p, bias_of(p, logit_bias), row_weight, wide); });
 }
 
 }  // namespace

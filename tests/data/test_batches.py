@@ -87,9 +87,8 @@ def test_it_goes_on_at_any_step(shards):
 
 @pytest.mark.slow
 def test_workers_change_nothing(shards):
-    whole = batches(shards)
-    assert same(batches(shards, workers=1), whole)
-    assert same(batches(shards, first=6, workers=2), whole[6:])
+    # one worker beside none is in tests/train/test_run.py
+    assert same(batches(shards, first=6, workers=2), batches(shards)[6:])
 
 
 def test_the_state_of_torch_is_left_alone(shards):

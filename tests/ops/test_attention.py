@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import interpreter
 import pytest
 import torch
 from oracle import assert_as_exact_as_reference, relative_error
@@ -140,7 +141,7 @@ def test_packed_sequences_compile(causal: bool) -> None:
 
 
 def test_the_triton_backend_on_a_cpu_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    interpreter.leave_out(monkeypatch)
     qkv = torch.randn(2, 5, 3 * 64)
 
     def forced() -> Tensor:

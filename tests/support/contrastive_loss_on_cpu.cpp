@@ -186,6 +186,7 @@ PYBIND11_MODULE(MODULE, m) {
     m.def("finish_gradient", &finish_gradient);
     m.def("tile_rows", &tile_rows);
     m.def("hasty", [](bool whether) { shim::hasty = whether; });
+    m.def("mistake", [](int which) { shim::mistake = which; });
     m.def("rings", &rings);
     m.def("shares", &shares);
     m.def("plans", &plans);

@@ -75,6 +75,7 @@ inline std::function<void()> body;
 inline std::vector<char> shared;
 inline std::exception_ptr failure;  // of a fibre: what it throws cannot leave its stack
 inline bool hasty = false;          // whether cp.async copies at once, and the last warp comes first
+inline int mistake = -1;            // which of the mistakes that a test has put in is made
 
 inline std::runtime_error error(const std::string& what) {
     return std::runtime_error(what + " (thread " + std::to_string(current) + ")");

