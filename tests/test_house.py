@@ -1,14 +1,20 @@
-"""The tree itself: no module imports one that imports it, and no file holds two ideas."""
+"""The tree itself: no module imports one that imports it, no file holds two ideas, and none stands there twice."""
 
 from __future__ import annotations
 
 import ast
+import re
+from collections import defaultdict
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 PRODUCT = ("clipfast", "kernels", "csrc", "scripts", "examples")
 MOST_LINES = 350
+# as many lines on end as may stand in two places, and what a comment beside them begins with where there are reasons
+MOST_TWICE = 7
+REASON = re.compile(r"(?:#|//) twice: \S")
 
 
 def modules() -> dict[str, Path]:
@@ -73,8 +79,62 @@ def test_circles_are_found() -> None:
     assert list(circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})) == []
 
 
+def product(*more: str) -> dict[str, str]:
+    """Every file of the product by its name."""
+    files = [p for top in (*PRODUCT, *more) for p in (ROOT / top).rglob("*")]
+    kinds = (".py", ".cpp", ".h", ".cu", ".cuh")
+    return {str(p.relative_to(ROOT)): p.read_text() for p in [*files, ROOT / "setup.py"] if p.suffix in kinds}
+
+
 def test_files_are_short() -> None:
-    files = [p for top in PRODUCT for p in (ROOT / top).rglob("*") if p.suffix in (".py", ".cpp", ".h", ".cu", ".cuh")]
-    lengths = {str(p.relative_to(ROOT)): len(p.read_text().splitlines()) for p in [*files, ROOT / "setup.py"]}
+    lengths = {name: len(text.splitlines()) for name, text in product().items()}
     assert len(lengths) > 250
     assert {name: lines for name, lines in lengths.items() if lines > MOST_LINES} == {}
+
+
+def counted(name: str, text: str) -> Iterator[tuple[int, str]]:
+    """Lines that may not stand in two places, with their numbers: no blank ones, comments, imports or brackets."""
+    lines = text.splitlines()
+    left_out: set[int] = set()
+    if name.endswith(".py"):
+        imports = (node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom)))
+        left_out |= {number for node in imports for number in range(node.lineno, node.end_lineno + 1)}
+    for number, line in enumerate(lines, 1):
+        if number not in left_out and re.search(r"\w", line) and not re.match(r"\s*(#|//)", line):
+            yield number, " ".join(line.split())
+
+
+def twice(files: dict[str, str]) -> list[str]:
+    """Runs of lines that stand in two places, but for those with a reason beside them."""
+    lines = {name: list(counted(name, text)) for name, text in files.items()}
+    places = defaultdict(list)
+    for name, found in lines.items():
+        for first in range(len(found) - MOST_TWICE):
+            places[tuple(line for _, line in found[first : first + MOST_TWICE + 1])].append((name, first))
+    reasons = {name: [i for i, x in enumerate(t.splitlines(), 1) if REASON.search(x)] for name, t in files.items()}
+
+    def is_told(name: str, first: int) -> bool:
+        # among the lines, or above the signature or block that they are of
+        begin, end = lines[name][first][0], lines[name][first + MOST_TWICE][0]
+        return any(begin - 8 <= number <= end for number in reasons[name])
+
+    found = []
+    for several in places.values():
+        for one, other in pairwise(several):
+            if not is_told(*one) and not is_told(*other):
+                found.append(" ~ ".join(f"{name}:{lines[name][first][0]}" for name, first in (one, other)))
+    return found
+
+
+def test_nothing_is_written_twice() -> None:
+    assert twice(product("benchmarks")) == []
+
+
+def test_what_is_written_twice_is_found() -> None:
+    body = "\n\n".join(f"    x{i} = {i}  # as it is" for i in range(MOST_TWICE + 1))
+    one, other = f"import a\n\n\ndef f():\n{body}\n", f"def g():\n    # why\n{body}\n    return x1\n"
+    assert twice({"a.py": one, "b.py": other}) == ["a.py:5 ~ b.py:3"]
+    assert twice({"a.cuh": one, "b.h": other.replace("# why", "// why")}) == ["a.cuh:5 ~ b.h:3"]
+    assert twice({"a.py": f"{one}\n{other}"}) == ["a.py:5 ~ a.py:23"]
+    assert twice({"a.py": one, "b.py": other.replace("why", "twice: another's signature")}) == []
+    assert twice({"a.py": one, "b.py": other.replace("x3 = 3", "x3 = 4")}) == []

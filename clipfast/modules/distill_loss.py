@@ -21,6 +21,7 @@ class DistillClipLoss(ContrastiveLoss):
     Source: open_clip's ``DistillClipLoss``; Hinton et al., "Distilling the Knowledge in a Neural Network" (2015).
     """
 
+    # twice: open_clip's arguments, without the label smoothing that the contrastive loss alone knows
     def __init__(
         self,
         local_loss: bool = False,

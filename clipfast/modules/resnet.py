@@ -205,6 +205,7 @@ class ModifiedResNet(nn.Module):
         """Return the last stage's map, ``[B, 32·width, image_size/32, image_size/32]``."""
         return self._maps(images)[-1]
 
+    # twice: open_clip's signature, of each kind of tower
     def forward_intermediates(
         self,
         x: Tensor,

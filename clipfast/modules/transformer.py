@@ -37,6 +37,7 @@ class Transformer(nn.Module):
             backward pass (Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016).
     """
 
+    # twice: a stack's arguments are its blocks', told by name and default to who reads or completes the call
     def __init__(
         self,
         width: int,

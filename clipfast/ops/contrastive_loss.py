@@ -104,6 +104,7 @@ def contrastive_loss(
     return dispatch.call("contrastive_loss", image_features, text_features, logit_scale, logit_bias, options)
 
 
+# twice: the losses have arguments in common; those of a public function are told one by one
 def siglip_loss(
     image_features: Tensor,
     text_features: Tensor,

@@ -67,6 +67,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 class _AddLayerNorm(torch.autograd.Function):
+    # twice: what is applied in the place of the kernels' function takes its arguments
     @staticmethod
     def forward(
         ctx: FunctionCtx,

@@ -59,6 +59,7 @@ def backward(dy: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor) 
     return dx.to(x.dtype).contiguous(), dweight.to(weight.dtype), dbias.to(weight.dtype)
 
 
+# twice: an operator's kernel, its fake and its plain form have one signature
 def add_backward(
     dy: Tensor,
     dstream: Tensor,

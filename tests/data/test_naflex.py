@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from samples import wavy_picture as picture
 
 import clipfast
 from clipfast.data.naflex import patch_grid
@@ -17,19 +18,6 @@ from clipfast.data.transform import ImageError, load_image, ready_to_resize
 
 MODES = ["RGB", "L", "P", "RGBA", "CMYK", "LA", "1", "I;16"]
 SIZES = [(1, 1), (1, 2000), (2000, 1), (3, 2), (31, 33), (500, 41), (640, 427), (256, 256), (1024, 40), (1999, 1501)]
-
-
-def picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
-    width, height = size
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:height, 0:width]
-    waves = np.stack([np.sin(x / 7 + c) + np.cos(y / 5 - c) for c in range(3)], axis=-1)
-    image = Image.fromarray((127 + 40 * waves + rng.integers(-40, 40, waves.shape)).clip(0, 255).astype(np.uint8))
-    if mode == "I;16":
-        return Image.fromarray(rng.integers(0, 1 << 16, (height, width), dtype=np.uint16))
-    if mode in ("RGBA", "LA"):
-        image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
-    return image.convert(mode)
 
 
 @pytest.fixture(scope="module")

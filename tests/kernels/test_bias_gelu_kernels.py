@@ -52,7 +52,9 @@ def check(inputs: list[Tensor], form: str, grad: Tensor) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("form", "width"), CASES)
 def test_against_the_oracle(form: str, width: int, dtype: torch.dtype) -> None:
-    for rows in (1, 3, 130 if width < 4096 else 33):
+    # on a CPU six programs at most share the tiles of 8 rows
+    many = 130 if DEVICE == "cuda" else 65 if width < 4096 else 33
+    for rows in (1, 3, many):
         check(drawn(rows, width, dtype=dtype), form, drawn(rows, width, dtype=dtype, seed=1)[0])
 
 

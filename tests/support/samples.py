@@ -19,6 +19,20 @@ def png(seed: int, size: int = 8) -> bytes:
     return file.getvalue()
 
 
+def wavy_picture(size: tuple[int, int], mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Smooth colours with noise on them, so that neither interpolation nor cropping goes unseen."""
+    width, height = size
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    waves = np.stack([np.sin(x / 7 + c) + np.cos(y / 5 - c) for c in range(3)], axis=-1)
+    image = Image.fromarray((127 + 40 * waves + rng.integers(-40, 40, waves.shape)).clip(0, 255).astype(np.uint8))
+    if mode == "I;16":
+        return Image.fromarray(rng.integers(0, 1 << 16, (height, width), dtype=np.uint16))
+    if mode in ("RGBA", "LA"):
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (height, width), dtype=np.uint8)))
+    return image.convert(mode) if mode not in ("LAB", "PA") else image.convert("L").convert(mode)
+
+
 def write_tar(path: Path, members: Iterable[tuple[str, bytes | str]]) -> Path:
     """Write a tar file. A text as content is what a symbolic link names; a hard one where it begins with ``=``."""
     path.parent.mkdir(parents=True, exist_ok=True)
