@@ -257,6 +257,7 @@ STREAMING = {
 }
 
 # packed sequences, of which most are captions of 10 to 30 tokens: short tiles
+# twice: each card's row is chosen alone, and a measurement may change one of them
 PACKED = {
     (80, 32): (
         Streaming(32, 64, 4, 1),

@@ -223,6 +223,7 @@ def add_backward(
     return _backward(dy, dstream, stream, weight, mean, rstd, x_dtype, residual_dtype, sum_dtype)
 
 
+# twice: of both norms, and so each public function's arguments
 def _backward(
     dy: Tensor,
     dstream: Tensor | None,

@@ -152,6 +152,7 @@ def choose(lengths: Tensor, counts: Tensor) -> list[tuple[int, int]]:
     return found[::-1]
 
 
+# twice: as a permutation in forward, and another derivative
 class _Pad(torch.autograd.Function):
     """``x[pad]`` whose gradient leaves out the padding: nothing that is kept depends on it, so its own is zero."""
 

@@ -134,6 +134,7 @@ def _gradients(
     first_label: int,
     wide: bool = False,
 ) -> tuple[Tensor, ...]:
+    # twice: the statistics' arguments, and the weights
     return plan.kernels.siglip_gradients(
         image,
         texts,

@@ -47,6 +47,7 @@ def single_query_attention(
     return dispatch.call(_OP, query, key, value, num_heads, lengths, cu_seqlens, scale)
 
 
+# twice: what the public function takes
 def _prepare(
     query: Tensor,
     key: Tensor,

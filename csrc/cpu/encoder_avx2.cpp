@@ -1,4 +1,6 @@
 // The encoder's kernels for float32 on AVX2.
+//
+// twice: each set of instructions has a file of its own, whose pragmas reach no other.
 
 #include "encoder.h"
 

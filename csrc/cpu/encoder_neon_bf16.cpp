@@ -1,4 +1,6 @@
 // The encoder's kernels for bfloat16 on NEON's BF16.
+//
+// twice: each set of instructions has a file of its own, whose pragmas reach no other.
 
 #include "encoder.h"
 

@@ -1,4 +1,6 @@
 // The kernels of rows.h on AVX2, FMA and F16C.
+//
+// twice: each set of instructions has a file of its own, whose pragmas reach no other.
 
 #include "rows.h"
 

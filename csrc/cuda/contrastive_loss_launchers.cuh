@@ -116,6 +116,7 @@ void launch_softmax_statistics(
     }
 }
 
+// twice: the same groups of tiles as above, of another kernel with other partial sums to join
 template <typename T>
 void launch_sigmoid_statistics(
     const Features<T>& f, const Sum<T>* bias, StatisticsPlan plan, Sum<T>* scratch, Sum<T>* row_loss,
