@@ -73,8 +73,7 @@ def measure(url: str, kind: str, clients: int, requests: list[bytes]) -> dict[st
     Raises:
         RuntimeError: A request failed.
     """
-    control = Connection(url)
-    before = control.ask("/stats")[kind]
+    before = Connection(url).ask("/stats")[kind]
     waits: list[float] = []
     failed: list[Exception] = []
     pending, start = iter(requests), threading.Barrier(clients + 1)
@@ -105,7 +104,7 @@ def measure(url: str, kind: str, clients: int, requests: list[bytes]) -> dict[st
     took = time.perf_counter() - began
     if failed:
         raise RuntimeError(f"{url}: {len(failed)} of {clients} clients failed, the first with {failed[0]}")
-    after = control.ask("/stats")[kind]
+    after = Connection(url).ask("/stats")[kind]
     batches = after["batches"] - before["batches"]
     return {"rate": len(waits) / took, **percentiles(waits), "batch": (after["items"] - before["items"]) / batches}
 
