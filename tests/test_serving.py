@@ -360,7 +360,12 @@ POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"
         ("/image", b"", 400, "got 0 bytes that are neither JPEG nor PNG"),
         ("/image", POSTSCRIPT, 400, "neither JPEG nor PNG"),
         ("/image", b"\x89PNG\r\n\x1a\n" + b"junk" * 20, 400, "body: the given data"),
-        ("/image", png((600, 600)), 400, "600 × 600 = 360000 pixels, max_pixels=310000 are allowed"),
+        (
+            "/image",
+            png((600, 600)),
+            400,
+            "the given data is too large: 600 × 600 = 360000 pixels, max_pixels=310000 are allowed",
+        ),
         ("/image", png((2, 3000)), 400, "the image is too narrow"),
         ("/image", bytes(100_001), 413, "got more than 100000 bytes"),
         ("/image", iter([bytes(60_000), bytes(60_000)]), 413, "got more than 100000 bytes"),
