@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fastapi  # noqa: F401  # whose absence is told before serve.py ends the process for it
+import fastapi  # whose absence is told before serve.py ends the process for it
 import pytest
 import small
 import torch
@@ -27,6 +27,7 @@ from PIL import Image
 
 import clipfast
 from clipfast.data.transform import load_image
+from clipfast.ops.dispatch import is_deterministic
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 if not (EXAMPLES / "serve.py").is_file():
@@ -231,10 +232,10 @@ class Server:
             return inner(images)
 
         self.model.encode_image = encode_image
-        app = serve.make_app(self.model, limits=serve.Limits(**limits))
+        self.app = serve.make_app(self.model, limits=serve.Limits(**limits))
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self.uvicorn = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
+        self.uvicorn = uvicorn.Server(uvicorn.Config(self.app, log_level="critical"))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]})
         self.thread.start()
 
@@ -465,6 +466,8 @@ def test_shutting_down_finishes_what_came(pool: ThreadPoolExecutor) -> None:
         assert [answer.result(PATIENCE)[0] for answer in answers] == [200] * 4
         server.thread.join(PATIENCE)
         assert not server.thread.is_alive()
+    with pytest.raises(Refused, match="shutting down"):
+        server.app.state.batcher.submit(text=[torch.zeros(16)])
 
 
 # --- the programs ---
@@ -506,6 +509,18 @@ def test_the_program_serves_a_run_and_ends_well(tmp_path: Path) -> None:
     reference = small.model().transform()(load_image(jpeg(1)))[None]
     expected = small.model().encode_image(reference, normalize=True)[0]
     torch.testing.assert_close(torch.tensor(answer["features"]), expected)
+
+
+@pytest.mark.parametrize(("options", "expected"), [([], True), (["--no-deterministic"], False)])
+def test_options_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], expected: bool) -> None:
+    served: list[Any] = []
+
+    def run(app: fastapi.FastAPI, **settings: Any) -> None:
+        served.extend([is_deterministic(), settings["host"], settings["port"]])
+
+    monkeypatch.setattr(uvicorn, "run", run)
+    serve.main([str(small.run(tmp_path / "run")), "--device", "cpu", "--port", "81", *options])
+    assert served == [expected, "127.0.0.1", 81]
 
 
 def test_what_is_missing_is_told() -> None:
