@@ -27,6 +27,7 @@ try:
     from fastapi import Depends, FastAPI, HTTPException, Query, Request
     from fastapi.responses import JSONResponse
     from pydantic import BaseModel, ConfigDict, ValidationError
+    from starlette.requests import ClientDisconnect
 except ModuleNotFoundError as error:
     print(f"error: this needs {error.name}, which is not installed: pip install 'clipfast[serve]'", file=sys.stderr)
     raise SystemExit(2) from error
@@ -58,6 +59,7 @@ class Limits:
         max_bytes: Of a request's body.
         max_pixels: Of a picture, width × height.
         max_texts: Of a request.
+        body_seconds: Until a body has to be there.
     """
 
     max_batch: int = 32
@@ -65,6 +67,7 @@ class Limits:
     max_bytes: int = 10_000_000
     max_pixels: int = 25_000_000
     max_texts: int = 128
+    body_seconds: int = 30
 
 
 class Texts(BaseModel):
@@ -120,6 +123,10 @@ def make_app(
         requests["refused"] += 1
         return HTTPException(503, reason, {"Retry-After": str(app.state.batcher.seconds_to_wait())})
 
+    def gone_away() -> HTTPException:
+        requests["gone"] += 1
+        return HTTPException(499, "the client went away")
+
     async def admitted() -> AsyncIterator[None]:
         """Bound what bodies and pictures take in memory before they are in the queue."""
         if requests["inside"] >= limits.max_waiting + limits.max_batch:
@@ -133,14 +140,20 @@ def make_app(
     async def body_of(request: Request) -> bytes:
         body = bytearray()
         declared = request.headers.get("content-length", "")
-        too_large = declared.isdecimal() and int(declared) > limits.max_bytes
-        if not too_large:
-            async for part in request.stream():
-                body += part
-                if too_large := len(body) > limits.max_bytes:
-                    break
-        if too_large:
-            raise HTTPException(413, f"body: got more than {limits.max_bytes} bytes, expected at most that")
+        too_large = HTTPException(413, f"body: got more than {limits.max_bytes} bytes, expected at most that")
+        if declared.isdecimal() and int(declared) > limits.max_bytes:
+            raise too_large
+        try:
+            with anyio.fail_after(limits.body_seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > limits.max_bytes:
+                        raise too_large
+        except TimeoutError as error:
+            told = f"body: got {len(body)} bytes in {limits.body_seconds} s, expected all of it"
+            raise HTTPException(408, told) from error
+        except ClientDisconnect as error:
+            raise gone_away() from error
         return bytes(body)
 
     def prepare_picture(data: bytes) -> Any:
@@ -171,8 +184,7 @@ def make_app(
         try:
             await asyncio.wait((computed, gone), return_when=asyncio.FIRST_COMPLETED)
             if not computed.done():
-                requests["gone"] += 1
-                raise HTTPException(499, "the client went away")
+                raise gone_away()
             results = computed.result()
         except Failed as error:
             raise HTTPException(500, "the model failed on this request; the server's log says how") from error

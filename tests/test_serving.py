@@ -32,7 +32,7 @@ from clipfast.ops.dispatch import is_deterministic
 EXAMPLES = Path(__file__).parent.parent / "examples"
 if not (EXAMPLES / "serve.py").is_file():
     pytest.skip("not a clone", allow_module_level=True)
-sys.path.insert(0, str(EXAMPLES))
+sys.path.append(str(EXAMPLES))
 
 import serve  # noqa: E402
 import serve_load  # noqa: E402
@@ -235,7 +235,7 @@ class Server:
         self.app = serve.make_app(self.model, limits=serve.Limits(**limits))
         listening = socket.create_server(("127.0.0.1", 0))
         self.port = listening.getsockname()[1]
-        self.uvicorn = uvicorn.Server(uvicorn.Config(self.app, log_level="critical"))
+        self.uvicorn = uvicorn.Server(uvicorn.Config(self.app, log_config=None, log_level="error"))
         self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [listening]})
         self.thread.start()
 
@@ -445,6 +445,27 @@ def test_a_client_that_goes_away_leaves_nothing(server: Server, pool: ThreadPool
     # the picture of the one that went away was not computed
     assert server.batches == [1]
     assert server.ask("/stats")[1]["waiting"] == 0
+
+
+def begin(port: int) -> socket.socket:
+    """Send the head of a request and half of its body."""
+    connection = socket.create_connection(("127.0.0.1", port), PATIENCE)
+    connection.sendall(b"POST /image HTTP/1.1\r\nHost: here\r\nContent-Length: 100\r\n\r\n" + bytes(50))
+    return connection
+
+
+def test_half_a_body_holds_no_place(caplog: pytest.LogCaptureFixture) -> None:
+    with Server(body_seconds=0) as server, begin(server.port) as connection:
+        answer = http.client.HTTPResponse(connection)
+        answer.begin()
+        assert answer.status == 408
+        assert "in 0 s, expected all of it" in json.loads(answer.read())["detail"]
+    with Server() as server:
+        connection = begin(server.port)
+        until(lambda: server.ask("/stats")[1]["requests"]["inside"] == 1)
+        connection.close()
+        until(lambda: server.ask("/stats")[1]["requests"] == {"inside": 0, "gone": 1, "refused": 0})
+    assert caplog.text == ""
 
 
 def test_shutting_down_finishes_what_came(pool: ThreadPoolExecutor) -> None:
