@@ -15,10 +15,10 @@ import argparse
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, Any
 
 try:
@@ -91,7 +91,6 @@ def make_app(
     read_texts = tokenizer_of(model, tokenizer)
     pictures, sigmoid, scale = picture_encoder(model), sigmoid_of(model), float(model.logit_scale.exp())
     transform = replace(model.transform(), max_pixels=limits.max_pixels)
-    decoders = anyio.CapacityLimiter(os.cpu_count() or 1)
     requests = {"inside": 0, "gone": 0, "refused": 0}
 
     # --- in the batcher's thread, which alone calls the model ---
@@ -109,6 +108,7 @@ def make_app(
         # once, before anybody waits: weights are packed, kernels are compiled
         encode_images([pictures.filler])
         encode_texts([read_texts("")[0]])
+        app.state.decoders = anyio.CapacityLimiter(os.cpu_count() or 1)
         app.state.batcher = Batcher(
             {"image": encode_images, "text": encode_texts}, limits.max_batch, limits.max_waiting
         )
@@ -172,7 +172,8 @@ def make_app(
             raise HTTPException(422, f"texts: got one of {longest} characters, expected at most {LONGEST_TEXT}")
         return list(read_texts(texts))
 
-    in_thread = partial(anyio.to_thread.run_sync, limiter=decoders)
+    async def in_thread(prepare: Callable[[Any], Any], given: Any) -> Any:
+        return await anyio.to_thread.run_sync(prepare, given, limiter=app.state.decoders)
 
     async def compute(request: Request, **work: list[Any]) -> dict[str, Tensor]:
         """Return features ``[n, E]`` of unit length for each kind, as the batcher's thread computes them."""
@@ -237,7 +238,7 @@ def make_app(
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
         """What waits, how large batches were, and how long things took."""
-        return {"requests": requests, **app.state.batcher.stats()}
+        return {"requests": requests, "cpu_seconds": time.process_time(), **app.state.batcher.stats()}
 
     return app
 

@@ -30,7 +30,16 @@ COLORS, THINGS, PLACES = (
     ("cat", "car", "house"),
     ("in the snow", "at night", "by the sea"),
 )
-COLUMNS = ("kind", "clients", "max_batch", "requests/s", "p50 ms", "p95 ms", "p99 ms", "mean batch")
+# what is printed of each row's medians, and how
+SHOWN = {
+    "requests/s": ("rate", ".1f"),
+    "p50 ms": ("p50", ".0f"),
+    "p95 ms": ("p95", ".0f"),
+    "p99 ms": ("p99", ".0f"),
+    "mean batch": ("batch", ".1f"),
+    "server's CPU ms": ("cpu_ms", ".1f"),
+}
+COLUMNS = ("kind", "clients", "max_batch", *SHOWN)
 
 
 def bodies(kind: str, count: int) -> list[bytes]:
@@ -73,7 +82,7 @@ def measure(url: str, kind: str, clients: int, requests: list[bytes]) -> dict[st
     Raises:
         RuntimeError: A request failed.
     """
-    before = Connection(url).ask("/stats")[kind]
+    before = Connection(url).ask("/stats")
     waits: list[float] = []
     failed: list[Exception] = []
     pending, start = iter(requests), threading.Barrier(clients + 1)
@@ -104,9 +113,11 @@ def measure(url: str, kind: str, clients: int, requests: list[bytes]) -> dict[st
     took = time.perf_counter() - began
     if failed:
         raise RuntimeError(f"{url}: {len(failed)} of {clients} clients failed, the first with {failed[0]}")
-    after = Connection(url).ask("/stats")[kind]
-    batches = after["batches"] - before["batches"]
-    return {"rate": len(waits) / took, **percentiles(waits), "batch": (after["items"] - before["items"]) / batches}
+    after = Connection(url).ask("/stats")
+    items, batches = (after[kind][what] - before[kind][what] for what in ("items", "batches"))
+    # the server's own, which other work on the machine changes less than it changes latency
+    cpu_ms = 1e3 * (after["cpu_seconds"] - before["cpu_seconds"]) / len(requests)
+    return {"rate": len(waits) / took, **percentiles(waits), "batch": items / batches, "cpu_ms": cpu_ms}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,14 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
             for url, of_url in zip(given.urls, zip(*rounds, strict=True), strict=True):
                 middle = {key: statistics.median(result[key] for result in of_url) for key in of_url[0]}
                 limit = Connection(url).ask("/stats")["max_batch"]
-                cells = [
-                    kind,
-                    clients,
-                    limit,
-                    f"{middle['rate']:.1f}",
-                    *(f"{middle[p]:.0f}" for p in ("p50", "p95", "p99")),
-                ]
-                print("| " + " | ".join(map(str, [*cells, f"{middle['batch']:.1f}"])) + " |", flush=True)
+                cells = [kind, clients, limit, *(format(middle[key], form) for key, form in SHOWN.values())]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
