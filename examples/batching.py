@@ -114,11 +114,13 @@ class Batcher:
 
         Raises:
             Refused: The queue is full or closed.
-            ValueError: There is no item, or an unknown kind.
+            ValueError: There is no item, there are more than will ever be taken, or the kind is unknown.
         """
         if not work.keys() <= self._lanes.keys() or not any(work.values()):
             raise ValueError(f"work: got {', '.join(work) or 'nothing'}, expected items of {', '.join(self._lanes)}")
         count = sum(map(len, work.values()))
+        if count > self.max_waiting:
+            raise ValueError(f"work: got {count} items, expected at most {self.max_waiting}, which the queue holds")
         job = _Job({kind: [None] * len(items) for kind, items in work.items()}, count)
         now = time.perf_counter()
         with self._changed:

@@ -181,6 +181,8 @@ def make_app(
             computed = asyncio.wrap_future(app.state.batcher.submit(**work))
         except Refused as error:
             raise busy(str(error)) from error
+        except ValueError as error:  # more than the queue ever holds
+            raise HTTPException(422, str(error)) from error
         gone = asyncio.ensure_future(request.receive())
         try:
             await asyncio.wait((computed, gone), return_when=asyncio.FIRST_COMPLETED)

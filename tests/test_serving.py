@@ -194,6 +194,8 @@ def test_wrong_work_is_told() -> None:
         for work in ({}, {"n": []}, {"m": [1]}, {"n": [1], "m": [1]}):
             with pytest.raises(ValueError, match=r"work: got .*, expected items of n"):
                 batcher.submit(**work)
+        with pytest.raises(ValueError, match="work: got 257 items, expected at most 256"):
+            batcher.submit(n=range(257))
     with pytest.raises(ValueError, match="max_batch, max_waiting: got 0 and 1"):
         Batcher({}, max_batch=0, max_waiting=1)
 
@@ -425,6 +427,9 @@ def test_a_full_queue_answers_503(pool: ThreadPoolExecutor) -> None:
         assert server.ask("/stats")[1]["requests"] == {"inside": 3, "gone": 0, "refused": 2}
         server.release()
         assert [future.result(PATIENCE)[0] for future in held] == [200] * 3
+        # what would never be taken is not asked to come again
+        status, refusal, _ = server.ask("/text", texts_body(*"abc"))
+        assert (status, refusal["detail"]) == (422, "work: got 3 items, expected at most 2, which the queue holds")
         assert server.ask("/image", jpeg(0))[0] == 200
 
 
