@@ -3,7 +3,7 @@
 The loop is open_clip's own but for the lines that name clipfast. The model keeps its class, its Parameters and its
 checkpoints: plain open_clip reads what this writes. Without --model, a small one starts from random weights.
 
-    pip install '.[train]' open_clip_torch
+    pip install 'clipfast[train]' open_clip_torch
     python examples/finetune_open_clip.py
     python examples/finetune_open_clip.py --model ViT-B-32 --pretrained FILE --lr 1e-5
 

@@ -1,6 +1,6 @@
 """Write both towers of a CLIP as ONNX files, run them in onnxruntime, and compare with PyTorch.
 
-    pip install '.[export]'
+    pip install 'clipfast[export]'
     python examples/onnx_export.py
     python examples/onnx_export.py FOLDER
     python examples/onnx_export.py ViT-B-32 --weights FILE

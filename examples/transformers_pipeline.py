@@ -1,6 +1,6 @@
 """A transformers pipeline that clipfast accelerates: one line more, and the same scores.
 
-    pip install . transformers
+    pip install transformers
     python examples/transformers_pipeline.py
     python examples/transformers_pipeline.py FOLDER --images a.jpg b.jpg --labels "a cat" "two dogs"
 
