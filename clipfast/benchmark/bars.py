@@ -73,13 +73,14 @@ _STYLE = """
 .bars h3 { font-size: .95rem; font-weight: 600; line-height: 1.3; margin: 1.1rem 0 .2rem; }
 .bars ul { list-style: none; margin: 0; padding: 0; }
 .bars .note { font-size: .8rem; margin: 0 0 .2rem; }
-.bar, .axis { display: grid; grid-template-columns: minmax(0, 10rem) minmax(0, 1fr) minmax(0, 1fr); column-gap: .9rem;
+.bar, .axis { display: grid; grid-template-columns: minmax(0, 10rem) minmax(0, 1fr) minmax(0, 1fr); column-gap: 1.2rem;
   align-items: stretch; font-size: .82rem; line-height: 1.25; }
 .bar .who { align-self: center; padding: .2rem 0; }
-.cell { display: grid; grid-template-columns: minmax(0, 1fr) 4.9rem; column-gap: .4rem; }
+.cell { display: grid; position: relative; grid-template-columns: minmax(0, 1fr) 4.9rem; column-gap: .4rem; }
+.axis .what { display: none; }
 .axis { position: sticky; top: 0; z-index: 1; background: var(--page); color: var(--soft); font-size: .72rem;
   padding: .25rem 0 .1rem; }
-.axis .ticks { position: relative; height: 2.3em; }
+.axis .ticks { position: relative; height: 2.5em; }
 .axis .ticks em { position: absolute; left: 0; top: 0; font-style: normal; white-space: nowrap; }
 .axis .ticks s { position: absolute; bottom: 0; transform: translateX(-50%); text-decoration: none;
   white-space: nowrap; }
@@ -91,32 +92,37 @@ _STYLE = """
 .track i { position: absolute; top: calc(50% - .4rem); height: .8rem; background: var(--less); }
 .track i.more { background: var(--time); }
 .memory .track i.more { background: var(--memory); }
-.two .track { min-height: 2.1rem; }
-.two .track i { top: calc(50% - .75rem); }
-.two .track i.dense { top: calc(50% + .2rem); height: .5rem; background: var(--page); border: 2px solid var(--less); }
-.two .track i.dense.more { border-color: var(--time); }
+.two .time .track { min-height: 2.1rem; }
+.two .time .track i { top: calc(50% - .75rem); }
+.two .time .track i.dense { top: calc(50% + .2rem); height: .5rem; background: var(--page);
+  border: 2px solid var(--less); }
+.two .time .track i.dense.more { border-color: var(--time); }
 .track i.beyond::before { content: "▸"; position: absolute; right: .1rem; line-height: .8rem; color: var(--page); }
 .track i.beyond.less::before { content: "◂"; right: auto; left: .1rem; }
+.track, .key { forced-color-adjust: none; }
 .value { align-self: center; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .value b { font-weight: 600; }
 .value small { display: block; font-size: .7rem; }
 .words { grid-column: 1 / -1; align-self: center; color: var(--soft); font-size: .74rem; }
-.spoken { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+.bar .what { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
 .absent { color: var(--soft); font-size: .8rem; padding: .1rem 0; }
 .key { display: inline-block; width: 1.6rem; height: .7rem; margin: 0 .35rem 0 .1rem; background: var(--time); }
 .key.memory { background: var(--memory); }
 .key.less { background: var(--less); }
 .key.dense { background: none; border: 2px solid var(--time); }
-.legend span { white-space: nowrap; margin-right: 1rem; }
+.legend span { display: inline-block; margin-right: 1rem; }
 @media (max-width: 40rem) {
-  .bar, .axis { grid-template-columns: 6.6rem minmax(0, 1fr); column-gap: .6rem; }
-  .bar .who { grid-row: 1 / span 2; }
-  .cell { grid-column: 2; grid-template-columns: minmax(0, 1fr) 5.4rem; }
+  .bar, .axis { display: block; }
+  .bar { padding: .15rem 0; }
+  .bar .who { font-weight: 600; padding: .1rem 0; }
+  .cell { grid-template-columns: 3.4rem minmax(0, 1fr) 4.9rem; }
+  .track { min-height: 1.2rem; }
+  .axis .what { display: inline; }
   .axis .memory, .axis .ticks em { display: none; }
   .axis .ticks { height: 1.2em; }
-  .bar { padding: .15rem 0; border-top: 1px solid var(--rule); }
-  .memory .spoken { position: static; width: auto; height: auto; clip-path: none; color: var(--soft);
-    font-size: .7rem; }
+  .words { grid-column: auto / span 2; }
+  .bar .what { position: static; width: auto; height: auto; clip-path: none; align-self: center;
+    color: var(--soft); font-size: .74rem; }
 }
 </style>"""
 
@@ -125,7 +131,7 @@ def legend_html(run: Run) -> str:
     """Return how to read the bars, with the keys of what the run has."""
     keys = [("", "time"), ("memory", "peak memory"), ("less", "less than clipfast’s")]
     if any(DENSE in row.sides for row in run.rows):
-        keys.append(("dense", "time beside clipfast with every token computed (dense)"))
+        keys.append(("dense", "time, every token computed (dense)"))
     drawn = "".join(f'<span><i class="key {kind}"></i>{words}</span>' for kind, words in keys)
     return (
         '<p class="note">A bar is a rival’s time or peak memory over clipfast’s. To the right of the line at 1\u00a0× '
@@ -142,8 +148,11 @@ def bars_html(group: Group, scale: Scale, device: str) -> str:
         scale: The page's.
         device: The run's, which says what memory counts.
     """
-    drawn = "".join(_row(row, scale, device) for row in group.rows)
-    same = "".join(_row(row, scale, device) for row in group.same)
+    labels = [row.label for row in group.rows + group.same]
+    drawn, same = (
+        "".join(_row(row, scale, device, alone=labels.count(row.label) == 1) for row in rows)
+        for rows in (group.rows, group.same)
+    )
     if group.ties is not None and same:
         low, high = group.ties
         count = f"{len(group.same)} row{'s' * (len(group.same) > 1)}"
@@ -175,20 +184,19 @@ def _axis(scale: Scale) -> str:
         f'<s{" class=one" if words.startswith("1" + chr(0xA0)) else ""} style="left:{place:.2f}%">{words}</s>'
         for place, words in scale.ticks()
     )
-    return (
-        '<div class="axis" aria-hidden="true"><span></span>'
-        + "".join(
-            f'<span class="cell {kind}"><span class="ticks"><em>{words}</em>{ticks}</span><span></span></span>'
-            for kind, words in (("time", "time over clipfast’s"), ("memory", "peak memory over clipfast’s"))
-        )
-        + "</div>"
+    cells = "".join(
+        f'<span class="cell {kind}"><span class="what"></span><span class="ticks"><em>{words}</em>{ticks}</span></span>'
+        for kind, words in (("time", "time over clipfast’s"), ("memory", "peak memory over clipfast’s"))
     )
+    return f'<div class="axis" aria-hidden="true"><span></span>{cells}</div>'
 
 
-def _row(row: Row, scale: Scale, device: str) -> str:
+def _row(row: Row, scale: Scale, device: str, *, alone: bool) -> str:
+    """A row's rivals; its direction is told where it trains, or where another row has the same label."""
     if not row.rivals and not row.missing:
         return ""
-    label = row.label if row.direction == "step" else f"{row.label}, {row.direction}"
+    told = row.direction != "step" and not (alone and row.direction == "forward")
+    label = f"{row.label}, {row.direction}" if told else row.label
     parts = [f"<h3>{escape(label)}</h3>"]
     if (operator := own_operator(row)) is not None:
         parts.append(f'<p class="note">PyTorch’s own operator serves clipfast’s call: {escape(operator)}.</p>')
@@ -218,20 +226,21 @@ def _memory(row: Row, rival: str, scale: Scale, device: str) -> str:
     ours, theirs = row.sides[OURS].peak_bytes, row.sides[rival].peak_bytes
     if ours is None or theirs is None:
         return ""
-    words = [bytes_text(count) if is_counted(count, device) else "too little to count" for count in (theirs, ours)]
+    least = "under 1 MB" if device == "cpu" else "nothing"
+    words = [bytes_text(count) if is_counted(count, device) else least for count in (theirs, ours)]
     text = words[0] if words[0] == words[1] else f"{words[0]}; clipfast’s {words[1]}"
-    return f'<span class="cell memory"><span class="words"><span class="spoken">memory </span>{text}</span></span>'
+    return f'<span class="cell memory"><span class="what">memory </span><span class="words">{text}</span></span>'
 
 
 def _cell(kind: str, ratio: float, dense: float | None, scale: Scale) -> str:
     bars = _bar(ratio, scale, "")
-    value = f'<span class="spoken">{kind} </span><b>{ratio_text(ratio)}</b>'
+    value = f"<b>{ratio_text(ratio)}</b>"
     if dense is not None:
         bars += _bar(dense, scale, "dense")
         value += f"<small>dense {ratio_text(dense)}</small>"
     return (
-        f'<span class="cell {kind}"><span class="track" aria-hidden="true">{bars}</span>'
-        f'<span class="value">{value}</span></span>'
+        f'<span class="cell {kind}"><span class="what">{kind} </span>'
+        f'<span class="track" aria-hidden="true">{bars}</span><span class="value">{value}</span></span>'
     )
 
 

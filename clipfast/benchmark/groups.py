@@ -79,6 +79,8 @@ def groups_of(run: Run) -> list[Group]:
     def place(key: str) -> tuple[int, float, str]:
         level = next((i for i, keys in enumerate(_LEVELS) if key in keys), len(_LEVELS))
         gain = groups[key].gain
+        if gain is None and groups[key].same:
+            gain = 1.0  # a tie, by construction
         return level, math.inf if gain is None else -gain, key
 
     return [groups[key] for key in sorted(groups, key=place)]

@@ -28,14 +28,16 @@ from clipfast.benchmark.tiles import tiles_of
 from clipfast.visualize.report import Report
 
 _STYLE = """<style>
-.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 12.5rem), 1fr)); }
-.tile b { font-size: 1.45rem; }
+body { max-width: 68rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.tile b { font-size: 1.5rem; white-space: nowrap; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--accent); }
 summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
-.scroll td:first-child { min-width: 14rem; overflow-wrap: normal; }
+.scroll td:first-child { min-width: 11rem; overflow-wrap: normal; }
+.scroll th, .scroll td { padding-right: .6rem; }
 .scroll td:nth-child(2), .scroll th:nth-child(2) { text-align: left; }
-.scroll table { font-size: .86rem; margin-top: .5rem; }
+.scroll table { font-size: .8rem; margin-top: .5rem; }
 </style>"""
 
 _HOW = (

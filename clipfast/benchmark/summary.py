@@ -101,8 +101,11 @@ def rate(amount: float | None, side: Side) -> float | None:
 
 
 def does_it_all(row: Row, name: str) -> bool:
-    """Return whether a side does all operations of the row: not one with exact shortcuts, beside its dense self."""
-    return name != OURS or DENSE not in row.sides
+    """Return whether a side does all operations of the row: not one with exact shortcuts.
+
+    It has them where a dense side stands beside it, and in accelerated models, which no row measures dense.
+    """
+    return name != OURS or (DENSE not in row.sides and row.op != "accelerate")
 
 
 def share_of_limit(row: Row, name: str) -> float | None:
