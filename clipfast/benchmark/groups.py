@@ -9,7 +9,11 @@ from dataclasses import dataclass
 from clipfast.benchmark.results import OURS, Row, Run
 from clipfast.benchmark.summary import OPS, SpeedUp, best_rival, own_operator, speed_ups
 
-_HEADINGS = OPS | {"prompts": "Zero-shot prompts", "step": "Training step"}
+_HEADINGS = OPS | {
+    "prompts": "Zero-shot prompts",
+    "step": "Training step",
+    "dispatch": "What the choice of an implementation costs a call",
+}
 # what users run, and what stands around it; what it is made of comes after both
 _LEVELS = (("prompts", "step", "accelerate", "towers", "contrastive_loss"), ("data", "tokenizer", "training"))
 

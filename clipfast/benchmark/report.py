@@ -36,7 +36,8 @@ summary { cursor: pointer; color: var(--accent); }
 summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .scroll td:first-child { min-width: 11rem; overflow-wrap: normal; }
 .scroll th, .scroll td { padding-right: .6rem; }
-.scroll td:nth-child(2), .scroll th:nth-child(2) { text-align: left; }
+details .scroll td:nth-child(2), details .scroll th:nth-child(2) { min-width: 8rem; text-align: left;
+  white-space: normal; overflow-wrap: normal; }
 .scroll table { font-size: .8rem; margin-top: .5rem; }
 </style>"""
 
@@ -161,7 +162,7 @@ def _add_shortcuts(report: Report, run: Run) -> None:
                 number_text(over_ours and over_ours.ratio, ".2f", " ×"),
             ]
         )
-    report.add_table(header, cells)
+    report.add_table(header, cells, label="Dense and with exact shortcuts")
 
 
 def _add_scaling(report: Report, run: Run) -> None:
@@ -196,4 +197,4 @@ def _add_scaling(report: Report, run: Run) -> None:
     for label, figure in figures:
         report.add_html(f"<h3>{escape(label)}</h3>")
         report.add_figure(figure, label)
-    report.add_table(header, table)
+    report.add_table(header, table, label="Exponents")

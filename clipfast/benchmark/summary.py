@@ -19,7 +19,6 @@ OPS = {
     "training": "The training engine",
     "data": "Data path",
     "tokenizer": "Tokenizer",
-    "dispatch": "What the choice of an implementation costs a call",
 }
 """Headings by op, in the order of a table; other ops follow by name."""
 
@@ -214,8 +213,10 @@ def number_text(value: float | None, spec: str = ".1f", unit: str = "") -> str:
 
 
 def ratio_text(ratio: float) -> str:
-    """Return a ratio with three digits, two behind the point at most: ``"0.93 ×"``, ``"10.2 ×"``, ``"140 ×"``."""
-    digits = max(0, min(2, 2 - math.floor(math.log10(ratio)))) if ratio > 0 else 2
+    """Return a ratio with two or three digits: ``"0.012 ×"``, ``"0.93 ×"``, ``"10.2 ×"``, ``"140 ×"``."""
+    if ratio < 0.1:
+        return f"{ratio:.2g}\u00a0×"
+    digits = max(0, min(2, 2 - math.floor(math.log10(ratio))))
     return f"{ratio:,.{digits}f}\u00a0×"
 
 
