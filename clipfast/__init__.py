@@ -84,7 +84,7 @@ def _import(module: str) -> Any:
             from clipfast.installation import what_is_missing
 
             if words := what_is_missing(error):
-                raise ModuleNotFoundError(words, name=error.name) from error
+                raise ModuleNotFoundError(words, name=error.name) from None
             raise
         raise ImportError(f"clipfast needs PyTorch 2.10 or later, this is {version}: upgrade PyTorch") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import shlex
 import sys
@@ -51,12 +52,12 @@ def what_is_missing(error: BaseException) -> str | None:
     if not isinstance(error, ModuleNotFoundError) or error.name not in _NEEDED:
         return None
     name, root = _NEEDED[error.name], clone()
-    words = "PyTorch (2.10 or newer)" if name == "torch" else name
     if root is None:
-        return f"clipfast needs {words}, which is not installed: run `pip install {name}`"
-    here = f"clipfast runs from its sources in {root} and needs {words}, which is not installed"
+        return f"clipfast needs {name}, which is not installed: run `pip install {name}`"
+    here = f"clipfast runs from its sources in {root} and needs {name}, which is not installed"
     # the op library is built with the headers of the PyTorch that is there
-    return f"{here}: {'install it, then ' if name == 'torch' else ''}run {command()}"
+    first = "" if importlib.util.find_spec("torch") else "install PyTorch (2.10 or newer), then "
+    return f"{here}: {first}run {command()}"
 
 
 def _named(folder: Path) -> str:
