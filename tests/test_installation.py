@@ -97,11 +97,17 @@ def test_two_clones_are_not_mixed(clone: Path, tmp_path: Path) -> None:
     shutil.copytree(clone, other)
     code = f"import sys; sys.path.append({str(other)!r})\n{WHERE}"
     assert python(clone, "-c", code).stdout.strip() == found(clone)
-    # imported anew from another place, it takes its own kernels along
-    code = f"{WHERE}\nimport sys; sys.path[:1] = [{str(other)!r}]\n"
-    code += f"for name in [m for m in sys.modules if m.startswith('clipfast')]: del sys.modules[name]\n{WHERE}"
+    # imported anew from another place, it takes its own kernels along, also where they lie in it
+    whole = tmp_path / "site" / "clipfast"
+    shutil.copytree(clone / "clipfast", whole)
+    shutil.copytree(clone / "kernels", whole / "kernels")
+    code = f"import sys\n{WHERE}\n"
+    for folder in (other, whole.parent, clone):
+        code += f"sys.path[0] = {str(folder)!r}\n"
+        code += f"for name in [m for m in sys.modules if m.startswith('clipfast')]: del sys.modules[name]\n{WHERE}\n"
     done = python(clone, "-c", code)
-    assert done.stdout.splitlines() == [found(clone), found(other)], done.stderr
+    inner = f"{whole / '__init__.py'} {whole / 'kernels' / 'attention_policy.py'}"
+    assert done.stdout.splitlines() == [found(clone), found(other), inner, found(clone)], done.stderr
 
 
 def test_who_imports_another_package_named_kernels_gets_that_one(clone: Path, tmp_path: Path) -> None:

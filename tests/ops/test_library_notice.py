@@ -72,6 +72,16 @@ def test_a_loss_without_a_model_says_it(monkeypatch: pytest.MonkeyPatch) -> None
         model()
 
 
+def test_an_accelerated_model_says_it() -> None:
+    from torchvision.models import VisionTransformer
+
+    foreign = VisionTransformer(16, 8, num_layers=1, num_heads=1, hidden_dim=16, mlp_dim=32)
+    with pytest.warns(ops.FallbackWarning, match="clipfast: the op library was not built") as said:
+        clipfast.accelerate(foreign)
+    (warning,) = said
+    assert warning.filename == __file__
+
+
 @pytest.mark.parametrize("name", ["reference", "torch"])
 def test_a_backend_that_was_asked_for_keeps_it_for_later(name: str) -> None:
     with silence(), clipfast.backend(name):
