@@ -35,6 +35,7 @@ from types import ModuleType
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).parent
 LIBRARY = "libclipfast.so"
@@ -50,7 +51,11 @@ JOBS = 2
 
 
 class CannotBuild(Exception):
-    """Why the op library, or its CUDA half, is left out."""
+    """Why the op library, or its CUDA half, is left out, and what to do before another install."""
+
+    def __init__(self, why: str, remedy: str | None = None) -> None:
+        super().__init__(why)
+        self.remedy = remedy
 
 
 def find_torch() -> Path:
@@ -63,7 +68,7 @@ def find_torch() -> Path:
     for folder in folders:
         if (Path(folder) / "torch" / "include").is_dir():
             return Path(folder) / "torch"
-    raise CannotBuild("PyTorch's headers were not found; install PyTorch first, then clipfast")
+    raise CannotBuild("PyTorch's headers were not found", "install PyTorch (2.10 or newer)")
 
 
 def find_compiler() -> str:
@@ -72,7 +77,8 @@ def find_compiler() -> str:
     for name in [wanted] if wanted else ["c++", "g++", "clang++"]:
         if shutil.which(name.split()[0]):
             return name
-    raise CannotBuild(f"no C++ compiler was found ({wanted or 'c++, g++, clang++'})")
+    remedy = "set CXX to a C++ compiler" if wanted else "install g++ or clang++"
+    raise CannotBuild(f"no C++ compiler was found ({wanted or 'c++, g++, clang++'})", remedy)
 
 
 def run(command: list[str]) -> None:
@@ -82,7 +88,8 @@ def run(command: list[str]) -> None:
     if done.returncode:
         print(done.stdout + done.stderr, file=sys.stderr)
         errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise CannotBuild(f"{command[0]} failed: {errors[0] if errors else f'exit status {done.returncode}'}")
+        why = errors[0] if errors else f"exit status {done.returncode}"
+        raise CannotBuild(f"{command[0]} failed: {why}", "mend what it says (pip's option -v shows all of it)")
 
 
 def find_nvcc() -> str:
@@ -90,7 +97,8 @@ def find_nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which(str(Path(home) / "bin" / "nvcc") if home else "nvcc")
     if nvcc is None:
-        raise CannotBuild(f"no nvcc was found ({f'in {home}/bin, as CUDA_HOME says' if home else 'on PATH'})")
+        where = f"in {home}/bin, as CUDA_HOME says" if home else "on PATH"
+        raise CannotBuild(f"no nvcc was found ({where})", "install the CUDA toolkit and set CUDA_HOME to its folder")
     return nvcc
 
 
@@ -101,10 +109,12 @@ def cuda_architectures() -> tuple[list[str], list[str]]:
     for item in re.split(r"[;, ]+", wanted.strip("; ,")):
         match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
         if match is None:
-            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {item!r}, expected numbers such as 8.0, 9.0a or 10.0+PTX")
+            why = f"TORCH_CUDA_ARCH_LIST: got {item!r}, expected numbers such as 8.0, 9.0a or 10.0+PTX"
+            raise CannotBuild(why, "correct TORCH_CUDA_ARCH_LIST")
         major, minor, suffix, ptx = match.groups()
         if int(major) < 8:
-            raise CannotBuild(f"TORCH_CUDA_ARCH_LIST: got {item}, the kernels need 8.0 or later")
+            why = f"TORCH_CUDA_ARCH_LIST: got {item}, the kernels need 8.0 or later"
+            raise CannotBuild(why, "correct TORCH_CUDA_ARCH_LIST")
         name = major + minor + suffix
         flags.append(f"-gencode=arch=compute_{name},code=sm_{name}")
         names.append(name)
@@ -124,7 +134,7 @@ def compile_all(commands: list[list[str]]) -> None:
 def compile_cuda(torch: Path, temporary: Path) -> tuple[list[str], list[str], str]:
     """Compile csrc/cuda/; return nvcc as the linker, the objects, and what was built."""
     if os.environ.get("CLIPFAST_SKIP_CUDA") == "1":
-        raise CannotBuild("CLIPFAST_SKIP_CUDA=1 was set")
+        raise CannotBuild("CLIPFAST_SKIP_CUDA=1 was set", "unset CLIPFAST_SKIP_CUDA")
     nvcc = [find_nvcc()]
     if os.environ.get("CXX"):
         # the compiler of the C++ files is the one behind nvcc too
@@ -154,19 +164,20 @@ def same_names(source: str, temporary: Path) -> list[str]:
 def build_library(target: Path, temporary: Path) -> dict[str, str | None]:
     """Compile csrc/ into ``target``; return what became of the CUDA half."""
     if os.environ.get("CLIPFAST_SKIP_LIBRARY") == "1":
-        raise CannotBuild("CLIPFAST_SKIP_LIBRARY=1 was set")
+        raise CannotBuild("CLIPFAST_SKIP_LIBRARY=1 was set", "unset CLIPFAST_SKIP_LIBRARY")
     if sys.platform != "linux":
         raise CannotBuild(f"the op library is built on Linux only, this is {sys.platform}")
     compiler, torch = find_compiler().split(), find_torch()
     if not (torch / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
-        raise CannotBuild(f"the PyTorch in {torch.parent.name} is older than 2.10 and has no stable ABI")
+        why = f"the PyTorch in {torch.parent.name} is older than 2.10 and has no stable ABI"
+        raise CannotBuild(why, "upgrade PyTorch, to the same kind of build")
     temporary.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    linker, cuda_objects, cuda, reason = compiler, [], None, None
+    linker, cuda_objects, cuda, left_out = compiler, [], None, {"cuda_reason": None}
     try:
         linker, cuda_objects, cuda = compile_cuda(torch, temporary)
     except CannotBuild as why:
-        reason = str(why)
+        left_out = {"cuda_reason": str(why), "cuda_remedy": why.remedy}
         print(f"\nclipfast: THE OP LIBRARY IS BUILT WITHOUT CUDA: {why}\n", flush=True)
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     flags += [no_paths(torch), *VECTORISED, f"-DCLIPFAST_CUDA={cuda or 'none'}"]
@@ -188,8 +199,8 @@ def build_library(target: Path, temporary: Path) -> dict[str, str | None]:
     if oldest:
         first = old_symbols(target, oldest, temporary / "glibc", compiler)
         run([*linker, "-shared", *first, *objects, *cuda_objects, "-o", str(target), *links])
-    found = {"cuda": cuda, "cuda_reason": reason, "torch": version_of(torch)}
-    return found | {"libstdcxx": compiler_version(compiler) if oldest else None}
+    found = {"cuda": cuda, "torch": version_of(torch), "libstdcxx": compiler_version(compiler) if oldest else None}
+    return left_out | found
 
 
 def version_of(torch: Path) -> str | None:
@@ -224,7 +235,8 @@ def old_symbols(library: Path, glibc: str, temporary: Path, compiler: list[str])
     """Return what is linked first so that a library needs no newer C library than the one of a version."""
     manylinux = script("manylinux")
     if re.fullmatch(r"\d+\.\d+", glibc) is None:
-        raise CannotBuild(f"CLIPFAST_GLIBC: got {glibc!r}, expected a version such as 2.28")
+        why = f"CLIPFAST_GLIBC: got {glibc!r}, expected a version such as 2.28"
+        raise CannotBuild(why, "correct CLIPFAST_GLIBC")
     try:
         version = tuple(map(int, glibc.split(".")))
         first = [str(p) for p in manylinux.link_options(library, version, temporary, compiler)]
@@ -259,10 +271,9 @@ class BuildLibrary(build_ext):
             record["sha256"] = hashlib.sha256(target.read_bytes()).hexdigest()
         except CannotBuild as why:
             target.unlink(missing_ok=True)
-            record |= {"library": None, "reason": str(why)}
-            print(
-                f"\nclipfast: THE OP LIBRARY WAS NOT BUILT: {why}\nclipfast works without it, in PyTorch.\n", flush=True
-            )
+            record |= {"library": None, "reason": str(why), "remedy": why.remedy}
+            words = f"clipfast: THE OP LIBRARY WAS NOT BUILT: {why}\nclipfast works without it, in PyTorch."
+            print(f"\n{words}\n", flush=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         (target.parent / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -282,6 +293,16 @@ class BuildLibrary(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         """An editable install takes its copies from :meth:`copy_extensions_to_source`."""
         return {}
+
+
+class Editable(editable_wheel):
+    """Lets an editable install be found where a folder named clipfast lies in the working directory."""
+
+    def run(self) -> None:
+        """Build the wheel, and put our finder in it."""
+        super().run()
+        for wheel in Path(self.dist_dir).glob("*.whl"):
+            script("editable").use_our_finder(wheel, ROOT)
 
 
 class Wheel(bdist_wheel):
@@ -306,5 +327,5 @@ class Wheel(bdist_wheel):
 
 setup(
     ext_modules=[Extension("clipfast.libclipfast", sources(".cpp"))],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
+    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel, "editable_wheel": Editable},
 )

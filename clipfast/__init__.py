@@ -7,10 +7,30 @@ neither Triton nor the compiled library, and costs little beyond ``import torch`
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
+
+
+class _KernelsOfClone:
+    """Finds ``clipfast.kernels`` in a clone, where its folder lies beside the package's and not in it."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "clipfast.kernels" or self.package not in (path or ()):
+            return None
+        from importlib.machinery import PathFinder
+
+        return PathFinder.find_spec(name, [os.path.dirname(self.package)])
+
+
+if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+    # first: the finder of another clone's editable install would give that one's
+    sys.meta_path.insert(0, _KernelsOfClone(__path__[0]))
 
 _HOME_OF = {
     "create_model": "clipfast.models.create",
@@ -61,6 +81,10 @@ def _import(module: str) -> Any:
         # pip is not asked for a PyTorch of some version, because it would replace the one that is there
         version = getattr(sys.modules.get("torch"), "__version__", "2.10")
         if tuple(map(int, version.split(".")[:2])) >= (2, 10):
+            from clipfast.installation import what_is_missing
+
+            if words := what_is_missing(error):
+                raise ModuleNotFoundError(words, name=error.name) from None
             raise
         raise ImportError(f"clipfast needs PyTorch 2.10 or later, this is {version}: upgrade PyTorch") from error
 

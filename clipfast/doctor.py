@@ -45,7 +45,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from clipfast import self_test
-    from clipfast.ops import library
+    from clipfast.ops import library, library_notice
 
     began = time.monotonic()
     report = basics()
@@ -62,8 +62,7 @@ def examine() -> dict[str, Any]:
             served, how = library.card_support(library.build_info()["cuda"], capability, library.driver_version())
             card |= {"served": served, "how": how}
             if not served:
-                hint = library.record().get("cuda_reason")
-                why = f"{how} ({hint})" if hint else how
+                why = _without_user(library_notice.words_of_cuda(how))
                 problems.append(("warning", f"card {card['index']}: the losses run in PyTorch: {why}"))
     devices = [torch.device("cpu")]
     # one card of each name stands for all
@@ -102,7 +101,7 @@ def basics() -> dict[str, Any]:
 
 def _library(problems: list[tuple[str, str]], wants_cuda: bool) -> dict[str, Any]:
     """Return what the op library is and holds; ``wants_cuda`` where PyTorch has CUDA."""
-    from clipfast.ops import library
+    from clipfast.ops import library, library_notice
 
     reason = library.unavailable()
     missing = library.missing_cuda_entry_points()
@@ -111,8 +110,7 @@ def _library(problems: list[tuple[str, str]], wants_cuda: bool) -> dict[str, Any
     with contextlib.suppress(OSError):
         found["bytes"] = library.path().stat().st_size
     if reason is not None:
-        text = "inference on the CPU and the losses run in PyTorch, which is right but slower"
-        problems.append(("warning", f"{reason.replace(str(library.path()), found['path'])}: {text}"))
+        problems.append(("warning", _without_user(library_notice.words())))
         return found
     info = library.build_info()
     toolkit, _, names = info["cuda"].partition(":")
@@ -282,6 +280,12 @@ def _report() -> None:
         report = basics()
         report["problems"].append(("failed", f"clipfast cannot be used: {_line(error)}"))
     print(f"\n{_MARK}{json.dumps(report)}", flush=True)
+
+
+def _without_user(words: str) -> str:
+    """Return words without the name of the user, which paths may hold."""
+    home = os.path.expanduser("~")
+    return words.replace(home + os.sep, "~" + os.sep) if home != os.sep else words
 
 
 def _line(error: Any) -> str:

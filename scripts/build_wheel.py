@@ -36,7 +36,8 @@ import manylinux
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("clipfast", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_LICENSES")
-SOURCES += ("CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in", "scripts/manylinux.py", "scripts/sbom.py")
+SOURCES += ("CHANGELOG.md", "CONTRIBUTING.md", "MANIFEST.in")
+SOURCES += ("scripts/editable.py", "scripts/manylinux.py", "scripts/sbom.py")
 LEFT_OUT = shutil.ignore_patterns("*.so", "_build.json", "__pycache__", "*.egg-info")
 # code for every card from A100 to RTX PRO Blackwell; PTX of compute_100 for the others of today and those to come
 ARCHITECTURES = "8.0;8.6;8.9;9.0a;10.0+PTX;12.0"

@@ -20,7 +20,7 @@ python=${PYTHON:-python3}
 }
 
 # what was installed, and from which versions of these files
-state=$(cat pyproject.toml setup.py tests/rivals.txt scripts/setup_env.sh $(find csrc -type f | sort) | cksum)
+state=$(cat pyproject.toml setup.py tests/rivals.txt scripts/setup_env.sh scripts/editable.py $(find csrc -type f | sort) | cksum)
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then

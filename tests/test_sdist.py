@@ -42,6 +42,7 @@ def expected() -> set[str]:
     found = {"setup.py", "setup.cfg", "pyproject.toml", "MANIFEST.in", "PKG-INFO", "README.md", "LICENSE"}
     found |= {"CHANGELOG.md", "CONTRIBUTING.md"}
     found |= {"THIRD_PARTY_LICENSES", "scripts/manylinux.py", "scripts/sbom.py", "clipfast/py.typed"}
+    found.add("scripts/editable.py")
     found |= {f"clipfast/data/{name}" for name in ("VOCABULARY_LICENSE", "bpe_simple_vocab_16e6.txt.gz")}
     found.add("clipfast/evaluate/imagenet.json")
     names = ("PKG-INFO", "SOURCES.txt", "dependency_links.txt", "entry_points.txt", "requires.txt", "top_level.txt")

@@ -23,6 +23,7 @@ from clipfast.models.accelerated import (
 from clipfast.models.fallbacks import counted
 from clipfast.models.twin_blocks import Refusal
 from clipfast.modules import plainness
+from clipfast.ops import library_notice
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -100,6 +101,8 @@ def accelerate(model: Model, *, token_outputs: bool = True) -> Model:
             f"accelerate(model): got a {type(model).__module__}.{type(model).__qualname__} with nothing in it that can "
             f"be accelerated, expected {_SUPPORTED}{parts}"
         )
+    if found.accelerated:
+        library_notice.tell()
     if found.left_alone:
         parts = "; ".join(f"{path or 'the model'}: {reason}" for path, reason in found.left_alone.items())
         warnings.warn(f"clipfast.accelerate leaves alone {parts}", AccelerateWarning, stacklevel=2)

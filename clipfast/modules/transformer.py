@@ -13,6 +13,7 @@ from clipfast.modules.block import MLP, LayerNorm, Read, ResidualAttentionBlock,
 from clipfast.modules.block_judge import is_own, options_of, state_of
 from clipfast.modules.block_states import CHANGED, BlockStates, states_of
 from clipfast.modules.shortcuts import is_observed, shortcuts_enabled
+from clipfast.ops import library_notice
 from clipfast.ops.dispatch import leaves_clipfast
 from clipfast.ops.encoder import PackedEncoder, encode, refusal
 
@@ -52,6 +53,7 @@ class Transformer(nn.Module):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
+        library_notice.tell()
         self.width = width
         self.layers = layers
         self.grad_checkpointing = False

@@ -18,6 +18,8 @@ from clipfast.ops import (
     contrastive_reference,
     dispatch,
     fallback,
+    library,
+    library_notice,
     siglip_autograd,
 )
 from clipfast.ops.contrastive_arguments import ContrastiveAccuracy, Options, check_features, prepare
@@ -305,8 +307,13 @@ def announce_chunks(op: str, image_features: Tensor) -> None:
     """Warn once that PyTorch's tiles stand in for the op library's."""
     reason = _refusal(op, image_features)
     # a kernel that failed has been announced
-    if reason is not None and fallback.failure(op, image_features.device) is None:
-        dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {reason}")
+    if reason is None or fallback.failure(op, image_features.device) is not None:
+        return
+    if reason == library.unavailable():
+        library_notice.tell()
+    else:
+        words = library_notice.words_of_cuda(reason)
+        dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {words}")
 
 
 for _op, _implementations in (

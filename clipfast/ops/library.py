@@ -21,6 +21,8 @@ _PACKAGE = Path(__file__).parent.parent
 # "Binary Compatibility"); PTX serves them as it does others
 _EMBEDDED = ((8, 7), (11, 0))
 _MACHINES = {3: "i386", 21: "ppc64le", 22: "s390x", 40: "arm", 62: "x86_64", 183: "aarch64", 243: "riscv64"}
+#: what :func:`card_support` says of a library that holds nothing for any card
+WITHOUT_CUDA = "the op library was built without CUDA: build it where nvcc is"
 # what the package calls; a library of an older clipfast may lack one
 _OPS = (
     "build_info",
@@ -61,7 +63,7 @@ def path() -> Path:
 
 
 def record() -> dict[str, Any]:
-    """Return what the build wrote down beside the library: ``reason``, ``cuda_reason``, ``sha256`` and more."""
+    """Return what the build wrote down beside the library: ``reason``, ``remedy``, ``cuda_reason`` and more."""
     try:
         found = json.loads((_PACKAGE / "_build.json").read_text())
     except (OSError, ValueError):
@@ -69,10 +71,15 @@ def record() -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def is_switched_off() -> bool:
+    """Return whether the user wants no op library."""
+    return os.environ.get("CLIPFAST_NO_LIBRARY") == "1"
+
+
 @functools.cache
 def unavailable() -> str | None:
     """Load the op library, once; return None, or why it cannot be used. It never raises."""
-    if os.environ.get("CLIPFAST_NO_LIBRARY") == "1":
+    if is_switched_off():
         return "the op library is not used: CLIPFAST_NO_LIBRARY=1 is set"
     library = path()
     try:
@@ -200,7 +207,7 @@ def card_support(cuda: str, capability: tuple[int, int], driver: tuple[int, int]
     """
     toolkit, _, names = cuda.partition(":")
     if toolkit == "none":
-        return False, "the op library was built without CUDA: build it where nvcc is"
+        return False, WITHOUT_CUDA
     card = f"{capability[0]}.{capability[1]}"
     version = tuple(map(int, re.findall(r"\d+", toolkit)[:2]))
     if driver is not None and version and driver[0] < version[0]:
