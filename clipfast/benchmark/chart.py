@@ -9,8 +9,8 @@ from html import escape
 
 from clipfast.benchmark.front_page import LIBRARIES, Comparison, side_text, times_text
 
-WIDTH = 640
-_LEFT, _RIGHT, _TOP, _STEP = 14, 96, 40, 42
+WIDTH = 560
+_LEFT, _RIGHT, _TOP, _STEP = 176, 76, 38, 28
 _FONT = "-apple-system, BlinkMacSystemFont, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 _TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
@@ -45,7 +45,7 @@ THEMES = {
 def chart_svg(comparisons: Sequence[Comparison], theme: Theme) -> str:
     """Return a chart of how many times as much each rival takes.
 
-    A bar goes from 1 × to the fastest rival, whose figure and name stand beside it; marks are open_clip and transformers.
+    A bar goes from 1 × to the fastest rival, whose figure stands beside it; open_clip and transformers are marks.
 
     Args:
         comparisons: One at least.
@@ -64,12 +64,13 @@ def chart_svg(comparisons: Sequence[Comparison], theme: Theme) -> str:
         if low <= tick <= high:
             one = tick == 1
             parts.append(
-                f'<path d="M{x(tick):.1f} {_TOP - 6}V{bottom}" stroke="{theme.ink if one else theme.rule}" '
+                f'<path d="M{x(tick):.1f} {_TOP - 4}V{bottom}" stroke="{theme.ink if one else theme.rule}" '
                 f'stroke-width="{1.5 if one else 1}"/>'
             )
             parts.append(_text(x(tick), bottom + 19, f"{tick:g} ×", theme.faint, 14, "middle"))
     for index, comparison in enumerate(comparisons):
-        parts += _bar(comparison, _TOP + _STEP * index, x, theme)
+        parts += _bar(comparison, _TOP + _STEP * (index + 0.5), x, theme)
+    parts.append(_text(_LEFT - 10, bottom + 19, "clipfast's time, memory:", theme.faint, 13, "end"))
     height = bottom + 30
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
@@ -82,7 +83,7 @@ def chart_svg(comparisons: Sequence[Comparison], theme: Theme) -> str:
 def chart_words(comparisons: Sequence[Comparison]) -> str:
     """Return what a chart shows in words, for those who do not see it."""
     told = "; ".join(f"{c.title}: {_beside(c)}" for c in comparisons)
-    return f"How many times clipfast's time or memory the others take. {told}."
+    return f"Time or memory of the others over clipfast's. {told}."
 
 
 def _beside(comparison: Comparison) -> str:
@@ -91,34 +92,25 @@ def _beside(comparison: Comparison) -> str:
     return f"{side_text(comparison.best)} {times_text(comparison.ratios[comparison.best])}"
 
 
-def _bar(comparison: Comparison, top: float, x: Callable[[float], float], theme: Theme) -> list[str]:
+def _bar(comparison: Comparison, middle: float, x: Callable[[float], float], theme: Theme) -> list[str]:
     least = min(comparison.ratios.values())
     start, end = sorted((x(1.0), x(least)))
-    middle = top + 25
     parts = [
-        _words(_LEFT if start == end else x(1.0) + 6, top + 13, comparison, theme),
-        f'<rect x="{start:.1f}" y="{middle - 6}" width="{max(end - start, 1):.1f}" height="12" rx="2" '
+        _text(_LEFT - 10, middle + 5, comparison.title, theme.ink, 15, "end"),
+        f'<rect x="{start:.1f}" y="{middle - 7:.1f}" width="{max(end - start, 1):.1f}" height="14" rx="2" '
         f'fill="{theme.bar if least > 1 else theme.behind}"/>',
     ]
-    for library, colour in zip(LIBRARIES, theme.marks, strict=True):
-        if library in comparison.ratios:
-            parts.append(_mark(library, x(comparison.ratios[library]), middle, colour))
-    beyond = max(x(ratio) for name, ratio in comparison.ratios.items() if name in (*LIBRARIES, comparison.best))
-    parts.append(_text(max(beyond, x(1.0)) + 12, middle + 5, times_text(least), theme.ink, 16, weight=600))
-    return parts
+    drawn = [library for library in LIBRARIES if library in comparison.ratios]
+    parts += [_mark(library, x(comparison.ratios[library]), middle, theme) for library in drawn]
+    beyond = max([x(1.0), x(least), *(x(comparison.ratios[library]) for library in drawn)])
+    return [*parts, _text(beyond + 12, middle + 5, times_text(least), theme.ink, 15, weight=600)]
 
 
-def _words(left: float, base: float, comparison: Comparison, theme: Theme) -> str:
-    return (
-        f'<text x="{left:.1f}" y="{base}" font-size="15" fill="{theme.ink}">{escape(comparison.title)}'
-        f'<tspan fill="{theme.faint}" font-size="13" dx="8">{escape(comparison.detail)}</tspan></text>'
-    )
-
-
-def _mark(library: str, x: float, y: float, colour: str) -> str:
+def _mark(library: str, x: float, y: float, theme: Theme) -> str:
+    ring, diamond = theme.marks
     if library == LIBRARIES[0]:
-        return f'<circle cx="{x:.1f}" cy="{y}" r="5" fill="{colour}"/>'
-    return f'<path d="M{x:.1f} {y - 6}l6 6l-6 6l-6 -6z" fill="{colour}"/>'
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="6" fill="none" stroke="{ring}" stroke-width="2.5"/>'
+    return f'<path d="M{x:.1f} {y - 5:.1f}l5 5l-5 5l-5 -5z" fill="{diamond}"/>'
 
 
 def _text(x: float, y: float, text: str, colour: str, size: int, anchor: str = "start", weight: int = 400) -> str:
@@ -131,11 +123,11 @@ def _text(x: float, y: float, text: str, colour: str, size: int, anchor: str = "
 def _legend(theme: Theme) -> str:
     return "".join(
         [
-            f'<rect x="{_LEFT}" y="8" width="22" height="12" rx="2" fill="{theme.bar}"/>',
-            _text(_LEFT + 28, 19, "to the fastest of all rivals", theme.ink, 14),
-            _mark(LIBRARIES[0], _LEFT + 230, 14, theme.marks[0]),
-            _text(_LEFT + 240, 19, LIBRARIES[0], theme.ink, 14),
-            _mark(LIBRARIES[1], _LEFT + 326, 14, theme.marks[1]),
-            _text(_LEFT + 338, 19, LIBRARIES[1], theme.ink, 14),
+            f'<rect x="{_LEFT}" y="5" width="20" height="14" rx="2" fill="{theme.bar}"/>',
+            _text(_LEFT + 26, 17, "fastest rival", theme.ink, 14),
+            _mark(LIBRARIES[0], _LEFT + 132, 12, theme),
+            _text(_LEFT + 144, 17, LIBRARIES[0], theme.ink, 14),
+            _mark(LIBRARIES[1], _LEFT + 232, 12, theme),
+            _text(_LEFT + 242, 17, LIBRARIES[1], theme.ink, 14),
         ]
     )

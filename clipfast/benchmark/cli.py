@@ -72,7 +72,7 @@ def readme(
     results: Annotated[Path, typer.Argument(help="The file of a run.")],
     page: Annotated[Path, typer.Argument(metavar="README", help="A clone's README, with marks.")],
 ) -> None:
-    """Write what the README says of a run: sentence, chart and table, and the table of all rows in docs/benchmarks.md."""
+    """Write what a README says of a run: sentence, chart and table; and the table of all rows, docs/benchmarks.md."""
     from clipfast.benchmark.markdown import regenerated
     from clipfast.benchmark.results import read_run
     from clipfast.files import write_atomically

@@ -10,8 +10,8 @@ from clipfast.benchmark.summary import best_rival, bytes_text, machine_text, tim
 LIBRARIES = ("open_clip", "transformers")
 """The sides that have a column of their own."""
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-PLAIN = {"PyTorch": "plain PyTorch"}
-"""Sides that a reader without the benchmarks' words would not know."""
+PLAIN = {"PyTorch": "plain PyTorch", "open_clip, compiled, frozen": "open_clip compiled"}
+"""Sides that a reader without the benchmarks' words would not know, and a long one."""
 
 
 @dataclass(frozen=True)
@@ -20,17 +20,19 @@ class Comparison:
 
     Attributes:
         key: Which of the questions it answers: ``"prompts"``, ``"training"``, ``"loss memory"``, ...
-        title: That in words.
-        detail: Model, sizes and dtype.
+        title: That in words, with the dtype.
+        what: The same with how much of it was measured.
+        model: Whose towers; empty for losses.
         ours: clipfast's figure, with its unit.
         theirs: The figures of the sides that have one, by name, as text.
         ratios: Each of them over clipfast's, by name: above 1 clipfast is ahead.
-        best: The name of the rival that comes closest; None where nobody was there.
+        best: The name of the rival that comes closest; None where nobody else does the same.
     """
 
     key: str
     title: str
-    detail: str
+    what: str
+    model: str
     ours: str
     theirs: dict[str, str]
     ratios: dict[str, float]
@@ -43,17 +45,17 @@ def comparisons(run: Run) -> list[Comparison]:
     Rows are found by op, unit, dtype and direction, not by their names. Of several models the first that was measured
     counts, of several sizes the largest: there every rival was measured, also those that take long to build.
     """
-    images = {"op": "towers", "unit": "images", "direction": "forward"}
+    towers, images = {"op": "towers"}, {"op": "towers", "unit": "images", "direction": "forward"}
     loss = _largest(run, op="contrastive_loss", series="contrastive loss, float32")
     found = [
-        _by_time("prompts", "zero-shot prompts", _largest(run, op="towers", unit="prompts", dtype="bfloat16")),
-        _by_time("image", "images, bf16", _largest(run, **images, dtype="bfloat16")),
-        _by_time("image, fp32", "images, fp32", _largest(run, **images, dtype="float32")),
-        _by_time("SigLIP", "SigLIP's images", _largest(run, **images, dtype="bfloat16", family="SigLIP")),
-        _by_time("training", "training step", _largest(run, op="towers", direction="step")),
+        _by_time("prompts", "{}zero-shot prompts", _largest(run, **towers, unit="prompts", dtype="bfloat16")),
+        _by_time("image", "{}images", _largest(run, **images, dtype="bfloat16")),
+        _by_time("image, fp32", "{}images", _largest(run, **images, dtype="float32")),
+        _by_time("SigLIP", "{}SigLIP images", _largest(run, **images, dtype="bfloat16", family="SigLIP")),
+        _by_time("training", "training step", _largest(run, **towers, direction="step")),
         _of_accelerate(run),
-        _by_time("loss", "contrastive loss, time", loss),
-        _by_memory("loss memory", "contrastive loss, memory", loss),
+        _by_time("loss", "loss: time", loss),
+        _by_memory("loss memory", "loss: memory", loss),
     ]
     return [comparison for comparison in found if comparison is not None]
 
@@ -67,7 +69,9 @@ def comparison_of(run: Run, key: str, *sides: str) -> Comparison:
     for comparison in comparisons(run):
         if comparison.key == key:
             if lacking := [side for side in sides if side not in comparison.ratios]:
-                raise ValueError(f"the run at {run.commit}: its row of {key} has no {lacking[0]}, expected it beside ours")
+                raise ValueError(
+                    f"the run at {run.commit}: its row of {key} has no {lacking[0]}, expected it beside ours"
+                )
             return comparison
     raise ValueError(f"the run at {run.commit}: got no row for {key}, expected one of all benchmarks")
 
@@ -86,6 +90,19 @@ def where_text(run: Run) -> str:
     """Return date, commit, machine and PyTorch of a run."""
     torch = run.details.get("torch", "?").split("+")[0]
     return f"Measured on {run.date} at commit `{run.commit}`: {machine_text(run)}, PyTorch {torch}"
+
+
+def short_dtypes(text: str) -> str:
+    """Return a text with the short names of dtypes."""
+    for name, short in SHORT.items():
+        text = text.replace(name, short)
+    return text
+
+
+def joined(figures: list[str]) -> str:
+    """Return figures with one unit behind the last, "135, 141 ms"; with all units where they differ."""
+    units = {figure.partition(" ")[2] for figure in figures}
+    return ", ".join([*(f.partition(" ")[0] for f in figures[:-1]), figures[-1]] if len(units) == 1 else figures)
 
 
 # --- rows ---------------------------------------------------------------------------------------------------
@@ -117,14 +134,20 @@ def _is_of(row: Row, family: str) -> bool:
     return "NaFlex" not in model and ("SigLIP" in model) == (family == "SigLIP")
 
 
+def _words(title: str, row: Row) -> dict[str, str]:
+    """Return title, amount and model of a row; the amount stands where the title has a place for it, or behind it."""
+    dtype, amount = short_dtypes(row.dtype), f"{row.items:,}"
+    what = title.format(f"{amount} ") if "{}" in title else f"{title}, {amount} {row.unit}"
+    return {"title": f"{title.format('')}, {dtype}", "what": f"{what}, {dtype}", "model": _model(row)}
+
+
 def _by_time(key: str, title: str, row: Row | None) -> Comparison | None:
     if row is None:
         return None
     best = best_rival(row)
     return Comparison(
-        key=key,
-        title=title,
-        detail=_detail(row),
+        key,
+        **_words(title, row),
         ours=time_text(row.sides[OURS].seconds),
         theirs={name: time_text(row.sides[name].seconds) for name in row.rivals},
         ratios={name: row.ratio(name) for name in row.rivals},
@@ -140,9 +163,8 @@ def _by_memory(key: str, title: str, row: Row | None) -> Comparison | None:
     if ours is None or not peaks:
         return None
     return Comparison(
-        key=key,
-        title=title,
-        detail=_detail(row),
+        key,
+        **_words(title, row),
         ours=bytes_text(ours),
         theirs={name: bytes_text(peak) for name, peak in peaks.items()},
         ratios={name: peak / ours for name, peak in peaks.items()},
@@ -151,34 +173,24 @@ def _by_memory(key: str, title: str, row: Row | None) -> Comparison | None:
 
 
 def _of_accelerate(run: Run) -> Comparison | None:
-    """Join what ``clipfast.accelerate`` did to each library's own model; here a rival is the model as it was."""
-    rows = {}
-    for library in LIBRARIES:
-        mine = [row for row in run.rows if row.op == "accelerate" and row.rivals == [library]]
-        for dtype in ("bfloat16", "float32"):
-            row = next((r for r in mine if (r.unit, r.dtype) == ("scores", dtype) and OURS in r.sides), None)
-            if row is not None:
-                rows.setdefault(dtype, {})[library] = row
-    # both libraries in one dtype, where there is one
-    chosen = max(rows.values(), key=len, default=None)
+    """Join what ``clipfast.accelerate`` did to each library's own model; the others are the model as it was."""
+    chosen = {library: row for library, row in accelerated(run).items() if row is not None}
     if not chosen:
         return None
-    first = next(iter(chosen.values()))
     return Comparison(
-        key="accelerate",
-        title="accelerate(model)",
-        detail=_detail(first, first.label.partition(" ")[2]),
-        ours=" · ".join(time_text(row.sides[OURS].seconds) for row in chosen.values()),
+        "accelerate",
+        **_words("accelerate()", next(iter(chosen.values()))),
+        ours=joined([time_text(row.sides[OURS].seconds) for row in chosen.values()]),
         theirs={library: time_text(row.sides[library].seconds) for library, row in chosen.items()},
         ratios={library: row.ratio(library) for library, row in chosen.items()},
         best=None,
     )
 
 
-def _detail(row: Row, label: str | None = None) -> str:
-    """Return a row's label with short names of dtypes, and the dtype where it is not in it."""
-    text = (label or row.label).replace("training, ", "")
-    for name, short in SHORT.items():
-        text = text.replace(name, short)
-    short = SHORT.get(row.dtype, row.dtype)
-    return text if short in text else f"{text}, {short}"
+def accelerated(run: Run) -> dict[str, Row | None]:
+    """Return, for each library, the row of its own model that scores images against prompts, in bfloat16."""
+    rows = [row for row in run.rows if (row.op, row.unit, row.dtype) == ("accelerate", "scores", "bfloat16")]
+    return {
+        library: next((row for row in rows if row.rivals == [library] and OURS in row.sides), None)
+        for library in LIBRARIES
+    }

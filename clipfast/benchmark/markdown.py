@@ -10,8 +10,11 @@ from clipfast.benchmark.chart import THEMES, chart_svg, chart_words
 from clipfast.benchmark.front_page import (
     LIBRARIES,
     Comparison,
+    accelerated,
     comparison_of,
     comparisons,
+    joined,
+    short_dtypes,
     side_text,
     times_text,
     where_text,
@@ -72,12 +75,10 @@ def marks(name: str) -> tuple[str, str]:
 
 def headline(run: Run) -> str:
     """Return the first sentence, with three figures against open_clip, and the chart."""
-    prompts, training, memory = (
-        comparison_of(run, key, "open_clip") for key in ("prompts", "training", "loss memory")
-    )
+    prompts, training, memory = (comparison_of(run, key, "open_clip") for key in ("prompts", "training", "loss memory"))
     times = [times_text(c.ratios["open_clip"]).removesuffix(" ×") for c in (prompts, training)]
     sentence = (
-        f"CLIP with the weights and the numbers that you have: zero-shot prompts **{times[0]} times** as fast as in "
+        f"Your CLIP, with the same weights and the same numbers: zero-shot prompts **{times[0]} times** as fast as with "
         f"open_clip, a training step **{times[1]} times** as fast, and the contrastive loss in **{memory.ours}** "
         f"instead of **{memory.theirs['open_clip']}** ({machine_text(run)})."
     )
@@ -91,24 +92,29 @@ def headline(run: Run) -> str:
 
 def effect(run: Run) -> str:
     """Return what one line does to a library's own model; nothing where that was not measured."""
-    found = [c for c in comparisons(run) if c.key == "accelerate"]
-    if not found:
+    rows = {library: row for library, row in accelerated(run).items() if row is not None}
+    if not rows:
         return ""
-    (c,) = found
-    ours = dict(zip(c.ratios, c.ours.split(" · "), strict=True))
-    told = ", ".join(f"{name} {c.theirs[name]} → {ours[name]} (**{times_text(c.ratios[name])}**)" for name in c.ratios)
-    return f"{c.detail}: {told}.\n"
+    told = []
+    for library, row in rows.items():
+        before, now = (time_text(row.sides[name].seconds) for name in (library, OURS))
+        times = joined([before, now]).replace(", ", " → ")
+        told.append(f"{row.label.split()[0]} {times} (**{times_text(row.ratio(library))}**)")
+    what = short_dtypes(next(iter(rows.values())).label.partition(", ")[2])
+    return f"{what[:1].upper()}{what[1:]}: {', '.join(told)}.\n"
 
 
 def short_table(run: Run) -> str:
     """Return the rows that users decide by."""
+    found = comparisons(run)
+    models = ", ".join(dict.fromkeys(c.model for c in found if c.model))
     lines = [
-        f"{where_text(run)}. Others' time or memory over clipfast's: above 1, clipfast is ahead.",
+        f"{where_text(run)}; {models}. The others' time, or memory, over clipfast's: above 1, clipfast is ahead.",
         "",
         f"| | clipfast | {' | '.join(LIBRARIES)} | fastest rival |",
         f"|---|--:|{'--:|' * len(LIBRARIES)}---|",
     ]
-    return "\n".join([*lines, *map(_short_line, comparisons(run))]) + "\n"
+    return "\n".join([*lines, *map(_short_line, found)]) + "\n"
 
 
 def _short_line(comparison: Comparison) -> str:
@@ -116,10 +122,11 @@ def _short_line(comparison: Comparison) -> str:
     if comparison.best is not None:
         ratio = comparison.ratios[comparison.best]
         worse = "" if ratio >= 1 else ": clipfast needs more" if "memory" in comparison.key else ": clipfast is slower"
-        best = f"{times_text(ratio)}, {_escaped(side_text(comparison.best))}{worse}"
+        best = f"{times_text(ratio)} {_escaped(side_text(comparison.best))}{worse}"
     columns = [times_text(comparison.ratios[name]) if name in comparison.ratios else "–" for name in LIBRARIES]
-    title = f"{_escaped(comparison.title)}<br><sub>{_escaped(comparison.detail)}</sub>"
-    return f"| {' | '.join([title, comparison.ours, *columns, best])} |"
+    # a line each, however narrow the page is, but for the last
+    cells = [cell.replace(" ", "&nbsp;") for cell in (comparison.what, comparison.ours, *columns)]
+    return f"| {' | '.join([*cells, best])} |"
 
 
 def _image(theme: str) -> str:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from clipfast.benchmark.chart import THEMES, chart_svg, chart_words
 from clipfast.benchmark.cli import app
-from clipfast.benchmark.front_page import comparison_of, comparisons, times_text
+from clipfast.benchmark.front_page import comparison_of, comparisons, joined, times_text
 from clipfast.benchmark.markdown import (
     effect,
     headline,
@@ -68,9 +68,14 @@ def make_run() -> Run:
         label = f"{library}'s ViT-B-32, 4 images against 32 prompts, bfloat16"
         figures = {"clipfast": side(ours), library: side(0.2)}
         rows.append(row("accelerate", label, "scores", 128, "bfloat16", sides=figures))
-    rows += [loss(1024, "float32"), loss(4096, "float32", clipfast=18_000_000, PyTorch=400_000_000, open_clip=600_000_000)]
+    rows += [
+        loss(1024, "float32"),
+        loss(4096, "float32", clipfast=18_000_000, PyTorch=400_000_000, open_clip=600_000_000),
+    ]
     own = {"served_by": "torch (scaled_dot_product_attention)"}
-    rows.append(row("attention", "50 tokens", "sequences", 4, "float32", sides=sides(clipfast=1.0, PyTorch=1.0), facts=own))
+    rows.append(
+        row("attention", "50 tokens", "sequences", 4, "float32", sides=sides(clipfast=1.0, PyTorch=1.0), facts=own)
+    )
     details = {"threads": "2", "torch": "2.13.0+cpu"}
     limits = Limits(30.0, {"float32": 0.2})
     return Run("A CPU", "cpu", details, "abc1234567", "2026-01-02", "short", True, limits, rows)
@@ -81,10 +86,11 @@ def test_the_rows_that_users_decide_by():
     assert list(found) == [
         "prompts", "image", "image, fp32", "SigLIP", "training", "accelerate", "loss", "loss memory",
     ]  # fmt: skip
-    assert found["image"].detail == "ViT-B-32, 16 images, bf16"  # not NaFlex's, nor the second model's, nor one image
-    assert found["SigLIP"].detail == "ViT-B-16-SigLIP, 4 images, bf16"
-    assert found["training"].detail == "ViT-B-32, training, 4 pairs, fp32"
-    assert found["loss"].detail == "B = 4,096, fp32"
+    image = found["image"]  # not NaFlex's, nor the second model's, nor one image
+    assert (image.title, image.what, image.model) == ("images, bf16", "16 images, bf16", "ViT-B-32")
+    assert (found["SigLIP"].what, found["SigLIP"].model) == ("4 SigLIP images, bf16", "ViT-B-16-SigLIP")
+    assert found["training"].what == "training step, 4 pairs, fp32"
+    assert (found["loss"].title, found["loss"].what) == ("loss: time, fp32", "loss: time, 4,096 pairs, fp32")
     assert found["prompts"].ours == "10.0 ms"
     assert found["prompts"].best == COMPILED
     assert found["prompts"].ratios == pytest.approx({"open_clip": 10, "transformers": 20, COMPILED: 5})
@@ -92,7 +98,7 @@ def test_the_rows_that_users_decide_by():
     assert (memory.ours, memory.theirs["open_clip"], memory.best) == ("18.0 MB", "600 MB", "PyTorch")
     accelerated = found["accelerate"]
     assert accelerated.ratios == pytest.approx({"open_clip": 4, "transformers": 5})
-    assert (accelerated.ours, accelerated.best) == ("50.0 ms · 40.0 ms", None)
+    assert (accelerated.ours, accelerated.best) == ("50.0, 40.0 ms", None)
 
 
 def test_the_clipfast_sides_are_no_rivals():
@@ -109,7 +115,14 @@ def test_names_do_not_matter():
 def test_rows_that_a_run_lacks_are_left_out():
     run = make_run()
     without = replace(run, rows=[r for r in run.rows if r.op != "accelerate" and "SigLIP" not in r.label])
-    assert [c.key for c in comparisons(without)] == ["prompts", "image", "image, fp32", "training", "loss", "loss memory"]
+    assert [c.key for c in comparisons(without)] == [
+        "prompts",
+        "image",
+        "image, fp32",
+        "training",
+        "loss",
+        "loss memory",
+    ]
     assert effect(without) == ""
     assert "SigLIP" not in short_table(without)
     assert comparisons(replace(run, rows=[])) == []
@@ -150,23 +163,28 @@ def test_the_sentence():
 
 def test_the_effect_of_one_line():
     assert effect(make_run()) == (
-        "ViT-B-32, 4 images against 32 prompts, bf16: open_clip 200 ms → 50.0 ms (**4.00 ×**), transformers 200 ms → "
-        "40.0 ms (**5.00 ×**).\n"
+        "4 images against 32 prompts, bf16: open_clip's 200 → 50.0 ms (**4.00 ×**), transformers's 200 → 40.0 ms "
+        "(**5.00 ×**).\n"
     )
 
 
 def test_the_short_table():
     table = short_table(make_run())
-    assert "Measured on 2026-01-02 at commit `abc1234567`: A CPU, 2 threads, PyTorch 2.13.0." in table
-    lines = [line for line in table.splitlines() if line.startswith("|")]
+    assert "at commit `abc1234567`: A CPU, 2 threads, PyTorch 2.13.0; ViT-B-32, ViT-B-16-SigLIP." in table
+    lines = [line.replace("&nbsp;", " ") for line in table.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + 8
     assert len({line.count("|") for line in lines}) == 1
     prompts, siglip = lines[2], lines[5]
-    assert prompts.endswith(f"| 10.0 ms | 10.0 × | 20.0 × | 5.00 ×, {COMPILED} |")
-    assert siglip.endswith("| 0.75 × | 1.25 × | 0.75 ×, open_clip: clipfast is slower |")
+    assert prompts.endswith("| 32 zero-shot prompts, bf16 | 10.0 ms | 10.0 × | 20.0 × | 5.00 × open_clip compiled |")
+    assert siglip.endswith("| 0.75 × | 1.25 × | 0.75 × open_clip: clipfast is slower |")
     assert lines[7].endswith("| 4.00 × | 5.00 × | – |")
-    assert lines[8].endswith("| 1.50 × | – | 0.95 ×, plain PyTorch: clipfast is slower |")
-    assert lines[9].endswith("| 18.0 MB | 33.3 × | – | 22.2 ×, plain PyTorch |")
+    assert lines[8].endswith("| 1.50 × | – | 0.95 × plain PyTorch: clipfast is slower |")
+    assert lines[9].endswith("| 18.0 MB | 33.3 × | – | 22.2 × plain PyTorch |")
+
+
+def test_figures_share_a_unit():
+    assert joined(["200 ms", "50.0 ms"]) == "200, 50.0 ms"
+    assert joined(["1.20 s", "50.0 ms"]) == "1.20 s, 50.0 ms"
 
 
 @pytest.mark.parametrize(("ratio", "text"), [(0.954, "0.95 ×"), (9.99, "9.99 ×"), (9.996, "10.0 ×"), (33.33, "33.3 ×")])
