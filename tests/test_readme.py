@@ -1,4 +1,4 @@
-"""The README is followed as a newcomer would, from its first line to its last, and its figures are those of a record."""
+"""The README is followed from its first line to its last, and its figures are those of a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a README says of a run: the rows that users decide by, each against open_clip, transformers and the fastest rival."""
+"""What a README says of a run: rows that users decide by, against open_clip, transformers and the fastest rival."""
 
 from __future__ import annotations
 
@@ -69,9 +69,7 @@ def comparison_of(run: Run, key: str, *sides: str) -> Comparison:
     for comparison in comparisons(run):
         if comparison.key == key:
             if lacking := [side for side in sides if side not in comparison.ratios]:
-                raise ValueError(
-                    f"the run at {run.commit}: its row of {key} has no {lacking[0]}, expected it beside ours"
-                )
+                raise ValueError(f"the run at {run.commit}: its row for {key} has no {lacking[0]}, expected one")
             return comparison
     raise ValueError(f"the run at {run.commit}: got no row for {key}, expected one of all benchmarks")
 

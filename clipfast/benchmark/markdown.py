@@ -1,8 +1,7 @@
-"""A run in Markdown: the parts of the README and of docs/benchmarks.md that are written by ``clipfast-bench readme``."""
+"""A run in Markdown: the parts of the README and of docs/benchmarks.md that ``clipfast-bench readme`` writes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -78,8 +77,8 @@ def headline(run: Run) -> str:
     prompts, training, memory = (comparison_of(run, key, "open_clip") for key in ("prompts", "training", "loss memory"))
     times = [times_text(c.ratios["open_clip"]).removesuffix(" ×") for c in (prompts, training)]
     sentence = (
-        f"Your CLIP, with the same weights and the same numbers: zero-shot prompts **{times[0]} times** as fast as with "
-        f"open_clip, a training step **{times[1]} times** as fast, and the contrastive loss in **{memory.ours}** "
+        f"Your CLIP, with the same weights and the same numbers: zero-shot prompts **{times[0]} times** as fast as "
+        f"with open_clip, a training step **{times[1]} times** as fast, and the contrastive loss in **{memory.ours}** "
         f"instead of **{memory.theirs['open_clip']}** ({machine_text(run)})."
     )
     words = escape(chart_words(comparisons(run)))
@@ -140,8 +139,8 @@ def markdown_table(run: Run) -> str:
     """Return a line a row: clipfast's time, and the fastest rival's over it, dense and with exact shortcuts."""
     lines = [
         f"{where_text(run)}, the {run.scale} set{'' if run.complete else ', a part of it'}. The fastest "
-        "rival of each row, and its time over clipfast's in the same rounds: above 1, clipfast is faster. Where clipfast "
-        "calls PyTorch's own operator, which the rival is too, the row says so: there the ratio is noise and the cost of the call.",
+        "rival of each row, and its time over clipfast's in the same rounds: above 1, clipfast is faster. A rival that "
+        "is the very operator of PyTorch that clipfast calls there is called *the same operator*.",
         "",
         "| | clipfast | peak memory | fastest rival | its time over ours | over ours with every token computed |",
         "|---|--:|--:|---|--:|--:|",
