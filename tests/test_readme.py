@@ -88,20 +88,28 @@ def follow(command: str, folder: Path, compiled_once: dict[str, str]) -> None:
         assert words not in command or (folder / file).is_file(), (line, file)
 
 
-PAGES = ["models.md", "contrastive_loss.md", "fallback.md", "kernels.md", "inference.md"]
+# what images are given in
+PAGES = {
+    "contrastive_loss.md": torch.float32,
+    "fallback.md": torch.float32,
+    "inference.md": torch.bfloat16,
+    "kernels.md": torch.float32,
+    "models.md": torch.float32,
+}
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::clipfast.FallbackWarning")
 @pytest.mark.parametrize("page", PAGES)
 def test_python_of_a_page(page: str) -> None:
-    """The blocks of a page run one after another, with a model and a batch at hand as it says."""
-    blocks = [
-        text for kind, text in BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8")) if kind == "python"
-    ]
+    """The blocks of a page run one after another, with a model and a batch at hand."""
+    found = BLOCK.findall((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    blocks = [text for kind, text in found if kind == "python"]
     assert blocks
-    model = clipfast.create_model(ROOT / "examples" / "small.json").eval()
-    images, tokens = torch.randn(2, 3, 64, 64), clipfast.tokenize(["a red wall", "a dog"], context_length=24)
+    vision = {"image_size": 224, "patch_size": 32, "width": 64, "layers": 2}
+    model = clipfast.create_model(
+        {"embed_dim": 32, "vision_cfg": vision, "text_cfg": {"width": 64, "heads": 1, "layers": 2}}
+    ).eval()
+    images, tokens = torch.randn(2, 3, 224, 224, dtype=PAGES[page]), clipfast.tokenize(["a red wall", "a dog"])
     namespace = {"clipfast": clipfast, "torch": torch, "model": model, "images": images, "tokens": tokens}
     for text in blocks:
         exec(compile(text, page, "exec"), namespace)
