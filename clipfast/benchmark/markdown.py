@@ -121,9 +121,9 @@ def _short_line(comparison: Comparison) -> str:
     if comparison.best is not None:
         ratio = comparison.ratios[comparison.best]
         worse = "" if ratio >= 1 else ": clipfast needs more" if "memory" in comparison.key else ": clipfast is slower"
-        best = f"{times_text(ratio)} {_escaped(side_text(comparison.best))}{worse}"
+        best = f"{times_text(ratio)} {_escaped(side_text(comparison.best))}".replace(" ", "&nbsp;") + worse
     columns = [times_text(comparison.ratios[name]) if name in comparison.ratios else "–" for name in LIBRARIES]
-    # a line each, however narrow the page is, but for the last
+    # a line each, however narrow the page is
     cells = [cell.replace(" ", "&nbsp;") for cell in (comparison.what, comparison.ours, *columns)]
     return f"| {' | '.join([*cells, best])} |"
 
