@@ -70,14 +70,15 @@ def report(
 @app.command()
 def readme(
     results: Annotated[Path, typer.Argument(help="The file of a run.")],
-    page: Annotated[Path, typer.Argument(metavar="README", help="The page with the two marks.")],
+    page: Annotated[Path, typer.Argument(metavar="README", help="A clone's README, with marks.")],
 ) -> None:
-    """Put the table of a run into a README, between its marks."""
-    from clipfast.benchmark.markdown import update_section
+    """Write what a README says of a run: sentence, chart and table; and the table of all rows, docs/benchmarks.md."""
+    from clipfast.benchmark.markdown import regenerated
     from clipfast.benchmark.results import read_run
     from clipfast.files import write_atomically
 
     with _errors_in_a_line():
-        text = update_section(page.read_text(encoding="utf-8"), read_run(results))
-        write_atomically(page, lambda file: file.write(text.encode()))
-    echo(f"wrote {page}")
+        files = regenerated(read_run(results), page)
+        for file, text in files.items():
+            write_atomically(file, lambda opened, text=text: opened.write(text.encode()))
+    echo("wrote " + ", ".join(map(str, files)))

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from clipfast.benchmark.cli import app
-from clipfast.benchmark.markdown import BEGIN, END, markdown_table, update_section
+from clipfast.benchmark.markdown import markdown_table
 from clipfast.benchmark.report import report_html
 from clipfast.benchmark.results import DENSE, Limits, Row, Run, Side, read_run, write_run
 from clipfast.benchmark.summary import (
@@ -204,26 +204,10 @@ def test_the_table():
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
 
 
-def test_a_section_of_a_readme():
-    text = f"before\n{BEGIN}\nold\n{END}\nafter\n"
-    once = update_section(text, make_run())
-    assert once.startswith(f"before\n{BEGIN}\n")
-    assert once.endswith(f"{END}\nafter\n")
-    assert "old" not in once
-    assert "A CPU" in once
-    assert update_section(once, make_run()) == once
-
-
-@pytest.mark.parametrize("text", ["", BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{BEGIN}{END}"])
-def test_a_readme_without_the_marks(text):
-    with pytest.raises(ValueError, match="expected"):
-        update_section(text, make_run())
-
-
 def test_commands(tmp_path):
-    path, page, readme = tmp_path / "run.json", tmp_path / "folder" / "page.html", tmp_path / "README.md"
+    path, page, other = tmp_path / "run.json", tmp_path / "folder" / "page.html", tmp_path / "no run"
     write_run(path, make_run())
-    readme.write_text(f"{BEGIN}\n{END}\n")
+    other.write_text("nothing\n")
     run = CliRunner()
     assert (
         run.invoke(app, ["report", str(path), "--output", str(page), "--markdown", str(tmp_path / "t.md")]).exit_code
@@ -231,8 +215,6 @@ def test_commands(tmp_path):
     )
     assert page.read_text() == report_html(read_run(path))
     assert (tmp_path / "t.md").read_text() == markdown_table(read_run(path))
-    assert run.invoke(app, ["readme", str(path), str(readme)]).exit_code == 0
-    assert "A CPU" in readme.read_text()
     assert run.invoke(app, ["compare", str(path), str(path)]).exit_code == 0
     slow = make_run()
     slow.rows[4].sides["clipfast"] = side(0.15)
@@ -250,9 +232,8 @@ def test_commands(tmp_path):
     assert "One run" not in result.output
     for arguments in (
         ["report", str(tmp_path / "none.json")],
-        ["report", str(readme)],
-        ["readme", str(path), str(tmp_path / "t.md")],
-        ["compare", str(path), str(readme)],
+        ["report", str(other)],
+        ["compare", str(path), str(other)],
     ):
         result = run.invoke(app, arguments)
         assert result.exit_code == 2
@@ -267,11 +248,3 @@ def test_committed_results_can_be_drawn(path):
     run = read_run(path)
     assert report_html(run) == report_html(run)
     assert run.rows
-
-
-def test_the_readmes_figures_are_of_a_committed_run():
-    """Whoever reads the README sees the figures of a file that is there, and nothing else."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    commit = re.search(r"Measured on \S+ at commit `([^`]+)`", readme).group(1)
-    (path,) = ROOT.glob(f"benchmarks/results/*/{commit}.json")
-    assert update_section(readme, read_run(path)) == readme
