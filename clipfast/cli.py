@@ -16,11 +16,11 @@ from clipfast.cli_shards import add_shards_command as _add_shards_command
 from clipfast.cli_train import add_train_commands as _add_train_commands
 from clipfast.cli_train import ending_on_request as _ending_on_request
 from clipfast.cli_tune import add_tune_command as _add_tune_command
-from clipfast.commands import Commands, errors_told
+from clipfast.commands import FILES, MACHINE, START, errors_told, make_app
 from clipfast.console import echo
 from clipfast.openmp import spin_briefly
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = make_app()
 
 
 def _print_version(wanted: bool) -> None:
@@ -41,7 +41,7 @@ def main(
         spin_briefly()
 
 
-@app.command()
+@app.command(rich_help_panel=START)
 def demo(
     model: Annotated[
         str, typer.Option(help="'small', a name that clipfast.list_models() gives, or a JSON file.")
@@ -59,12 +59,7 @@ def demo(
 
     Takes about four minutes on two CPU cores. Ctrl-C and SIGTERM end training early and keep what was learned.
     """
-    with (
-        _ending_on_request() as stop,
-        errors_told(
-            ImportError, ValueError, TypeError, OSError, FloatingPointError, code=1, missing=("the demo needs", "demo")
-        ),
-    ):
+    with _ending_on_request() as stop, errors_told(extra="demo"):
         with stop.at_once():
             from clipfast.train.demo import run_demo
 
@@ -81,7 +76,6 @@ def demo(
         )
 
 
-@app.command()
 def convert(
     source: Annotated[
         Path,
@@ -110,14 +104,13 @@ def convert(
 
     The layout of SOURCE is told by its keys. OpenAI's TorchScript archives are read, but their code is not run.
     """
-    with errors_told(ValueError, OSError, code=2):
+    with errors_told():
         from clipfast.models.weights import convert_weights
 
         convert_weights(source, target, layout, naflex=naflex, heads=heads)
     echo(f"wrote {target} in the layout of {layout}")
 
 
-@app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 for warnings too.")] = False,
@@ -140,5 +133,7 @@ def doctor(
 _add_train_commands(app)
 _add_shards_command(app)
 _add_feature_commands(app)
+app.command(rich_help_panel=FILES)(convert)
 _add_export_command(app)
+app.command(rich_help_panel=MACHINE)(doctor)
 _add_tune_command(app)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipfast.commands import errors_told
+from clipfast.commands import FILES, errors_told
 from clipfast.console import echo
 
 
@@ -32,7 +32,7 @@ def export(
     Exits with 0 where every output is within the tolerance of the model in float32, and otherwise with 2 and without
     the file.
     """
-    with errors_told(ImportError, ValueError, TypeError, OSError, code=2):
+    with errors_told(extra="export"):
         import json
         from dataclasses import asdict
 
@@ -52,4 +52,4 @@ def export(
 
 def add_export_command(app: typer.Typer) -> None:
     """Put the command behind those that ``app`` has."""
-    app.command()(export)
+    app.command(rich_help_panel=FILES)(export)

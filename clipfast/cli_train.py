@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from clipfast.commands import errors_told
+from clipfast.commands import INTERRUPTED, TRAIN, errors_told
 from clipfast.console import echo
 from clipfast.data.workers import ignore_stop_signals
 from clipfast.train.config import RunConfig
@@ -55,8 +55,7 @@ def train(
     """
     with ending_on_request() as stop:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        kinds = (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
-        with errors_told(*kinds, code=1, missing=("training needs", "train"), prefix=rank):
+        with errors_told(RuntimeError, extra="train", prefix=rank):
             # one rank of many may not leave before all have agreed to
             with contextlib.nullcontext() if "RANK" in os.environ else stop.at_once():
                 from clipfast.train.config import make_run_config, read_settings
@@ -85,9 +84,9 @@ def ending_on_request() -> Iterator[StopRequest]:
             echo("stopped before the first step: there is nothing to save")
     except KeyboardInterrupt as error:
         echo("ended at once: what was learned since the last checkpoint is lost", err=True)
-        raise typer.Exit(130) from error
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def add_train_commands(app: typer.Typer) -> None:
     """Put the command behind those that ``app`` has."""
-    app.command()(train)
+    app.command(rich_help_panel=TRAIN)(train)

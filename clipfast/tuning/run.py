@@ -174,9 +174,12 @@ def _keep(report: Report, work: _Work, target: Path | None) -> None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type not in DEFAULT_PRECISIONS:
-        raise ValueError(f"tune(device): got {str(where)!r}, expected 'cpu' or 'cuda'")
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:  # of a name that PyTorch does not know
+        where = None
+    if where is None or where.type not in DEFAULT_PRECISIONS:
+        raise ValueError(f"tune(device): got {str(device)!r}, expected 'cpu', 'cuda' or 'cuda:1'")
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"tune(device): got {str(where)!r}, but PyTorch finds no card that it can use")

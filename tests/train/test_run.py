@@ -274,7 +274,7 @@ def test_epochs_become_steps(place, tmp_path):
     config = make_run_config(settings(place, tmp_path, steps=0, epochs=2.5))
     assert config.training(40).steps == 13
     done = CliRunner().invoke(app, ["train", "--data", str(place / "shards")])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "error: steps, epochs: got 0 and 0, expected one of them above 0" in done.output
 
 
