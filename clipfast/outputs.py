@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,13 @@ def check_output_folder(folder: Path, argument: str = "output") -> None:
         place = place.parent
     if not place.is_dir():
         raise NotADirectoryError(f"{argument}: got {folder}, expected a folder: {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{argument}: got {folder}, expected a folder that can be written to: {place} cannot")
+    try:
+        # whom permissions do not bind may yet be on a filesystem that takes no files
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise PermissionError(
+            f"{argument}: got {folder}, expected a folder that can be written to: {place} cannot ({error.strerror})"
+        ) from error
 
 
 def write_results(path: Path, values: Any, rows: Sequence[Mapping[str, Any]]) -> None:
