@@ -109,8 +109,8 @@ def run_demo(
             config = _with_image_size(SMALL if model == "small" else config_of(model), image_size)
             if config.text_cfg.vocab_size != Tokenizer.vocab_size:
                 raise ValueError(
-                    f"model: got a vocabulary of {config.text_cfg.vocab_size}, expected CLIP's {Tokenizer.vocab_size}, by "
-                    f"which the demo reads its captions; clipfast train --data emoji takes other tokenizers"
+                    f"model: got a vocabulary of {config.text_cfg.vocab_size}, expected CLIP's {Tokenizer.vocab_size}, "
+                    f"by which the demo reads its captions; clipfast train --data emoji takes other tokenizers"
                 )
             tokenizer_for(config.text_cfg)
             torch_device = find_device(device)

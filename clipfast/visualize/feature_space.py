@@ -13,7 +13,6 @@ from PIL import Image, ImageFilter
 from sklearn.manifold import TSNE
 from torch import Tensor
 
-from clipfast.extras import missing
 from clipfast.visualize.figures import BLUE, GREY, INK, ORANGE, hide_frame, new_figure
 
 # points a side of a picture, where there are many and where there are few
@@ -106,7 +105,7 @@ def _umap(points: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
     try:
         from umap import UMAP
     except ImportError as error:
-        raise missing("method: 'umap' needs", "umap") from error
+        raise ImportError("method: 'umap' needs umap-learn, which is not installed: pip install umap-learn") from error
     return UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed).fit_transform(points)
 
 
