@@ -44,7 +44,8 @@ def main(
 @app.command(rich_help_panel=START)
 def demo(
     model: Annotated[
-        str, typer.Option(help="'small', a name that clipfast.list_models() gives, or a JSON file.")
+        str,
+        typer.Option(help="'small', a name of clipfast.list_models(), a JSON file, or a model's folder: its sizes."),
     ] = "small",
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 200,
     batch_size: Annotated[int, typer.Option(help="Picture-caption pairs a step.")] = 256,
@@ -52,12 +53,13 @@ def demo(
     learning_rate: Annotated[float, typer.Option(help="After the warm-up; a cosine takes it to 0.")] = 1e-3,
     precision: Annotated[str, typer.Option(help="fp32, or bf16 for autocast.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the hold-out, the weights and the order of batches.")] = 0,
-    output: Annotated[Path, typer.Option(help="The folder for report, checkpoint and log.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the weights and the order of batches.")] = 0,
+    output: Annotated[Path, typer.Option(help="The folder for report, model and log.")] = Path("runs/demo"),
 ) -> None:
     """Train a small CLIP on emoji and their names, and report what it learned.
 
-    Takes about four minutes on two CPU cores. Ctrl-C and SIGTERM end training early and keep what was learned.
+    Draws some 3,700 pictures (once), takes 200 steps of 256 pairs, and measures on pairs that were held out. The time
+    left is shown from the first steps on. Ctrl-C and SIGTERM end training early and keep what was learned.
     """
     with _ending_on_request() as stop, errors_told(extra="demo"):
         with stop.at_once():

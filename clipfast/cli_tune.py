@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def tune(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Names of clipfast.list_models() or .json files, one or more.", show_default="the most used"),
+        typer.Option(
+            help="Names of clipfast.list_models(), .json files, or models' folders, one or more.",
+            show_default="the most used",
+        ),
     ] = None,
     more_models: Annotated[list[str] | None, typer.Argument(metavar="[MORE MODELS]...", help="More of them.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: CUDA where there is one.")] = "auto",
@@ -36,7 +39,7 @@ def tune(
 ) -> None:
     """Measure which implementation of every op is the fastest on this machine, and use it from now on.
 
-    Takes under two minutes a model. What is not faster by 5% and by more than noise stays as it is, and nothing that
+    Spends about --seconds on a model. What is not faster by 5% and by more than noise stays as it is, and nothing that
     computes wrong results is ever taken. Ctrl-C keeps what is done.
 
     Exits with 0; with 1 where an implementation computes wrong results here, or where the file cannot be written (the

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import inspect
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,11 @@ _ERRNOS_OF_FAILURES = {
 
 class Commands(TyperGroup):
     """A group of commands; see :func:`make_app`."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for command in self.commands.values():
+            command.help = _flowing(command.help)
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         """Run the command that the arguments name."""
@@ -111,6 +117,13 @@ def exit_status(error: Exception, failures: tuple[type[Exception], ...] = ()) ->
 def _is_own_module(error: Exception) -> bool:
     name = getattr(error, "name", None) if isinstance(error, ModuleNotFoundError) else None
     return name is not None and name.partition(".")[0] == "clipfast"
+
+
+def _flowing(text: str | None) -> str | None:
+    """Return a docstring as paragraphs, which are wrapped where a terminal ends and not where the source does."""
+    if text is None:
+        return None
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in inspect.cleandoc(text).split("\n\n"))
 
 
 def _words(error: Exception, extra: str | None) -> str:

@@ -107,7 +107,7 @@ def embed(
     if model_source is None and isinstance(model, (str, os.PathLike)):
         model_source = {"spec": os.path.abspath(model) if os.path.exists(model) else os.fspath(model)}
     model, tokenizer = model_and_tokenizer(model, tokenizer)
-    inputs = open_inputs(source, kind, column, options)
+    inputs = open_inputs(source, kind, column, options, model.config.vision_cfg.image_size)
     pictures = options if options is not None and inputs.kind == "image" else DataOptions()
     about = _about(model, inputs, dtype, normalize, batch_size, model_source) | _unusual(pictures)
     read_text = tokenizer_of(model, tokenizer) if inputs.kind == "text" else None

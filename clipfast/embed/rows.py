@@ -31,7 +31,8 @@ _CHUNK = 4096
 def of_pairs(pairs: PairSource, kind: Kind, options: DataOptions) -> PairPictures | CaptionRows:
     """Return the pictures of pairs, or all their captions."""
     # where rows are told otherwise than in an earlier version, features of then are not these
-    fingerprint = digest_of("pairs", str(LAYOUT), kind, *_chosen(options), *map(facts_of, pairs.files))
+    parts = [*_chosen(options), *([pairs.identity] if pairs.identity else []), *map(facts_of, pairs.files)]
+    fingerprint = digest_of("pairs", str(LAYOUT), kind, *parts)
     if kind == "image":
         return PairPictures(pairs, fingerprint)
     return CaptionRows(pairs.captions, pairs.key, len(pairs), fingerprint)

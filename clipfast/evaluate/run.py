@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clipfast.data.labelled import LabelledSource, ScikitImagePairs, has_labels
+from clipfast.data.labelled import LabelledSource, has_labels
 from clipfast.data.model_inputs import model_and_tokenizer, picture_loader
 from clipfast.data.options import DataOptions
 from clipfast.data.pairs import PairError, PairSource
@@ -82,7 +82,8 @@ def evaluate(
     Args:
         model: In ``eval()``; or what :func:`~clipfast.models.open_model.open_model` opens: a run's folder, for one.
         data: Pictures with classes (:func:`clipfast.data.labelled.open_labelled`) or with captions
-            (:func:`clipfast.data.sources.open_pairs`), ``digits`` or ``scikit-image``.
+            (:func:`clipfast.data.sources.open_pairs`); ``digits``, ``scikit-image``, or ``emoji``, of which those that
+            ``clipfast demo`` holds out.
         task: ``"auto"`` is zero-shot for pictures with classes and retrieval for pictures with captions.
         class_names: A file of names for the classes, or ``"imagenet"``, which is known by its synsets, too.
         templates: A name of :data:`clipfast.evaluate.templates.TEMPLATES`, or a file; ``"imagenet"`` for ImageNet's
@@ -111,8 +112,8 @@ def evaluate(
     if task == "auto":
         task = "zero-shot" if has_labels(data, options) else "retrieval"
     if task == "retrieval":
-        shipped = data == "scikit-image" and not Path(data).exists()
-        return _retrieval(model, ScikitImagePairs() if shipped else open_pairs(data, options), reading, tokenizer)
+        source = open_pairs(data, options, image_size=model.config.vision_cfg.image_size)
+        return _retrieval(model, source, reading, tokenizer)
     source = open_classes(data, class_names, reading.options.encoding)
     if task == "zero-shot":
         classes = name_classes(source, class_names, templates, prompts, reading.options.encoding)

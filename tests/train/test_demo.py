@@ -56,7 +56,7 @@ def run(tiny, tmp_path_factory):
 def test_what_a_run_leaves(run):
     result, said = run
     names = {path.name for path in result.output.iterdir()}
-    assert names == {"report.html", "model.safetensors", "model.json", "metrics.json", "log.jsonl"}
+    assert names == {"report.html", "model.safetensors", "model.json", "metrics.json", "log.jsonl", "held_out"}
     assert [record.step for record in result.training.history] == [1, 2, 3, 4]
     assert json.loads((result.output / "metrics.json").read_text()) == result.metrics
     assert "step 4/4" in said

@@ -254,7 +254,8 @@ def test_flags_go_before_the_file_and_help_tells_all(place, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("stepps = 3", "got 'stepps', expected settings among .*batch_size"),
+        ("stepps = 3", "got 'stepps'; did you mean steps"),
+        ("wings = 2", "got 'wings', expected settings among .*batch_size"),
         ("steps = 'many'", "steps: got 'many', expected int"),
         ("steps = ", "not TOML"),
         ("precision = 'fp8'", "precision: got 'fp8', expected 'fp32'"),
