@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from clipfast.commands import errors_told
+from clipfast.commands import FILES, errors_told
 from clipfast.console import echo
 
 
@@ -29,27 +29,29 @@ def export(
 ) -> None:
     """Write a model as an ONNX file that takes any batch, and compare it in onnxruntime.
 
-    Exits with 0 where every output is within the tolerance of the model in float32, and otherwise with 2 and without
+    Exits with 0 where every output is within the tolerance of the model in float32, and otherwise with 1 and without
     the file.
     """
-    with errors_told(ImportError, ValueError, TypeError, OSError, code=2):
+    with errors_told(extra="export"):
         import json
         from dataclasses import asdict
 
+        from clipfast.models.export import ExportMismatch
         from clipfast.models.export import export as write
         from clipfast.models.open_model import open_model
 
-        report = write(
-            open_model(model, weights, "cpu"),
-            output,
-            tower=tower,
-            normalize=normalize,
-            opset=opset,
-            tolerance=tolerance,
-        )
+        with errors_told(ExportMismatch, extra="export"):
+            report = write(
+                open_model(model, weights, "cpu"),
+                output,
+                tower=tower,
+                normalize=normalize,
+                opset=opset,
+                tolerance=tolerance,
+            )
     echo(json.dumps(asdict(report) | {"path": str(report.path)}, indent=1) if as_json else str(report))
 
 
 def add_export_command(app: typer.Typer) -> None:
     """Put the command behind those that ``app`` has."""
-    app.command()(export)
+    app.command(rich_help_panel=FILES)(export)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from clipfast.cli_data import with_data_options
-from clipfast.commands import errors_told
+from clipfast.commands import TRAIN, errors_told
 from clipfast.console import echo
 from clipfast.data.options import DataOptions
 from clipfast.notices import error_console, say
@@ -39,7 +39,7 @@ def shards(
     goes on where it was when it is started again. The emoji become two folders, OUTPUT/train and OUTPUT/held_out:
     compositions that training does not see.
     """
-    with errors_told(ImportError, ValueError, OSError, code=1, missing=("shards need", "demo")):
+    with errors_told(extra="demo"):
         if source == "emoji" and not Path(source).exists():
             from clipfast.data.emoji_pairs import write_emoji_shards
 
@@ -80,4 +80,4 @@ def shards(
 
 def add_shards_command(app: typer.Typer) -> None:
     """Put the command behind those that ``app`` has."""
-    app.command()(shards)
+    app.command(rich_help_panel=TRAIN)(shards)

@@ -7,17 +7,44 @@ import contextlib
 import inspect
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
-from clipfast.commands import errors_told
+from clipfast.commands import INTERRUPTED, REQUIRED, TRAIN, errors_told
 from clipfast.console import echo
 from clipfast.data.workers import ignore_stop_signals
 from clipfast.train.config import RunConfig
 from clipfast.train.interrupt import Stopped, StopRequest, stop_on_interrupt
+
+# the groups of `clipfast train --help`, in their order
+GROUPS: dict[str, tuple[str, ...]] = {
+    "Data": (
+        *("data", "val_data", "val_every", "val_pairs", "workers", "shuffle_pool", "caption_key", "image_key"),
+        *("caption_column", "image_column", "separator", "quotes", "encoding", "as_open_clip", "apply_orientation"),
+    ),
+    "Model": (
+        *("model", "weights", "tokenizer", "patch_dropout", "naflex_max_patches", "naflex_tokens_per_batch"),
+        *("lock_image", "lock_image_unlocked_groups", "lock_image_freeze_bn_stats"),
+        *("lock_text", "lock_text_unlocked_layers", "distill_model", "distill_weights"),
+    ),
+    "Optimisation": (
+        *("steps", "epochs", "batch_size", "learning_rate", "schedule", "warmup_steps", "weight_decay"),
+        *("decay_positions", "max_grad_norm", "ema_decay", "loss", "label_smoothing", "seed"),
+    ),
+    "Checkpoints": ("output", "resume", "save_every", "keep"),
+    "Speed and memory": ("device", "precision", "micro_batch_size", "grad_checkpointing", "compile"),
+    "Ranks": ("strategy", "timeout"),
+    "Logging": ("tensorboard",),
+}
+# what a run cannot do without, on the command line or in the TOML file
+_WANTED = {
+    "data": REQUIRED,
+    "steps": r"[red]\[required, or epochs][/red]",
+    "epochs": r"[red]\[required, or steps][/red]",
+}
 
 
 def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -26,14 +53,18 @@ def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
     given = [p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD]
     parameters = [p.replace(annotation=own[p.name]) for p in given]
     settings = {field.name: field for field in fields(RunConfig)}
-    # those of a run before those that it shares with all training
-    for name in dict.fromkeys([*RunConfig.__annotations__, *settings]):
+    for name, group in ((name, group) for group, names in GROUPS.items() for name in names):
         field = settings[name]
         kind, words = get_args(hints[name])
         kinds = [k for k in (get_args(kind) or (kind,)) if isinstance(k, type) and k is not type(None)]
         kind = kinds[0] if kinds and get_origin(kind) is not Literal else str
-        shown = "none" if field.default in (None, MISSING) else str(field.default).lower()
-        option = typer.Option(help=words, show_default=False if field.default is MISSING else shown)
+        wanted = _WANTED.get(name)
+        shown = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
+        option = typer.Option(
+            help=f"{words} {wanted}" if wanted else words,
+            show_default=False if wanted or field.default is None else shown,
+            rich_help_panel=group,
+        )
         annotation = Annotated[kind | None, option]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -45,7 +76,10 @@ def settings_as_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @settings_as_options
 def train(
-    config: Annotated[Path | None, typer.Option(help="A TOML file with settings; flags go before it.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A TOML file with settings; flags go before it. Relative paths in it start from its folder."),
+    ] = None,
     **flags: Any,
 ) -> None:
     """Train a CLIP on pictures and captions, alone or under torchrun; run it again to go on where it stopped.
@@ -55,8 +89,7 @@ def train(
     """
     with ending_on_request() as stop:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-        kinds = (ImportError, ValueError, TypeError, OSError, RuntimeError, FloatingPointError)
-        with errors_told(*kinds, code=1, missing=("training needs", "train"), prefix=rank):
+        with errors_told(RuntimeError, extra="train", prefix=rank):
             # one rank of many may not leave before all have agreed to
             with contextlib.nullcontext() if "RANK" in os.environ else stop.at_once():
                 from clipfast.train.config import make_run_config, read_settings
@@ -85,9 +118,9 @@ def ending_on_request() -> Iterator[StopRequest]:
             echo("stopped before the first step: there is nothing to save")
     except KeyboardInterrupt as error:
         echo("ended at once: what was learned since the last checkpoint is lost", err=True)
-        raise typer.Exit(130) from error
+        raise typer.Exit(INTERRUPTED) from error
 
 
 def add_train_commands(app: typer.Typer) -> None:
     """Put the command behind those that ``app`` has."""
-    app.command()(train)
+    app.command(rich_help_panel=TRAIN)(train)

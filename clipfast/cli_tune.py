@@ -7,19 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clipfast.commands import errors_told
+from clipfast.commands import FAILED, INTERRUPTED, MACHINE, errors_told
 from clipfast.console import echo, make_console
 
 if TYPE_CHECKING:
     from clipfast.tuning.run import Report
 
-WRONG, UNUSABLE, NOT_WRITTEN, INTERRUPTED = 1, 2, 3, 130
-
 
 def tune(
     model: Annotated[
         list[str] | None,
-        typer.Option(help="Names of clipfast.list_models() or .json files, one or more.", show_default="the most used"),
+        typer.Option(
+            help="Names of clipfast.list_models(), .json files, or models' folders, one or more.",
+            show_default="the most used",
+        ),
     ] = None,
     more_models: Annotated[list[str] | None, typer.Argument(metavar="[MORE MODELS]...", help="More of them.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto: CUDA where there is one.")] = "auto",
@@ -38,13 +39,13 @@ def tune(
 ) -> None:
     """Measure which implementation of every op is the fastest on this machine, and use it from now on.
 
-    Takes under two minutes a model. What is not faster by 5% and by more than noise stays as it is, and nothing that
+    Spends about --seconds on a model. What is not faster by 5% and by more than noise stays as it is, and nothing that
     computes wrong results is ever taken. Ctrl-C keeps what is done.
 
-    Exits with 0; with 1 where an implementation computes wrong results here; with 2 where the request is wrong; with 3
-    where the file cannot be written (the results are printed all the same); with 130 after Ctrl-C.
+    Exits with 0; with 1 where an implementation computes wrong results here, or where the file cannot be written (the
+    results are printed all the same); with 2 where the request is wrong; with 130 after Ctrl-C.
     """
-    with errors_told(ImportError, ValueError, TypeError, OSError, RuntimeError, code=UNUSABLE):
+    with errors_told(RuntimeError):
         from clipfast.notices import error_console
         from clipfast.tuning.progress import TuningProgress
         from clipfast.tuning.run import tune as measure
@@ -69,9 +70,7 @@ def tune(
 def _exit_code(report: Report) -> int:
     if report.interrupted:
         return INTERRUPTED
-    if report.path is None:
-        return NOT_WRITTEN
-    return WRONG if report.wrong else 0
+    return FAILED if report.wrong or report.path is None else 0
 
 
 def _share(report: Report) -> None:
@@ -104,4 +103,4 @@ def _share(report: Report) -> None:
 
 def add_tune_command(app: typer.Typer) -> None:
     """Put the command behind those that ``app`` has."""
-    app.command()(tune)
+    app.command(rich_help_panel=MACHINE)(tune)

@@ -46,7 +46,7 @@ def test_help_does_not_wait_for_torch():
 )
 def test_mistakes_are_told_without_a_traceback(arguments, message, tmp_path):
     result = run("demo", "--output", str(tmp_path / "out"), *arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.output
     assert "Traceback" not in result.output
 
@@ -64,7 +64,7 @@ def test_a_missing_package_names_the_extra(module, tmp_path):
         f"app(['demo', '--steps', '1', '--output', '{tmp_path / 'out'}'])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "pip install 'clipfast[demo]'" in result.stderr
     assert "Traceback" not in result.stderr
 

@@ -82,8 +82,8 @@ def test_it_says_what_changes_and_why(asked: dict[str, Any], tmp_path: Path) -> 
     [
         ({}, 0, "wrote"),
         ({"wrong": ["attention (triton) computes wrong results: ..."]}, 1, "wrong: attention (triton)"),
-        ({"path": None, "not_written": "/home: Read-only file system"}, 3, "CLIPFAST_TUNED=FILE"),
-        ({"path": None, "not_written": "/home: Read-only file system"}, 3, "what changes"),
+        ({"path": None, "not_written": "/home: Read-only file system"}, 1, "CLIPFAST_TUNED=FILE"),
+        ({"path": None, "not_written": "/home: Read-only file system"}, 1, "what changes"),
         ({"interrupted": True}, 130, "interrupted"),
         ({"left_out": 3}, 0, "no time was left for 3 calls"),
     ],

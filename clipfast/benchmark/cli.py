@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clipfast.commands import Commands, errors_told
+from clipfast.commands import errors_told, make_app
 from clipfast.console import echo
 
-app = typer.Typer(cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
+app = make_app()
 
 
 @app.callback()
 def main() -> None:
     """What ``pytest benchmarks/`` measured: compared, and drawn."""
-
-
-def _errors_in_a_line() -> AbstractContextManager[None]:
-    return errors_told(ModuleNotFoundError, ValueError, OSError, code=2, missing=("the report needs", "bench"))
 
 
 @app.command()
@@ -41,7 +36,7 @@ def compare(
     from clipfast.benchmark.compare import lines_of
     from clipfast.benchmark.results import read_runs
 
-    with _errors_in_a_line():
+    with errors_told(extra="bench"):
         changes = compare_runs(read_runs(before), read_runs(after), threshold)
     for line in lines_of(changes, everything=everything):
         echo(line)
@@ -55,7 +50,7 @@ def report(
     markdown: Annotated[Path | None, typer.Option(help="A Markdown table beside it.")] = None,
 ) -> None:
     """Write the report of a run: one HTML file that needs nothing else."""
-    with _errors_in_a_line():
+    with errors_told(extra="bench"):
         from clipfast.benchmark.markdown import markdown_table
         from clipfast.benchmark.report import write_report
         from clipfast.benchmark.results import read_run
@@ -77,7 +72,7 @@ def readme(
     from clipfast.benchmark.results import read_run
     from clipfast.files import write_atomically
 
-    with _errors_in_a_line():
+    with errors_told(extra="bench"):
         files = regenerated(read_run(results), page)
         for file, text in files.items():
             write_atomically(file, lambda opened, text=text: opened.write(text.encode()))

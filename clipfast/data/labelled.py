@@ -1,4 +1,4 @@
-"""Pictures with a class each: folders of classes, WebDataset shards, and pictures that libraries ship."""
+"""Pictures with a class each: folders of classes, WebDataset shards, and digits that a library ships."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from clipfast.data.folder_pairs import caption_endings, with_captions
 from clipfast.data.options import DataOptions
-from clipfast.data.pairs import Captions, PairError, Pairs
+from clipfast.data.pairs import PairError
 from clipfast.data.patterns import find_shards
 from clipfast.data.pictures import PICTURES, is_picture
 from clipfast.data.places import read_picture
@@ -24,6 +24,7 @@ from clipfast.data.shards import shard_names
 from clipfast.data.sources import layouts_of_folder
 from clipfast.data.text_files import read_text, split_lines
 from clipfast.data.walk import files_below, tell_left_out
+from clipfast.extras import missing
 
 _CLASS_FILES = ("classnames.txt", "classes.txt")
 
@@ -230,7 +231,7 @@ class Digits:
 
     def __init__(self, names: Sequence[str] | dict[str, str] | None = None) -> None:
         if importlib.util.find_spec("sklearn") is None:
-            raise ImportError("data: 'digits' come with scikit-learn, which is missing: pip install 'clipfast[train]'")
+            raise missing("data: 'digits' needs", "sklearn")
         from sklearn.datasets import load_digits
 
         found = load_digits()
@@ -249,51 +250,6 @@ class Digits:
     def read(self, index: int) -> Image.Image:
         """See :class:`LabelledSource`."""
         return Image.fromarray(self._pictures[index])
-
-
-class ScikitImagePairs(Pairs):
-    """The eight pictures of scikit-image that OpenAI's notebook captions, and their captions.
-
-    The library is looked for and not imported.
-
-    Raises:
-        ImportError: scikit-image is missing.
-
-    Source: ``notebooks/Interacting_with_CLIP.ipynb`` of OpenAI's CLIP.
-    """
-
-    groups = (8,)
-    _CAPTIONS = (
-        ("page.png", "a page of text about segmentation"),
-        ("chelsea.png", "a facial photo of a tabby cat"),
-        ("astronaut.png", "a portrait of an astronaut with the American flag"),
-        ("rocket.jpg", "a rocket standing on a launchpad"),
-        ("motorcycle_right.png", "a red motorcycle standing in a garage"),
-        ("camera.png", "a person looking at a camera on a tripod"),
-        ("horse.png", "a black-and-white silhouette of a horse"),
-        ("coffee.png", "a cup of coffee on a saucer"),
-    )
-
-    def __init__(self) -> None:
-        spec = importlib.util.find_spec("skimage")
-        if spec is None or not spec.submodule_search_locations:
-            raise ImportError("data: 'scikit-image' names pictures of that library: pip install scikit-image")
-        self._folder = Path(next(iter(spec.submodule_search_locations))) / "data"
-
-    def key(self, index: int) -> str:
-        """See :class:`clipfast.data.pairs.PairSource`."""
-        return self._CAPTIONS[index][0]
-
-    def image(self, index: int) -> bytes:
-        """See :class:`clipfast.data.pairs.PairSource`."""
-        try:
-            return (self._folder / self.key(index)).read_bytes()
-        except OSError as error:
-            raise PairError(f"{self.key(index)}: {error}") from error
-
-    def captions(self, index: int) -> Captions:
-        """See :class:`clipfast.data.pairs.PairSource`."""
-        return Captions((self._CAPTIONS[index][1],))
 
 
 def _read_names(path: Path, encoding: str | None = None) -> Sequence[str] | dict[str, str]:

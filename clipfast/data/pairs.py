@@ -56,12 +56,14 @@ class PairSource(Protocol):
             large.
         files: The files that say which pairs there are, and where; none for a folder's.
         repeats: Whether several pairs may be of one picture.
+        identity: What tells these pairs from others that no files say; empty for those that files do.
     """
 
     groups: Sequence[int]
     together: int | None
     files: Sequence[Path]
     repeats: bool
+    identity: str
 
     def __len__(self) -> int:
         """Return N."""
@@ -104,6 +106,7 @@ class Pairs:
     together: int | None = None
     files: Sequence[Path] = ()
     repeats: bool = False
+    identity: str = ""
 
     def __len__(self) -> int:
         return sum(self.groups)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipfast.data.options import usual_name
+from clipfast.extras import missing
 
 
 def require_pyarrow() -> tuple[Any, Any]:
@@ -19,7 +20,7 @@ def require_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
-        raise ImportError("Parquet needs pyarrow, which is not installed: pip install 'clipfast[embed]'") from error
+        raise missing("Parquet needs", "pyarrow") from error
     return pyarrow, parquet
 
 

@@ -22,16 +22,36 @@ def expand_pattern(pattern: str) -> list[str]:
     return [path for part in _split(pattern) for path in _expand(part)]
 
 
-def _split(pattern: str) -> list[str]:
-    """Cut a pattern at every ``::`` that is not in the name of something that exists."""
+def anchored(pattern: str, folder: str | os.PathLike[str]) -> str:
+    """Return a path or pattern, as :func:`expand_pattern` takes it, whose relative parts start from a folder.
+
+    Addresses (``s3://…``, ``pipe:…``) and absolute paths stay as they are, and ``~`` is the home folder.
+    """
+    return "::".join(_anchored(part, os.path.abspath(folder)) for part in _split(pattern, os.path.abspath(folder)))
+
+
+def _anchored(part: str, folder: str) -> str:
+    # `{/a,/b}/0.tar` and `{http://a,http://b}/0.tar` begin in braces
+    begins = part.lstrip("{")
+    if "://" in part or begins.startswith(("pipe:", "/")) or os.path.isabs(part):
+        return part
+    joined = os.path.join(folder, os.path.expanduser(part))
+    neat = os.path.normpath(joined)
+    # `..` after a link leads elsewhere than to the folder that holds the link
+    return neat if os.path.realpath(neat) == os.path.realpath(joined) else joined
+
+
+def _split(pattern: str, folder: str = "") -> list[str]:
+    """Cut a pattern at every ``::`` that is not in the name of something that exists, as seen from a folder."""
     pieces = pattern.split("::")
     for count in range(len(pieces), 1, -1):
         whole = "::".join(pieces[:count])
+        place = os.path.join(folder, whole)
         # of a part that does not exist, the folders may
-        if os.path.exists(whole) or whole.rfind("::") < len(_existing(whole)):
+        if os.path.exists(place) or place.rfind("::") < len(_existing(place)):
             rest = pieces[count:]
-            return [whole, *(_split("::".join(rest)) if rest else [])]
-    return [pieces[0], *(_split("::".join(pieces[1:])) if pieces[1:] else [])]
+            return [whole, *(_split("::".join(rest), folder) if rest else [])]
+    return [pieces[0], *(_split("::".join(pieces[1:]), folder) if pieces[1:] else [])]
 
 
 def _expand(part: str) -> list[str]:

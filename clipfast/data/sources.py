@@ -15,6 +15,7 @@ from clipfast.data.parquet_pairs import ParquetPairs, has_pairs
 from clipfast.data.patterns import find_parquet, find_shards
 from clipfast.data.pictures import PICTURES, ending_of, is_picture
 from clipfast.data.shards import ShardedPairs
+from clipfast.data.shipped import is_shipped, open_shipped
 from clipfast.data.table_pairs import TABLES, TablePairs, table_layout
 from clipfast.data.walk import Below, files_below
 
@@ -24,7 +25,13 @@ __all__ = ["Captions", "DataOptions", "Layout", "Pair", "PairError", "PairSource
 _MOST_TEXTS = 50
 
 
-def open_pairs(path: str | os.PathLike[str], options: DataOptions | None = None) -> PairSource:
+def open_pairs(
+    path: str | os.PathLike[str],
+    options: DataOptions | None = None,
+    *,
+    training: bool = False,
+    image_size: int | tuple[int, int] | None = None,
+) -> PairSource:
     """Find the pairs at a place.
 
     Args:
@@ -38,16 +45,22 @@ def open_pairs(path: str | os.PathLike[str], options: DataOptions | None = None)
             - Parquet: a file, a pattern of several, or a folder; with paths, bytes, or Hugging Face's structs of them;
             - COCO's ``captions_*.json``, or Karpathy's ``dataset_*.json``;
             - a folder of pictures, also in folders below it, each with a ``.txt`` or ``.json`` of the same name beside
-              it; or a folder with one of the above.
+              it; or a folder with one of the above;
+            - ``emoji`` or ``scikit-image``, which packages bring (:func:`clipfast.data.shipped.open_shipped`), unless
+              something here is called so.
         options: What is the picture and what the caption, where the usual names do not say it.
+        training: Whether ``emoji`` are those to train on; else they are those that are held out.
+        image_size: Of the model: how large emoji are drawn.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
-        ImportError: pyarrow is missing, for Parquet.
+        ImportError: pyarrow is missing, for Parquet, or a package that brings pairs.
         ValueError: No pairs are there, a table lacks a column, or a folder holds pairs of several kinds.
     """
     text = os.fspath(path)
     options = options or DataOptions()
+    if is_shipped(text):
+        return open_shipped(text, training=training, image_size=image_size)
     shards = find_shards(text)
     if shards:
         return ShardedPairs(shards, options)
@@ -56,7 +69,7 @@ def open_pairs(path: str | os.PathLike[str], options: DataOptions | None = None)
         return _open_folder(place, options)
     if parquet := find_parquet(text):
         return ParquetPairs(parquet, options)
-    expected = "shards, a .csv, .tsv or .parquet table, COCO's .json, or a folder"
+    expected = "shards, a .csv, .tsv or .parquet table, COCO's .json, a folder, or 'emoji'"
     if not place.exists():
         raise FileNotFoundError(f"data: got {text}, expected {expected}: none is there")
     if place.suffix.lower() in TABLES:

@@ -10,6 +10,7 @@ from typing import Protocol
 from clipfast.data.options import DataOptions
 from clipfast.data.patterns import find_parquet, find_shards
 from clipfast.data.pictures import PICTURES
+from clipfast.data.shipped import is_shipped
 from clipfast.data.sources import is_table, layouts_of_folder, open_pairs
 from clipfast.data.table_pairs import TablePairs
 from clipfast.data.walk import files_below
@@ -17,7 +18,7 @@ from clipfast.embed.lists import folder_files, open_list
 from clipfast.embed.rows import CaptionRows, Kind, of_pairs, of_parquet
 
 KINDS = ("image", "text")
-_EXPECTED = "a folder, a .txt list, .parquet, .tar shards, a .csv or .tsv table, or annotations"
+_EXPECTED = "a folder, a .txt list, .parquet, .tar shards, a .csv or .tsv table, annotations, or 'emoji'"
 
 
 class Inputs(Protocol):
@@ -45,6 +46,15 @@ class Inputs(Protocol):
         """
         ...
 
+    def caption(self, row: int, content: bytes | str) -> str | None:
+        """Return what the data says of a row beside its name, a line for each caption; None where it says nothing.
+
+        Args:
+            row: Its number.
+            content: What :meth:`read` gave.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """A digest of what and where the rows are: another one means that rows have other numbers."""
         ...
@@ -55,6 +65,7 @@ def open_inputs(
     kind: Kind = "image",
     column: str | None = None,
     options: DataOptions | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Inputs:
     """Find what is to be embedded.
 
@@ -68,10 +79,11 @@ def open_inputs(
             - ``.parquet`` files (one, a pattern, or a folder of them) with a column of paths (relative to the file), of
               pictures' bytes, of Hugging Face's structs of both, or of texts;
             - shards, a table or annotations as for :func:`clipfast.data.sources.open_pairs`: the pictures, or all
-              captions.
+              captions; also ``emoji``, of which those that ``clipfast demo`` holds out, and ``scikit-image``.
         kind: ``"image"`` or ``"text"``.
         column: Of a table or of Parquet, as ``image_column`` or ``caption_column`` of the options.
         options: What is the picture and what the caption, where the usual names do not say it.
+        image_size: Of the model: how large emoji are drawn.
 
     Raises:
         FileNotFoundError: A file or folder is missing.
@@ -85,8 +97,8 @@ def open_inputs(
         options = replace(options, **{"image_column" if kind == "image" else "caption_column": column})
     text = os.fspath(path)
     place = Path(text)
-    if find_shards(text):
-        return of_pairs(open_pairs(text, options), kind, options)
+    if is_shipped(text) or find_shards(text):
+        return of_pairs(open_pairs(text, options, image_size=image_size), kind, options)
     if place.is_dir():
         return _folder(place, kind, options)
     if parquet := find_parquet(text):
@@ -111,7 +123,7 @@ def _folder(folder: Path, kind: Kind, options: DataOptions) -> Inputs:
         texts = kind == "text" and files_below(folder, (".txt",)).files
         if not texts and (parquet := find_parquet(str(folder))):
             return of_parquet(parquet, kind, options)
-    files = folder_files(folder, kind, options.encoding)
+    files = folder_files(folder, kind, options)
     if kind == "image":
         return files
     return CaptionRows(files.captions, files.name, len(files), files.fingerprint(), by_place=True)

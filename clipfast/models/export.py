@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clipfast.extras import missing
 from clipfast.modules.resnet import ModifiedResNet
 from clipfast.modules.text import TextTransformer
 from clipfast.modules.vit import ViT
@@ -62,6 +63,10 @@ class ExportReport:
         return "\n".join([*lines, f"  in onnxruntime, batches {batches}, tolerance {self.tolerance:.0e}"])
 
 
+class ExportMismatch(ValueError):
+    """What an exported file computes is not what the model computes."""
+
+
 def export(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -94,8 +99,8 @@ def export(
     Raises:
         ModuleNotFoundError: onnx, onnxscript or onnxruntime is not installed.
         TypeError: ``model`` is no such model.
-        ValueError: ``tower`` is none of the three, the model has no such tower, ``path`` has another ending, or the
-            results of the file differ from the model's.
+        ValueError: ``tower`` is none of the three, the model has no such tower, or ``path`` has another ending.
+        ExportMismatch: The results of the file differ from the model's.
     """
     path = Path(path)
     if path.suffix != ".onnx":
@@ -233,7 +238,7 @@ def _compare(part: Path, exported: _Exported, tolerance: float, path: Path) -> E
             error = (torch.from_numpy(theirs).reshape(mine.shape).double() - mine.double()).abs().max()
             relative = float(error / mine.double().abs().max())
             if not relative <= tolerance:
-                raise ValueError(
+                raise ExportMismatch(
                     f"{path}: got a relative error of {relative:.1e} in {name} of the batch {batch}, expected at most "
                     f"{tolerance:.0e}; the file was not kept"
                 )
@@ -254,9 +259,7 @@ def _check_installed() -> None:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"export needs {error.name}, which is not installed: pip install 'clipfast[export]'", name=error.name
-            ) from error
+            raise missing("export needs", error.name or name) from error
 
 
 @contextmanager

@@ -84,6 +84,11 @@ def config_of(
             return folder_config(path, training=training)
         if path.suffix == ".json" and path.is_file() and "model_type" in (values := read_config(path)):
             return _named_in_errors(path, values, training)
+        if len(path.parts) > 1 and not path.exists():
+            raise FileNotFoundError(
+                f"model: got {path}, expected a name of clipfast.list_models(), a JSON file, or a model's folder: none "
+                f"is there"
+            )
     return get_config(name_or_config)
 
 

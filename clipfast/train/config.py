@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import sys
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 from clipfast.data.options import DataOptions
 from clipfast.settings import check_settings
 from clipfast.train.limits import MOST_STEPS, RULES, RUN_RULES, check_together
+from clipfast.train.paths import start_from
 
 Precision = Literal["fp32", "bf16", "pure_bf16", "fp16"]
 Schedule = Literal["cosine", "constant"]
@@ -99,7 +101,7 @@ class RunConfig(TrainConfig, DataOptions):
     The fields of :class:`clipfast.data.options.DataOptions` are about ``data`` and ``val_data`` alike.
 
     Attributes:
-        data: The pairs; see :func:`clipfast.data.sources.open_pairs`.
+        data: The pairs; see :func:`clipfast.data.sources.open_pairs`. Of ``emoji``, those that are not held out.
         epochs: Times that every pair is seen, where ``steps`` is 0.
         batch_size: Pairs a step, over all ranks.
         model: A name of :func:`clipfast.list_models`, a JSON file, or a folder: a run's, open_clip's or transformers'.
@@ -115,7 +117,7 @@ class RunConfig(TrainConfig, DataOptions):
         distill_model: A teacher, as ``model``: the loss is the contrastive one and the cross-entropy with the teacher's
             logits, added up as in open_clip. It reads the model's pictures and captions: sizes must be the same.
         distill_weights: The teacher's weights.
-        val_data: Held-out pairs.
+        val_data: Held-out pairs; of ``emoji``, those that are.
         val_every: Steps between two looks at them, and at the end.
         val_pairs: The first of them that are looked at.
         output: The folder of the run.
@@ -130,7 +132,7 @@ class RunConfig(TrainConfig, DataOptions):
         tensorboard: Whether to write TensorBoard's logs too.
     """
 
-    data: Annotated[str, "Pairs: shards 'train-{000..123}.tar', a .csv or .tsv table, Parquet, or a folder."]
+    data: Annotated[str, "Pairs: shards 'train-{000..123}.tar', a .csv or .tsv table, Parquet, a folder, or emoji."]
     steps: Annotated[int, "Optimizer steps; 0 counts them from epochs."] = 0
     learning_rate: Annotated[float, "At the end of the warm-up."] = 5e-4
     epochs: Annotated[float, "Times that every pair is seen, where steps is 0."] = 0.0
@@ -192,6 +194,8 @@ class RunConfig(TrainConfig, DataOptions):
 def read_settings(path: Path) -> dict[str, Any]:
     """Read the settings of a TOML file, by the names of :class:`RunConfig`.
 
+    Relative paths in it start from the file's folder; see :func:`clipfast.train.paths.start_from`.
+
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is not TOML, or holds a setting of no known name.
@@ -207,8 +211,15 @@ def read_settings(path: Path) -> dict[str, Any]:
     known = [field.name for field in fields(RunConfig)]
     for name in settings:
         if name not in known:
-            raise ValueError(f"{path}: got {name!r}, expected settings among {', '.join(sorted(known))}")
-    return settings
+            raise ValueError(
+                f"{path}: got {name!r}, expected settings among {', '.join(sorted(known))}{_near(name, known)}"
+            )
+    return start_from(settings, path.parent)
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.replace("-", "_"), known, n=2)
+    return f"; did you mean {' or '.join(near)}?" if near else f", expected settings among {', '.join(sorted(known))}"
 
 
 def make_run_config(settings: Mapping[str, Any]) -> RunConfig:
@@ -218,7 +229,7 @@ def make_run_config(settings: Mapping[str, Any]) -> RunConfig:
         ValueError: ``data`` is missing, or a setting is of the wrong type or out of range.
     """
     if "data" not in settings:
-        raise ValueError("data: got none, expected where the pairs are")
+        raise ValueError("data: got none, expected where the pairs are: --data, or data in the TOML file")
     hints = get_type_hints(RunConfig)
     # TOML and people write 1 where 1.0 is meant
     values = {

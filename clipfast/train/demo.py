@@ -1,4 +1,4 @@
-"""The demo: a CLIP learns the emoji pairs in a few minutes on two CPU cores, and shows how well."""
+"""The demo: a small CLIP learns the emoji pairs on whatever machine there is, and shows how well."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor
 from clipfast.console import make_console, tell
 from clipfast.data.choose_tokenizer import tokenizer_for
 from clipfast.data.emoji_classes import zero_shot_questions
-from clipfast.data.emoji_pairs import EmojiPairs, load_emoji_pairs
+from clipfast.data.emoji_pairs import EmojiPairs, load_emoji_pairs, write_emoji_folder
+from clipfast.data.tokenizer import Tokenizer
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
 from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, get_config
+from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig
 from clipfast.models.create import create_model
+from clipfast.models.foreign_config import config_of
 from clipfast.models.model_folder import write_model_folder
 from clipfast.models.open_model import find_device
 from clipfast.settings import at_least, check_setting
@@ -47,7 +49,8 @@ class DemoResult:
     Attributes:
         metrics: Recall and accuracy on the held-out pairs by name, with chance beside each.
         training: The records of its steps, and whether Ctrl-C ended it.
-        output: The folder with ``report.html``, ``model.safetensors``, ``model.json``, ``metrics.json``, ``log.jsonl``.
+        output: The folder with ``report.html``, ``model.safetensors``, ``model.json``, ``metrics.json``, ``log.jsonl``,
+            and ``held_out``: the held-out pictures, each with its caption beside it.
     """
 
     metrics: dict[str, float]
@@ -73,14 +76,17 @@ def run_demo(
     Ctrl-C and SIGTERM end training early; what was learned until then is saved, measured and reported.
 
     Args:
-        model: ``"small"``, a name of :func:`clipfast.list_models`, or the path of a JSON file.
+        model: ``"small"``, or what :func:`clipfast.models.foreign_config.config_of` takes: a name of
+            :func:`clipfast.list_models`, a JSON file, or a model's folder, of which the sizes are taken. Its vocabulary
+            is CLIP's.
         steps: Optimizer steps.
         batch_size: Pairs a step; at most as many as there are to train on.
         image_size: Pixels a side; the model's own by default.
         learning_rate: After the warm-up.
         precision: ``"fp32"``, or ``"bf16"`` (autocast).
         device: ``"cpu"``, ``"cuda"``, or ``"auto"``: CUDA where there is one.
-        seed: Of the hold-out, the first weights and the order of batches.
+        seed: Of the first weights and the order of batches. What is held out is always the same: ``--data emoji`` of
+            other commands measures what no demo has seen.
         output: The folder for what is written; files of an earlier run are replaced.
         console: Where to report; standard output by default.
 
@@ -100,8 +106,13 @@ def run_demo(
     with stop_on_interrupt() as stop:
         with stop.at_once():
             training = TrainConfig(steps, learning_rate, warmup_steps=max(1, min(20, steps // 5)), precision=precision)
-            config = _with_image_size(SMALL if model == "small" else get_config(model), image_size)
-            tokenizer_for(config.text_cfg)  # its captions are read with CLIP's
+            config = _with_image_size(SMALL if model == "small" else config_of(model), image_size)
+            if config.text_cfg.vocab_size != Tokenizer.vocab_size:
+                raise ValueError(
+                    f"model: got a vocabulary of {config.text_cfg.vocab_size}, expected CLIP's {Tokenizer.vocab_size}, "
+                    f"by which the demo reads its captions; clipfast train --data emoji takes other tokenizers"
+                )
+            tokenizer_for(config.text_cfg)
             torch_device = find_device(device)
             torch.manual_seed(seed)
             clip = create_model(config, device=torch_device)
@@ -111,7 +122,7 @@ def run_demo(
 
             size = config.vision_cfg.image_size
             console.print(f"pictures: OpenMoji at {size}×{size} pixels (drawn once, then kept)", highlight=False)
-            pairs = load_emoji_pairs(size, seed=seed)
+            pairs = load_emoji_pairs(size)
             tokens = whole_tokens(pairs.captions, config.text_cfg.context_length)
             train_count, held_out_count = len(pairs.train_indices), len(pairs.held_out_indices)
             if not 2 <= batch_size <= train_count:
@@ -135,6 +146,7 @@ def run_demo(
         texts = encode_all(clip.encode_text, tokens[held_out], batch_size, torch_device)
         metrics = retrieval_recall(images, texts) | _zero_shot_metrics(clip, pairs, images)
         _write_json(output / "metrics.json", metrics)
+        write_emoji_folder(pairs, output / "held_out")
         console.print(metrics_table(metrics))
 
         settings = {
@@ -175,11 +187,12 @@ def _zero_shot_metrics(clip: CLIP, pairs: EmojiPairs, image_features: Tensor) ->
         classifier = zero_shot_classifier(
             clip.encode_text, tokenizer, question.class_names, question.templates, device=clip.logit_scale.device
         )
+        name = question.name.replace(" ", "_")
         rows = [row_of[index] for index in question.indices.tolist()]
         accuracy = zero_shot_accuracy(image_features[rows], classifier, torch.from_numpy(question.labels), ks=(1,))
-        metrics[f"zero_shot_{question.name}_accuracy"] = accuracy["top1"]
-        metrics[f"zero_shot_{question.name}_chance"] = accuracy["chance1"]
-        metrics[f"zero_shot_{question.name}_classes"] = len(question.class_names)
+        metrics[f"zero_shot_{name}_accuracy"] = accuracy["top1"]
+        metrics[f"zero_shot_{name}_chance"] = accuracy["chance1"]
+        metrics[f"zero_shot_{name}_classes"] = len(question.class_names)
     return metrics
 
 

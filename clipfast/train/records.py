@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from clipfast.data.batches import Batch
+from clipfast.extras import remedy
 from clipfast.files import write_atomically
 from clipfast.train.config import RunConfig
 from clipfast.train.engine import StepRecord
+from clipfast.train.paths import start_from
 
 
 class JsonLog:
@@ -85,13 +87,15 @@ def open_logs(folder: Path, config: RunConfig, step: int) -> list[JsonLog | Tens
         step: The step that the run goes on from.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n", encoding="utf-8")
+    # whoever reads them does not know the folder that the run was started in
+    settings = start_from(asdict(config), Path.cwd())
+    (folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     logs: list[JsonLog | TensorBoardLog] = [JsonLog(folder / "log.jsonl", step)]
     if config.tensorboard:
         try:
             logs.append(TensorBoardLog(folder / "tensorboard", step))
         except ImportError as error:
-            warnings.warn(f"no logs for TensorBoard: {error}: pip install 'clipfast[train]'", stacklevel=2)
+            warnings.warn(f"no logs for TensorBoard: {error}: {remedy('tensorboard')}", stacklevel=2)
     return logs
 
 

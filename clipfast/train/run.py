@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from clipfast.console import make_console, tell
 from clipfast.data.batches import training_batches
 from clipfast.data.choose_tokenizer import keep_tokenizer, tokenizer_beside, tokenizer_for
-from clipfast.data.pairs import DistinctPictures
+from clipfast.data.pairs import DistinctPictures, PairSource
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.models.model_folder import write_model_folder
@@ -28,6 +27,7 @@ from clipfast.train.config import RunConfig, TrainConfig, compile_mode
 from clipfast.train.engine import StepRecord, TrainResult, train_on
 from clipfast.train.interrupt import StopRequest, stop_on_interrupt
 from clipfast.train.limits import check_output
+from clipfast.train.paths import shown, start_from
 from clipfast.train.plan import leave_plan
 from clipfast.train.progress import TrainingProgress
 from clipfast.train.records import JsonLog, SkippedLog, TensorBoardLog, open_logs, step_values
@@ -113,7 +113,7 @@ class _Run:
         place.agree("settings", self._settings())
         self.model_config = place.together("model", lambda: config_of_run(config))
         place.together("output", lambda: check_output(self.output))
-        self.source = place.together("data", lambda: open_pairs(config.data, config.data_options()))
+        self.source = place.together("data", lambda: self._open(config.data, training=True))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.pictures = Pictures(config, self.model_config, place)
         self.training: TrainConfig = config.training(len(self.source), self.pictures.pairs_a_step)
@@ -131,6 +131,10 @@ class _Run:
         # of a step whose look at the held-out pairs was left when the run was told to stop
         self._owed: dict[str, Any] | None = None
 
+    def _open(self, place: str, *, training: bool) -> PairSource:
+        size = self.model_config.vision_cfg.image_size
+        return open_pairs(place, self.config.data_options(), training=training, image_size=size)
+
     def _find_tokenizer(self) -> AnyTokenizer:
         config, text = self.config, self.model_config.text_cfg
         return tokenizer_for(text, config.tokenizer or tokenizer_beside(config.model, text))
@@ -139,7 +143,7 @@ class _Run:
         if self.config.val_data is None:
             return None
         try:
-            source = open_pairs(self.config.val_data, self.config.data_options())
+            source = self._open(self.config.val_data, training=False)
         except (ValueError, OSError) as error:
             # of an error in JSON or of an encoding no second one is made with a text alone
             kind = type(error) if isinstance(error, OSError) else ValueError
@@ -253,7 +257,9 @@ class _Run:
 
     def _compare(self, before: dict[str, Any]) -> None:
         """Warn of settings that make the rest of the run another one; a run may be made longer, for instance."""
-        now = self._settings()
+        # of one place, whichever folder a command runs in
+        here = Path.cwd()
+        before, now = start_from(before, here), start_from(self._settings(), here)
         # a bool in checkpoints from before it named a mode
         before = before | ({"compile": compile_mode(before["compile"])} if "compile" in before else {})
         changed = [f"{k} = {now.get(k)!r} and not {v!r}" for k, v in before.items() if now.get(k) != v]
@@ -268,7 +274,7 @@ class _Run:
         facts = {
             "step": self.trainer.step,
             "numbers": self.trainer.numbers(),
-            "settings": self._settings(),
+            "settings": start_from(self._settings(), Path.cwd()),
             "metrics": self.metrics,
             "owed": self._owed,
             "plan": self.trainer.plan,
@@ -303,9 +309,10 @@ class _Run:
         place, say = self.place, self._say
         parameters = sum(p.numel() for p in self.trainer.model.parameters())
         how = self.training.precision + (", sigmoid loss" if self.trainer.loss == "siglip" else "")
-        say(f"model {os.fspath(self.config.model)}: {parameters / 1e6:.1f} M parameters, {how}")
+        say(f"model {shown(self.config.model)}: {parameters / 1e6:.1f} M parameters, {how}")
         where = f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else "cuda"
         say(f"ranks: {place.world_size} ({self.training.strategy}), {where}, {self.config.workers} workers each")
+        say(f"data: {shown(self.config.data)}; output: {shown(self.output)}")
         say(f"pairs: {len(self.source)}, {self.pictures}, {self.training.steps} steps")
         if self.trainer.step:
             say(f"going on from step {self.trainer.step}")
@@ -313,11 +320,11 @@ class _Run:
     def _report(self, result: TrainResult, skipped: SkippedLog) -> None:
         count = int(self.place.sum(torch.tensor(skipped.count, device=self.place.device)))
         if count:
-            self._say(f"skipped {count} pairs, which {self.output}/skipped-*.jsonl names")
+            self._say(f"skipped {count} pairs, which {shown(self.output)}/skipped-*.jsonl names")
         for name, value in self.metrics.items():
             self._say(f"{name}: {value:.4g}")
         if self.trainer.step:
-            self._say(f"model: {self.output / 'model.safetensors'}")
+            self._say(f"model: {shown(self.output / 'model.safetensors')}")
 
     @property
     def _say(self) -> Callable[[str], None]:

@@ -8,6 +8,7 @@ that no list here has to follow the modules.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from clipfast import ops
 from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig, get_config
+from clipfast.models.config import CLIPConfig
 from clipfast.models.create import create_model
+from clipfast.models.foreign_config import config_of
 from clipfast.modules import transformer
 from clipfast.modules.shortcuts import exact_shortcuts
 from clipfast.ops import dispatch
@@ -129,7 +131,7 @@ def small_copy(name: str) -> CLIPConfig:
     Raises:
         ValueError: There is no such model.
     """
-    config = get_config(name)
+    config = config_of(name, training=False)
     layers = config.vision_cfg.layers
     layers = min(layers, _LAYERS) if isinstance(layers, int) else tuple(1 for _ in layers)
     vision = replace(config.vision_cfg, layers=layers)
@@ -139,7 +141,8 @@ def small_copy(name: str) -> CLIPConfig:
 
 def label_of(name: str) -> str:
     """Return a model's name without the folders that somebody keeps its file in."""
-    label = Path(name).stem if name.endswith(".json") else name
+    path = Path(os.path.abspath(name)) if os.path.isdir(name) else Path(name)
+    label = path.stem if name.endswith(".json") else path.name
     return "".join(letter for letter in label if letter.isprintable())[:100]
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from clipfast.benchmark.timing import Clock, Interleaved
-from clipfast.models.config import get_config
 from clipfast.ops import dispatch, plan, tuned
 from clipfast.tuning import cases, decide
 from clipfast.tuning.cases import DEFAULT_MODELS, DEFAULT_PRECISIONS, PRECISIONS, Call, Pass
@@ -116,7 +115,8 @@ def tune(
     slower than without (docs/tuning.md). Running processes go on as they are; this one goes by the new file.
 
     Args:
-        models: Names of :func:`clipfast.list_models`, or JSON files; the four most used by default.
+        models: Names of :func:`clipfast.list_models`, JSON files, or folders of models, of which the sizes count; the
+            four most used by default.
         device: Where; CUDA where there is a card, else the CPU.
         precisions: Of ``"fp32"``, ``"bf16"`` and ``"fp16"`` (autocast), ``"pure_bf16"`` and ``"pure_fp16"``; by default
             all on a card, and on the CPU those without fp16.
@@ -130,13 +130,14 @@ def tune(
         and keeps what is done.
 
     Raises:
+        FileNotFoundError: A folder holds no model.
         ValueError: There is no such model, precision or device, or ``output`` is a file of another kind.
     """
     where = _device(device)
     names = tuple(dict.fromkeys(models or DEFAULT_MODELS))
     kinds = tuple(dict.fromkeys(precisions or DEFAULT_PRECISIONS[where.type]))
     for name in names:
-        get_config(name)
+        cases.small_copy(name)
     for kind in kinds:
         if kind not in PRECISIONS:
             raise ValueError(f"tune(precisions): got {kind!r}, expected some of {', '.join(PRECISIONS)}")
@@ -174,9 +175,12 @@ def _keep(report: Report, work: _Work, target: Path | None) -> None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if where.type not in DEFAULT_PRECISIONS:
-        raise ValueError(f"tune(device): got {str(where)!r}, expected 'cpu' or 'cuda'")
+    try:
+        where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:  # of a name that PyTorch does not know
+        where = None
+    if where is None or where.type not in DEFAULT_PRECISIONS:
+        raise ValueError(f"tune(device): got {str(device)!r}, expected 'cpu', 'cuda' or 'cuda:1'")
     if where.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"tune(device): got {str(where)!r}, but PyTorch finds no card that it can use")

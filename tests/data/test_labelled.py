@@ -10,7 +10,8 @@ import pytest
 import small
 from PIL import Image
 
-from clipfast.data.labelled import ScikitImagePairs, has_labels, open_labelled
+from clipfast.data.labelled import has_labels, open_labelled
+from clipfast.data.shipped import ScikitImagePairs
 from clipfast.data.sources import PairError
 
 

@@ -254,7 +254,8 @@ def test_flags_go_before_the_file_and_help_tells_all(place, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("stepps = 3", "got 'stepps', expected settings among .*batch_size"),
+        ("stepps = 3", "got 'stepps'; did you mean steps"),
+        ("wings = 2", "got 'wings', expected settings among .*batch_size"),
         ("steps = 'many'", "steps: got 'many', expected int"),
         ("steps = ", "not TOML"),
         ("precision = 'fp8'", "precision: got 'fp8', expected 'fp32'"),
@@ -274,7 +275,7 @@ def test_epochs_become_steps(place, tmp_path):
     config = make_run_config(settings(place, tmp_path, steps=0, epochs=2.5))
     assert config.training(40).steps == 13
     done = CliRunner().invoke(app, ["train", "--data", str(place / "shards")])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "error: steps, epochs: got 0 and 0, expected one of them above 0" in done.output
 
 
