@@ -33,7 +33,8 @@ def with_data_options(command: Callable[..., None]) -> Callable[..., None]:
     ]
     for name, default in defaults.items():
         kind, words = get_args(hints[name])
-        option = typer.Option(help=words, show_default="the usual ones" if "column" in name or "key" in name else False)
+        shown = "the usual ones" if "column" in name or "key" in name else False
+        option = typer.Option(help=words, show_default=shown, rich_help_panel="Data")
         parameters.append(
             inspect.Parameter(
                 name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=Annotated[kind, option]

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clipfast.cli_data import with_data_options
+from clipfast.commands import USE, errors_told
 from clipfast.console import echo, make_console
 from clipfast.data.options import DataOptions
 from clipfast.notices import error_console, say
+from clipfast.outputs import RESULTS, check_output_file, check_output_folder, write_results
 
 if TYPE_CHECKING:
     import os
 
     from clipfast.data.tokenizer_base import AnyTokenizer
     from clipfast.models.clip import CLIP
+
+# the groups of options in the help of these commands
+_DATA, _MODEL, _MEASURED, _OUTPUT, _SPEED = "Data", "Model", "What is measured", "Output", "Speed and memory"
 
 _Model = Annotated[
     str,
@@ -27,19 +31,27 @@ _Model = Annotated[
         "of clipfast.list_models() or a .json configuration."
     ),
 ]
-_Weights = Annotated[Path | None, typer.Option(help="A file or folder of weights, of any layout that is known.")]
-_Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.")]
-_Precision = Annotated[str, typer.Option(help="fp32, bf16 or fp16: of the weights and what is computed with them.")]
-_BatchSize = Annotated[int, typer.Option(help="Pictures or texts at once.")]
-_Workers = Annotated[int, typer.Option(help="Threads that read and decode.")]
+_Weights = Annotated[
+    Path | None,
+    typer.Option(help="A file or folder of weights, of any layout that is known.", rich_help_panel=_MODEL),
+]
 _Tokenizer = Annotated[
     Path | None,
     typer.Option(
         help="For another vocabulary than CLIP's: a tokenizer.json, a SentencePiece .model, or a folder with one.",
         show_default="the model's folder's",
+        rich_help_panel=_MODEL,
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.")]
+_Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: CUDA where there is one.", rich_help_panel=_SPEED)]
+_Precision = Annotated[
+    str,
+    typer.Option(help="fp32, bf16 or fp16: of the weights and what is computed with them.", rich_help_panel=_SPEED),
+]
+_BatchSize = Annotated[int, typer.Option(help="Pictures or texts at once.", rich_help_panel=_SPEED)]
+_Workers = Annotated[int, typer.Option(help="Threads that read and decode.", rich_help_panel=_SPEED)]
+_Results = Annotated[Path | None, typer.Option(help="A .json or .csv file for the results.", rich_help_panel=_OUTPUT)]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON in the place of a table.", rich_help_panel=_OUTPUT)]
 
 
 @with_data_options
@@ -49,16 +61,22 @@ def eval_(
         str,
         typer.Option(
             help="Pictures with classes (a folder for each class, shards with .cls, or 'digits') or with captions "
-            "(shards, a .csv or .tsv table, a folder with .txt files, or 'scikit-image')."
+            "(shards, a .csv or .tsv table, a folder with .txt files, or 'scikit-image').",
+            rich_help_panel=_DATA,
         ),
     ],
-    task: Annotated[str, typer.Option(help="zero-shot, retrieval, linear-probe, or auto: by the data.")] = "auto",
+    task: Annotated[
+        str,
+        typer.Option(help="zero-shot, retrieval, linear-probe, or auto: by the data.", rich_help_panel=_MEASURED),
+    ] = "auto",
     weights: _Weights = None,
     tokenizer: _Tokenizer = None,
     classes: Annotated[
         str | None,
         typer.Option(
-            help="A file with the names of classes, one a line or JSON; or imagenet.", show_default="the folders'"
+            help="A file with the names of classes, one a line or JSON; or imagenet.",
+            show_default="the folders'",
+            rich_help_panel=_MEASURED,
         ),
     ] = None,
     templates: Annotated[
@@ -66,21 +84,34 @@ def eval_(
         typer.Option(
             help="Prompts: name, photo, simple, imagenet, or a file with one a line.",
             show_default="imagenet for ImageNet, else simple",
+            rich_help_panel=_MEASURED,
         ),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="A .json file: each class' prompts, as CuPL has them, or a list of templates."),
+        typer.Option(
+            help="A .json file: each class' prompts, as CuPL has them, or a list of templates.",
+            rich_help_panel=_MEASURED,
+        ),
     ] = None,
     train_data: Annotated[
         str | None,
-        typer.Option(help="What a linear probe learns from.", show_default="half of --data, which is not tested on"),
+        typer.Option(
+            help="What a linear probe learns from.",
+            show_default="half of --data, which is not tested on",
+            rich_help_panel=_MEASURED,
+        ),
     ] = None,
     c: Annotated[
         float | None,
-        typer.Option("--C", help="Of the linear probe.", show_default="chosen on a fifth of what it learns from"),
+        typer.Option(
+            "--C",
+            help="Of the linear probe.",
+            show_default="chosen on a fifth of what it learns from",
+            rich_help_panel=_MEASURED,
+        ),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="A .json file for the results.")] = None,
+    output: _Results = None,
     as_json: _Json = False,
     batch_size: _BatchSize = 64,
     workers: _Workers = 2,
@@ -90,10 +121,13 @@ def eval_(
     data_options: Callable[[], DataOptions],
 ) -> None:
     """Measure a model: zero-shot accuracy, retrieval recall, or a linear probe. Nothing is downloaded."""
-    with _mistakes_told():
+    with errors_told(extra="train"):
+        if output is not None:
+            check_output_file(output, RESULTS)
         from clipfast import __version__
         from clipfast.evaluate.linear_probe import SWEEP
-        from clipfast.evaluate.run import Reading, evaluate, metrics_table, write_evaluation
+        from clipfast.evaluate.results import metrics_table, write_evaluation
+        from clipfast.evaluate.run import Reading, evaluate
 
         clip, read_by = _open(model, tokenizer, weights, device, precision)
         reading = Reading(batch_size, workers, error_console())
@@ -128,15 +162,23 @@ def embed(
         ),
     ],
     output: Annotated[Path, typer.Argument(help="A .parquet or .npy file.")],
-    kind: Annotated[str, typer.Option(help="image or text: what SOURCE holds, or is to be taken of it.")] = "image",
+    kind: Annotated[
+        str,
+        typer.Option(help="image or text: what SOURCE holds, or is to be taken of it.", rich_help_panel=_DATA),
+    ] = "image",
     column: Annotated[
-        str | None, typer.Option(help="Of Parquet.", show_default="path, image, text, caption, …")
+        str | None,
+        typer.Option(help="Of Parquet.", show_default="path, image, text, caption, …", rich_help_panel=_DATA),
     ] = None,
     weights: _Weights = None,
     tokenizer: _Tokenizer = None,
-    dtype: Annotated[str, typer.Option(help="float32 or float16: of the features in the file.")] = "float32",
-    normalize: Annotated[bool, typer.Option(help="Whether features get unit length.")] = True,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what an earlier run left.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or float16: of the features in the file.", rich_help_panel=_OUTPUT)
+    ] = "float32",
+    normalize: Annotated[bool, typer.Option(help="Whether features get unit length.", rich_help_panel=_OUTPUT)] = True,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw away what an earlier run left.", rich_help_panel=_OUTPUT)
+    ] = False,
     batch_size: _BatchSize = 64,
     workers: _Workers = 2,
     precision: _Precision = "fp32",
@@ -145,9 +187,11 @@ def embed(
     data_options: Callable[[], DataOptions],
 ) -> None:
     """Write the features of many pictures or texts. A run that was killed goes on where it was, with the same bits."""
-    with _mistakes_told():
+    with errors_told(extra="embed"):
         from clipfast.embed.embed import embed as compute
+        from clipfast.embed.writer import check_features_output
 
+        check_features_output(output)
         clip, read_by = _open(model, tokenizer, weights, device, precision)
         result = compute(
             clip,
@@ -172,44 +216,65 @@ def embed(
 
 def search(
     features: Annotated[Path, typer.Argument(help="A .parquet or .npy file of features.")],
-    text: Annotated[str | None, typer.Argument(help="What to look for, in words.")] = None,
-    image: Annotated[Path | None, typer.Option(help="A picture to look for, in the place of words.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help=r"What to look for; several words are one text. [red]\[required, or --image][/red]", show_default=False
+        ),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help=r"A picture to look for. [red]\[required, or WORDS][/red]")] = None,
     k: Annotated[int, typer.Option("-k", "--nearest", help="How many to list.")] = 10,
     model: Annotated[
-        str | None, typer.Option(help="As for clipfast embed.", show_default="what FEATURES was made with")
+        str | None,
+        typer.Option(help="As for clipfast embed.", show_default="what FEATURES was made with", rich_help_panel=_MODEL),
     ] = None,
     weights: _Weights = None,
     tokenizer: _Tokenizer = None,
+    output: _Results = None,
     as_json: _Json = False,
     device: _Device = "auto",
 ) -> None:
     """List the pictures or texts that are nearest to a text or a picture."""
-    with _mistakes_told():
+    with errors_told(extra="embed"):
+        if output is not None:
+            check_output_file(output, RESULTS)
         from clipfast.embed.find import search as find
-        from clipfast.embed.search import hits_table
+        from clipfast.embed.search import hits_table, meaning_of_scores
 
+        text = " ".join(words) if words else None
         hits = find(features, text, image=image, k=k, model=model, weights=weights, tokenizer=tokenizer, device=device)
         query = text if text is not None else str(image)
-        found = {"query": query, "features": str(features), "hits": [hit.to_dict() for hit in hits]}
+        rows = [hit.to_dict() for hit in hits]
+        found = {"query": query, "features": str(features), "hits": rows}
+        if output is not None:
+            write_results(output, found, [{"query": query} | row for row in rows])
         _print_result(hits_table(hits, query), found, as_json)
+        if not as_json:
+            echo(meaning_of_scores(features, hits, text=text is not None))
 
 
 def show(
     model: _Model,
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
-    output: Annotated[Path, typer.Option(help="The folder for PNGs and report.html.")],
+    output: Annotated[Path, typer.Option(help="The folder for PNGs and report.html.", rich_help_panel=_OUTPUT)],
     text: Annotated[
         list[str] | None, typer.Option(help="A text to compare them with; as often as you like, in order.")
     ] = None,
     weights: _Weights = None,
     tokenizer: _Tokenizer = None,
-    method: Annotated[str, typer.Option(help="tsne, or umap where umap-learn is installed.")] = "tsne",
-    block: Annotated[int, typer.Option(help="Whose heads are drawn; -1 is the last.")] = -1,
-    dark: Annotated[bool, typer.Option("--dark", help="PNGs for dark pages; the report follows its reader.")] = False,
+    method: Annotated[
+        str, typer.Option(help="tsne, or umap where umap-learn is installed.", rich_help_panel=_OUTPUT)
+    ] = "tsne",
+    block: Annotated[int, typer.Option(help="Whose heads are drawn; -1 is the last.", rich_help_panel=_OUTPUT)] = -1,
+    dark: Annotated[
+        bool,
+        typer.Option("--dark", help="PNGs for dark pages; the report follows its reader.", rich_help_panel=_OUTPUT),
+    ] = False,
     device: _Device = "auto",
 ) -> None:
     """Draw where a model looks, how pictures and texts fit, and how a run went; as PNGs and one HTML page."""
-    with _mistakes_told():
+    with errors_told(extra="train"):
+        check_output_folder(output)
         from clipfast.visualize.show import show as draw
 
         clip, read_by = _open(model, tokenizer, weights, device, "fp32")
@@ -226,6 +291,7 @@ def show(
             block=block,
             dark=dark,
             tokenizer=read_by,
+            model_source={"spec": model} | ({} if weights is None else {"weights": str(weights)}),
         )
         for file in files:
             echo(file)
@@ -233,24 +299,9 @@ def show(
 
 def add_feature_commands(app: typer.Typer) -> None:
     """Put these commands behind those that ``app`` has."""
-    app.command("eval")(eval_)
+    app.command("eval", rich_help_panel=USE)(eval_)
     for command in (embed, search, show):
-        app.command()(command)
-
-
-@contextlib.contextmanager
-def _mistakes_told() -> Iterator[None]:
-    """Tell what is wrong with what was typed or read in one line, and exit with 2."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if error.name not in ("matplotlib", "sklearn", "webdataset", "braceexpand"):
-            raise
-        echo(f"error: this needs {error.name}, which is not installed: pip install 'clipfast[train]'", err=True)
-        raise typer.Exit(2) from error
-    except (ImportError, ValueError, OSError) as error:
-        echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from error
+        app.command(rich_help_panel=USE)(command)
 
 
 def _open(

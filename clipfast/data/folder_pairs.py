@@ -43,6 +43,18 @@ def with_captions(below: Below, options: DataOptions) -> list[tuple[str, str]]:
     return found
 
 
+def captions_in(path: Path, options: DataOptions) -> Captions:
+    """Return the captions in a file beside a picture: a text's lines, or a field of a ``.json``.
+
+    Raises:
+        OSError, ValueError: It cannot be read, or holds none.
+    """
+    text = read_text(path, options.encoding)
+    if path.suffix.lower() == ".json":
+        return captions_of_json(text, options.caption_key)
+    return captions_of_text(text)
+
+
 class FolderPairs(Pairs):
     """Pictures in a folder and those below it, each with captions beside it; see
     :func:`clipfast.data.sources.open_pairs`.
@@ -77,11 +89,7 @@ class FolderPairs(Pairs):
 
     def captions(self, index: int) -> Captions:
         """See :class:`clipfast.data.pairs.PairSource`."""
-        path = self._folder / self._pairs[index][1]
         try:
-            text = read_text(path, self._options.encoding)
-            if path.suffix.lower() == ".json":
-                return captions_of_json(text, self._options.caption_key)
-            return captions_of_text(text)
+            return captions_in(self._folder / self._pairs[index][1], self._options)
         except (OSError, ValueError) as error:
             raise PairError(f"{self.key(index)}: {error}") from error

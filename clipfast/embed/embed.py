@@ -21,7 +21,7 @@ from clipfast.embed.writer import (
     DTYPES,
     Part,
     PartStore,
-    check_writable,
+    check_features_output,
     names_path,
     read_about,
     read_skipped,
@@ -77,8 +77,9 @@ def embed(
         model: In ``eval()``; or what :func:`~clipfast.models.open_model.open_model` opens: a run's folder, for one.
         source: For :func:`clipfast.embed.reader.open_inputs`.
         output: A ``.parquet`` file, with the columns ``row``, ``path`` (or ``text``) and ``features``; or an ``.npy``
-            array ``[n, E]``, with ``row`` and name of each in the ``.names.jsonl`` beside it. Rows that could not be
-            read are left out, and listed in a ``.skipped.jsonl``.
+            array ``[n, E]``, with ``row`` and name of each in the ``.names.jsonl`` beside it. Where pictures have
+            captions, ``caption`` (of several, a line each) comes too. Rows that could not be read are left out, and
+            listed in a ``.skipped.jsonl``.
         kind: ``"image"`` or ``"text"``.
         column: Of a table or of Parquet.
         options: What of the source is the picture and what the caption.
@@ -98,6 +99,7 @@ def embed(
             is there.
     """
     output = Path(output)
+    check_features_output(output)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
     if batch_size < 1 or batches_per_part < 1:
@@ -111,7 +113,6 @@ def embed(
     read_text = tokenizer_of(model, tokenizer) if inputs.kind == "text" else None
     if read_text is not None and not isinstance(read_text, Tokenizer):
         about["tokenizer"] = read_text.identity
-    check_writable(output.parent)
     if restart:
         remove_run(output)
     if (done := _done_before(output, about)) is not None:
@@ -120,11 +121,18 @@ def embed(
     missing = store.missing()
     to_do = sum(map(len, missing))
     encoder, load = _modality(model, inputs, pictures, read_text)
+    captions: dict[int, str | None] = {}
+
+    def read(row: int) -> Any:
+        content = inputs.read(row)
+        captions[row] = inputs.caption(row, content)
+        return load(content)
+
     with RowProgress(f"{kind}s", len(inputs), console, done=len(inputs) - to_do) as progress:
         for rows in missing:
             encoded = encode_rows(
                 encoder,
-                lambda row: load(inputs.read(row)),
+                read,
                 rows,
                 batch_size=batch_size,
                 workers=workers,
@@ -139,7 +147,9 @@ def embed(
                 )
             names = [inputs.name(row) for row in encoded.rows]
             unread = [(row, inputs.name(row), reason) for row, reason in encoded.skipped.items()]
-            store.write(rows, Part(values, np.array(encoded.rows, np.int64), names, unread))
+            said = [captions[row] for row in encoded.rows]
+            captions.clear()
+            store.write(rows, Part(values, np.array(encoded.rows, np.int64), names, said, unread))
     count, skipped = store.join()
     return Embedding(output, count, to_do, skipped)
 

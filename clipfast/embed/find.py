@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from torch import Tensor
 
 from clipfast.data.model_inputs import model_and_tokenizer
+from clipfast.data.pictures import is_picture
 from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.embed import search as searching
+from clipfast.embed.feature_files import open_features
 from clipfast.embed.search import Hit
 from clipfast.models.clip import CLIP
 
@@ -25,6 +28,8 @@ def search(
     device: str = "auto",
 ) -> list[Hit]:
     """Find the pictures or texts that are nearest to a text or a picture.
+
+    A cosine says which is nearest, not that it fits: see :func:`clipfast.embed.search.meaning_of_scores`.
 
     Args:
         features: A file of :func:`clipfast.embed`, or as for :func:`clipfast.embed.search.search`.
@@ -43,13 +48,19 @@ def search(
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: Neither words nor a picture, or both; another model than that of the features; or as for
-            :func:`clipfast.embed.search.search`.
+        ValueError: Neither words nor a picture, both, or a picture's file as words; another model than that of the
+            features; or as for :func:`clipfast.embed.search.search`.
     """
     if (query is None) == (image is None):
         raise ValueError(f"query, image: got {'neither' if query is None else 'both'}, expected one of them")
     if isinstance(query, Tensor):
         return searching.search(features, query, k)
+    # what is wrong is told before a model is read
+    if k < 1:
+        raise ValueError(f"k: got {k}, expected at least 1")
+    if query is not None and is_picture(query) and Path(query).is_file():
+        raise ValueError(f"query: got {query}, which is a picture's file, expected words; --image {query} looks for it")
+    open_features(Path(features))
     if model is None:
         where = searching.model_of(features)
         model, weights = where["spec"], weights or where.get("weights")

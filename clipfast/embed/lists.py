@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from clipfast.data.captions import captions_of_text
+from clipfast.data.folder_pairs import caption_endings, captions_in, with_captions
+from clipfast.data.options import DataOptions
 from clipfast.data.pairs import Captions, PairError
-from clipfast.data.pictures import PICTURES
+from clipfast.data.pictures import PICTURES, is_picture
 from clipfast.data.places import read_picture
 from clipfast.data.text_files import EncodingError, check_encoding, decode, read_lines, split_lines
 from clipfast.data.walk import files_below, tell_left_out
-from clipfast.embed.rows import digest_of
+from clipfast.embed.rows import digest_of, in_lines
 
 Kind = Literal["image", "text"]
 
 
 class Files:
-    """Files by their names; a name that is not absolute is below a folder, and one that is blank is none."""
+    """Files by their names; a name that is not absolute is below a folder, and one that is blank is none.
 
-    def __init__(self, names: Sequence[str], kind: Kind, base: Path, place: Path, encoding: str | None = None) -> None:
+    Args:
+        names: The names.
+        kind: What the files hold.
+        base: The folder.
+        place: What errors call the whole.
+        options: For the encoding and the key of captions.
+        beside: Which files hold the pictures' captions, by the pictures' names.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        kind: Kind,
+        base: Path,
+        place: Path,
+        options: DataOptions | None = None,
+        beside: Mapping[str, str] | None = None,
+    ) -> None:
         if not any(name.strip() for name in names):
             what = f"pictures ({', '.join(PICTURES)})" if kind == "image" else "texts (.txt)"
             raise ValueError(f"input: got no {what} in {place}, expected at least one")
         self.kind = kind
-        self._names, self._base, self._encoding = names, base, encoding
+        self._names, self._base, self._beside = names, base, beside or {}
+        self._options = options or DataOptions()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -44,7 +64,7 @@ class Files:
         if self.kind == "image":
             return data
         try:
-            return decode(data, name, self._encoding)
+            return decode(data, name, self._options.encoding)
         except EncodingError as error:
             raise PairError(str(error)) from error
 
@@ -52,20 +72,38 @@ class Files:
         """Return the captions in a row's text, one a line."""
         return captions_of_text(str(self.read(row)))
 
+    def caption(self, row: int, content: bytes | str) -> str | None:
+        """See :class:`clipfast.embed.reader.Inputs`; what cannot be read is none: the picture is what is embedded."""
+        file = self._beside.get(self._names[row])
+        if file is None:
+            return None
+        try:
+            return in_lines(captions_in(self._base / file, self._options))
+        except (OSError, ValueError):
+            return None
+
     def fingerprint(self) -> str:
         """See :class:`clipfast.embed.reader.Inputs`."""
-        return digest_of("files", self.kind, self._encoding or "", str(self._base.resolve()), *self._names)
+        encoding = self._options.encoding or ""
+        return digest_of("files", self.kind, encoding, str(self._base.resolve()), *self._names)
 
 
-def folder_files(folder: Path, kind: Kind, encoding: str | None = None) -> Files:
+def folder_files(folder: Path, kind: Kind, options: DataOptions) -> Files:
     """Return the pictures, or the ``.txt`` files, in a folder and below it, in the order of their paths.
+
+    Pictures know the captions beside them.
 
     Raises:
         OSError: The folder cannot be read.
         ValueError: There are none.
     """
-    below = files_below(folder, PICTURES if kind == "image" else (".txt",))
-    files = Files(sorted(below.files), kind, folder, folder, encoding)
+    if kind == "image":
+        below = files_below(folder, (*PICTURES, *caption_endings(options)))
+        pictures = sorted(name for name in below.files if is_picture(name))
+        files = Files(pictures, kind, folder, folder, options, dict(with_captions(below, options)))
+    else:
+        below = files_below(folder, (".txt",))
+        files = Files(sorted(below.files), kind, folder, folder, options)
     # captions beside pictures, and pictures beside captions, are nothing that was forgotten
     tell_left_out(folder, below, besides=(".txt", ".json") if kind == "image" else (*PICTURES, ".json"))
     return files
@@ -94,6 +132,10 @@ class Texts:
             raise PairError("it is blank")
         return self._texts[row]
 
+    def caption(self, row: int, content: bytes | str) -> str | None:
+        """See :class:`clipfast.embed.reader.Inputs`: a row is called by its text."""
+        return None
+
     def fingerprint(self) -> str:
         """See :class:`clipfast.embed.reader.Inputs`."""
         return digest_of("texts", *self._texts)
@@ -110,7 +152,7 @@ def open_list(place: Path, kind: Kind, encoding: str | None = None) -> Files | T
     """
     if kind == "text":
         return Texts(read_lines(place, encoding), place)
-    return Files(_paths(place, encoding), kind, place.parent, place)
+    return Files(_paths(place, encoding), kind, place.parent, place, DataOptions(encoding=encoding))
 
 
 def _paths(place: Path, encoding: str | None) -> list[str]:

@@ -46,6 +46,15 @@ class Inputs(Protocol):
         """
         ...
 
+    def caption(self, row: int, content: bytes | str) -> str | None:
+        """Return what the data says of a row beside its name, a line for each caption; None where it says nothing.
+
+        Args:
+            row: Its number.
+            content: What :meth:`read` gave.
+        """
+        ...
+
     def fingerprint(self) -> str:
         """A digest of what and where the rows are: another one means that rows have other numbers."""
         ...
@@ -114,7 +123,7 @@ def _folder(folder: Path, kind: Kind, options: DataOptions) -> Inputs:
         texts = kind == "text" and files_below(folder, (".txt",)).files
         if not texts and (parquet := find_parquet(str(folder))):
             return of_parquet(parquet, kind, options)
-    files = folder_files(folder, kind, options.encoding)
+    files = folder_files(folder, kind, options)
     if kind == "image":
         return files
     return CaptionRows(files.captions, files.name, len(files), files.fingerprint(), by_place=True)

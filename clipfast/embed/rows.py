@@ -50,15 +50,21 @@ def of_parquet(paths: Sequence[Path], kind: Kind, options: DataOptions) -> PairP
         column = picture_column(schema, options.image_column, paths[0])
     else:
         column = caption_column(schema, options.caption_column, paths[0])
-    rows = ParquetRows(paths, [column.name])
     fingerprint = digest_of("parquet", kind, column.name, *map(facts_of, paths))
     if kind == "image":
+        rows = _with_captions(paths, column.name, schema, options)
         return PairPictures(_Pictures(rows, ParquetPictures(rows, column)), fingerprint)
+    rows = ParquetRows(paths, [column.name])
     if column.kind == "text":
         return ParquetTexts(rows, column.name, fingerprint)
     return CaptionRows(
         lambda row: captions_of_value(rows.value(row, column.name), column.name), rows.name, len(rows), fingerprint
     )
+
+
+def in_lines(captions: Captions) -> str | None:
+    """Return captions as lines; None where all are blank."""
+    return "\n".join(text for text in captions.texts if text.strip()) or None
 
 
 class PairPictures:
@@ -83,6 +89,13 @@ class PairPictures:
         """See :class:`clipfast.embed.reader.Inputs`."""
         return self._pairs.image(row)
 
+    def caption(self, row: int, content: bytes | str) -> str | None:
+        """See :class:`clipfast.embed.reader.Inputs`; what cannot be read is none: the picture is what is embedded."""
+        try:
+            return in_lines(self._pairs.captions(row))
+        except (PairError, OSError):
+            return None
+
     def fingerprint(self) -> str:
         """See :class:`clipfast.embed.reader.Inputs`."""
         return self._fingerprint
@@ -94,6 +107,12 @@ class _Pictures:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def captions(self, row: int) -> Captions:
+        # the first column is the pictures'
+        for name in self._rows.columns[1:]:
+            return captions_of_value(self._rows.value(row, name), name)
+        return Captions(("",))
 
 
 class CaptionRows:
@@ -147,6 +166,10 @@ class CaptionRows:
             self._names[row] = texts[number]
         return texts[number]
 
+    def caption(self, row: int, content: bytes | str) -> str | None:
+        """See :class:`clipfast.embed.reader.Inputs`: the text, where a row is not called by it."""
+        return str(content) if self._by_place else None
+
     def fingerprint(self) -> str:
         """See :class:`clipfast.embed.reader.Inputs`."""
         return digest_of("captions", self._fingerprint)
@@ -191,6 +214,17 @@ class CaptionRows:
             return 1  # reading it says why
 
 
+def _with_captions(paths: Sequence[Path], pictures: str, schema: Any, options: DataOptions) -> ParquetRows:
+    """Open a column of pictures, and that of their captions beside it where all files have one."""
+    try:
+        captions = caption_column(schema, options.caption_column, paths[0]).name
+        return ParquetRows(paths, [pictures, captions])
+    except ValueError:
+        if options.caption_column:
+            raise
+        return ParquetRows(paths, [pictures])
+
+
 class ParquetTexts:
     """A column of texts."""
 
@@ -213,6 +247,10 @@ class ParquetTexts:
         if value is None:
             raise PairError(f"{self._rows.name(row)}: got nothing in the column {self._column!r}")
         return value
+
+    def caption(self, row: int, content: bytes | str) -> str | None:
+        """See :class:`clipfast.embed.reader.Inputs`: a row is called by its text."""
+        return None
 
     def fingerprint(self) -> str:
         """See :class:`clipfast.embed.reader.Inputs`."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,10 @@ from torch import Tensor
 from clipfast.console import visible
 from clipfast.data.model_inputs import picture_loader, tokenizer_of
 from clipfast.data.options import DataOptions
-from clipfast.data.parquet import find_column, open_parquet
 from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.data.transform import load_image
-from clipfast.embed.writer import names_path, read_about
+from clipfast.embed.feature_files import open_features
+from clipfast.embed.writer import read_about
 from clipfast.evaluate.features import picture_encoder, text_encoder
 from clipfast.evaluate.probabilities import Sigmoid, sigmoid_of
 from clipfast.models.clip import CLIP
@@ -41,6 +38,7 @@ class Hit:
         row: Its number in what was embedded.
         name: Its path or text; empty if the file has no names.
         probability: That it and the query belong together, where a sigmoid says so.
+        caption: What the data says of it, a line for each caption; None where the file has none.
     """
 
     rank: int
@@ -48,6 +46,7 @@ class Hit:
     row: int
     name: str
     probability: float | None = None
+    caption: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return what there is, by name."""
@@ -114,7 +113,7 @@ def search(
         raise ValueError(f"query: got {tuple(query.shape)}, expected [E], finite and not all zero")
     unit = query.detach().double().numpy()
     unit /= np.linalg.norm(unit)
-    file = _open(path)
+    file = open_features(path)
     if file.width != len(unit):
         raise ValueError(f"features: got width {file.width} in {path}, expected {len(unit)}, that of the query's model")
     best_scores, best_places = np.empty(0), np.empty(0, np.int64)
@@ -135,7 +134,14 @@ def search(
     cosines = torch.from_numpy(best_scores)
     probabilities = [None] * len(cosines) if sigmoid is None else sigmoid(cosines).tolist()
     return [
-        Hit(rank, float(best_scores[rank - 1]), *named[place], probability=probabilities[rank - 1])
+        Hit(
+            rank,
+            float(best_scores[rank - 1]),
+            named[place].row,
+            named[place].name,
+            probabilities[rank - 1],
+            named[place].caption,
+        )
         for rank, place in enumerate(best_places.tolist(), 1)
     ]
 
@@ -191,14 +197,42 @@ def picture_options_of(features: str | os.PathLike[str]) -> DataOptions:
 def hits_table(hits: list[Hit], query: str) -> Table:
     """Set what was found as a table for the terminal."""
     probable = any(hit.probability is not None for hit in hits)
-    heads = ("rank", "cosine", *(("probability",) if probable else ()), "row", "name")
-    table = Table(*heads, title=visible(query), title_justify="left")
-    for column in table.columns[:-1]:
+    captioned = any(hit.caption for hit in hits)
+    numbers = ("rank", "cosine", *(("probability",) if probable else ()), "row")
+    words = ("name", *(("caption",) if captioned else ()))
+    table = Table(*numbers, *words, title=visible(query), title_justify="left")
+    for column in table.columns[: len(numbers)]:
         column.justify = "right"
     for hit in hits:
         chance = [f"{hit.probability:.3g}"] if probable else []
-        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", *chance, str(hit.row), visible(hit.name))
+        caption = [_shortly(hit.caption)] if captioned else []
+        table.add_row(str(hit.rank), f"{hit.cosine:.4f}", *chance, str(hit.row), visible(hit.name), *caption)
     return table
+
+
+def _shortly(caption: str | None) -> str:
+    """Return the first of several captions, and how many more there are."""
+    first, *others = (caption or "").split("\n")
+    return visible(first) + (f" (and {len(others)} more)" if others else "")
+
+
+def meaning_of_scores(features: str | os.PathLike[str], hits: list[Hit], *, text: bool) -> str:
+    """Say in a line what the numbers of hits mean: the nearest need not be near.
+
+    Args:
+        features: The file, which says what it holds.
+        hits: What was found there.
+        text: Whether the query is a text.
+    """
+    if any(hit.probability is not None for hit in hits):
+        return "probability: by the model's sigmoid, of each pair by itself; the nearest may be improbable"
+    kind = read_about(Path(features)).get("kind")
+    if kind == ("image" if text else "text"):
+        return (
+            "cosine: says what is nearest, not that it fits; OpenAI's models give a picture and a text that fit about "
+            "0.25 to 0.35, and others 0.1 to 0.2"
+        )
+    return "cosine: 1 is the same direction; the nearest need not be near"
 
 
 def _first(scores: np.ndarray, places: np.ndarray, k: int) -> np.ndarray:
@@ -206,90 +240,3 @@ def _first(scores: np.ndarray, places: np.ndarray, k: int) -> np.ndarray:
     least = np.partition(scores, len(scores) - k)[len(scores) - k]
     candidates = np.flatnonzero(scores >= least)
     return candidates[np.lexsort((places[candidates], -scores[candidates]))[:k]]
-
-
-class _Array:
-    """An ``.npy`` array, and the names beside it."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"features: got {path}, expected a file: there is none")
-        try:
-            self._values = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"features: got {path}, expected a whole .npy array: {error}") from error
-        if self._values.ndim != 2 or self._values.dtype.kind != "f" or not self._values.size:
-            raise ValueError(
-                f"features: got {self._values.dtype} {self._values.shape} in {path}, expected floats [n, E]"
-            )
-        self._path = path
-        self.width = self._values.shape[1]
-
-    def chunks(self, rows: int) -> Iterator[np.ndarray]:
-        for first in range(0, len(self._values), rows):
-            yield np.array(self._values[first : first + rows])
-
-    def names(self, places: list[int]) -> dict[int, tuple[int, str]]:
-        beside = names_path(self._path)
-        if not beside.is_file():
-            return {place: (place, "") for place in places}
-        wanted = set(places)
-        with beside.open(encoding="utf-8") as file:
-            lines = islice(file, 1, None)  # the first says what the features depend on
-            return {place: tuple(json.loads(line)) for place, line in enumerate(lines) if place in wanted}
-
-
-class _Table:
-    """A Parquet file with a column of features."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open_parquet(path)
-        import pyarrow.types as types
-
-        schema = self._file.schema_arrow
-        find_column(schema.names, "features", (), path)
-        kind = schema.field("features").type
-        if not (types.is_fixed_size_list(kind) or types.is_list(kind)) or not types.is_floating(kind.value_type):
-            raise ValueError(f"features: got a column of {kind} in {path}, expected lists of floats")
-        if not self._file.metadata.num_rows:
-            raise ValueError(f"features: got no rows in {path}, expected at least one")
-        self._path = path
-        self._columns = [name for name in ("row", "path", "text") if name in schema.names]
-        self.width = kind.list_size if types.is_fixed_size_list(kind) else self._first_width()
-
-    def _first_width(self) -> int:
-        return len(next(self._batches(1, ["features"]))[0][0])
-
-    def _batches(self, rows: int, columns: list[str]) -> Iterator[Any]:
-        yield from self._file.iter_batches(batch_size=rows, columns=columns)
-
-    def chunks(self, rows: int) -> Iterator[np.ndarray]:
-        for batch in self._batches(rows, ["features"]):
-            column = batch.column(0)
-            flat = column.flatten().to_numpy(zero_copy_only=False)
-            if column.null_count or len(flat) != len(column) * self.width:
-                raise ValueError(f"features: got rows in {self._path} that are not of width {self.width}")
-            yield flat.reshape(-1, self.width)
-
-    def names(self, places: list[int]) -> dict[int, tuple[int, str]]:
-        if not self._columns:
-            return {place: (place, "") for place in places}
-        wanted, found, first = sorted(places), {}, 0
-        for group in range(self._file.num_row_groups):
-            count = self._file.metadata.row_group(group).num_rows
-            here = [place for place in wanted if first <= place < first + count]
-            if here:
-                table = self._file.read_row_group(group, columns=self._columns)
-                for place in here:
-                    values = {name: table.column(name)[place - first].as_py() for name in self._columns}
-                    found[place] = (values.get("row", place), values.get("path") or values.get("text") or "")
-            first += count
-        return found
-
-
-def _open(path: Path) -> _Array | _Table:
-    if path.suffix == ".npy":
-        return _Array(path)
-    if path.suffix == ".parquet":
-        return _Table(path)
-    raise ValueError(f"features: got {path}, expected a .npy or .parquet file")

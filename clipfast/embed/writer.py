@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 
 from clipfast.data.parquet import require_pyarrow
 from clipfast.files import write_atomically
+from clipfast.outputs import check_output_file
 
 FORMAT = "clipfast.features.1"
 ENDINGS = (".parquet", ".npy")
@@ -33,12 +33,14 @@ class Part:
         features: float32 or float16 ``[n, E]``.
         rows: int64 ``[n]``, their numbers in the input, ascending.
         names: Their n names.
+        captions: What each one's captions are, in lines; None where there is none.
         skipped: ``(row, name, reason)`` of those that could not be read.
     """
 
     features: np.ndarray
     rows: np.ndarray
     names: list[str]
+    captions: list[str | None]
     skipped: list[tuple[int, str, str]]
 
 
@@ -64,14 +66,10 @@ class PartStore:
     Raises:
         ImportError: pyarrow is missing, for Parquet.
         OSError: The folder cannot be written.
-        ValueError: ``output`` has another ending, or parts of another run are there.
+        ValueError: Parts of another run are there.
     """
 
     def __init__(self, output: Path, about: dict[str, Any], part_rows: int, total: int) -> None:
-        if output.suffix not in ENDINGS:
-            raise ValueError(f"output: got {output}, expected a name that ends with .parquet or .npy")
-        if output.suffix == ".parquet":
-            require_pyarrow()
         self.output, self.about, self.part_rows, self.total = output, about, part_rows, total
         self.folder = output.with_name(output.name + ".parts")
         manifest = self.folder / "manifest.json"
@@ -105,7 +103,7 @@ class PartStore:
 
     def write(self, rows: range, part: Part) -> None:
         """Write one part, whole or not at all."""
-        about = json.dumps({"names": part.names, "skipped": part.skipped}).encode()
+        about = json.dumps({"names": part.names, "captions": part.captions, "skipped": part.skipped}).encode()
 
         def save(file: BinaryIO) -> None:
             np.savez(file, features=part.features, rows=part.rows, about=np.frombuffer(about, np.uint8))
@@ -118,7 +116,10 @@ class PartStore:
             with np.load(self._path(rows), allow_pickle=False) as kept:
                 about = json.loads(kept["about"].tobytes())
                 skipped = [tuple(entry) for entry in about["skipped"]]
-                yield Part(kept["features"], kept["rows"], about["names"], skipped)
+                names = about["names"]
+                # parts of earlier versions have no captions
+                captions = about.get("captions") or [None] * len(names)
+                yield Part(kept["features"], kept["rows"], names, captions, skipped)
 
     def join(self) -> tuple[int, list[tuple[int, str, str]]]:
         """Make the output of the parts, then remove them; returns the number of its rows, and what was skipped.
@@ -126,11 +127,12 @@ class PartStore:
         Raises:
             ValueError: No row could be read.
         """
-        count, width = 0, 0
+        count, width, captioned = 0, 0, False
         skipped: list[tuple[int, str, str]] = []
         for part in self.parts():
             count += len(part.rows)
             width = max(width, part.features.shape[1])
+            captioned = captioned or any(part.captions)
             skipped += part.skipped
         if not count:
             raise ValueError(f"input: got no row that could be read, expected at least one; the first: {skipped[0][2]}")
@@ -146,7 +148,7 @@ class PartStore:
             write_atomically(names_path(self.output), lambda file: _write_names(self, about, file))
             write_atomically(self.output, lambda file: _write_npy(self, count, width, file))
         else:
-            write_atomically(self.output, lambda file: _write_parquet(self, about, width, file))
+            write_atomically(self.output, lambda file: _write_parquet(self, about, width, captioned, file))
         shutil.rmtree(self.folder)
         return count, skipped
 
@@ -199,8 +201,8 @@ def read_about(output: Path) -> dict[str, Any]:
 def _write_names(store: PartStore, about: dict[str, Any], file: BinaryIO) -> None:
     file.write(json.dumps(about).encode() + b"\n")
     for part in store.parts():
-        for row, name in zip(part.rows.tolist(), part.names, strict=True):
-            file.write(json.dumps([row, name]).encode() + b"\n")
+        for row, name, caption in zip(part.rows.tolist(), part.names, part.captions, strict=True):
+            file.write(json.dumps([row, name] if caption is None else [row, name, caption]).encode() + b"\n")
 
 
 def _write_npy(store: PartStore, count: int, width: int, file: BinaryIO) -> None:
@@ -210,32 +212,45 @@ def _write_npy(store: PartStore, count: int, width: int, file: BinaryIO) -> None
         file.write(np.ascontiguousarray(part.features).tobytes())
 
 
-def _write_parquet(store: PartStore, about: dict[str, Any], width: int, file: BinaryIO) -> None:
+def _write_parquet(store: PartStore, about: dict[str, Any], width: int, captioned: bool, file: BinaryIO) -> None:
     pyarrow, parquet = require_pyarrow()
     value = pyarrow.from_numpy_dtype(store.about["dtype"])
     column = "path" if store.about["kind"] == "image" else "text"
+    words = (column, "caption") if captioned else (column,)
     schema = pyarrow.schema(
-        [("row", pyarrow.int64()), (column, pyarrow.string()), ("features", pyarrow.list_(value, width))],
+        [
+            ("row", pyarrow.int64()),
+            *((name, pyarrow.string()) for name in words),
+            ("features", pyarrow.list_(value, width)),
+        ],
         metadata={"clipfast": json.dumps(about)},
     )
     # features are noise to a compressor
-    with parquet.ParquetWriter(file, schema, compression={"row": "snappy", column: "snappy"}) as writer:
+    with parquet.ParquetWriter(file, schema, compression=dict.fromkeys(("row", *words), "snappy")) as writer:
         for part in store.parts():
             if len(part.rows):
                 flat = pyarrow.array(np.ascontiguousarray(part.features).reshape(-1), type=value)
                 features = pyarrow.FixedSizeListArray.from_arrays(flat, width)
-                names = [_in_utf8(name) for name in part.names]
-                arrays = [pyarrow.array(part.rows), pyarrow.array(names, pyarrow.string()), features]
+                texts = [pyarrow.array([_in_utf8(name) for name in part.names], pyarrow.string())]
+                if captioned:
+                    texts.append(pyarrow.array([_in_utf8(caption) for caption in part.captions], pyarrow.string()))
+                arrays = [pyarrow.array(part.rows), *texts, features]
                 writer.write_table(pyarrow.Table.from_arrays(arrays, schema=schema))
 
 
-def _in_utf8(name: str) -> str:
-    """Return a name that Parquet can hold: lone surrogates, as in names that are not UTF-8, are spelt out."""
-    return name.encode("utf-8", "backslashreplace").decode()
+def _in_utf8(text: str | None) -> str | None:
+    """Return a text that Parquet can hold: lone surrogates, as in names that are not UTF-8, are spelt out."""
+    return None if text is None else text.encode("utf-8", "backslashreplace").decode()
 
 
-def check_writable(folder: Path) -> None:
-    """Raise an OSError unless files can be made in a folder; it is made if it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"output: got the folder {folder}, expected one that can be written")
+def check_features_output(output: Path) -> None:
+    """Find out whether a file of features can be written; nothing is made yet.
+
+    Raises:
+        ImportError: pyarrow is missing, for Parquet.
+        OSError: It is a folder, or its folder can neither be written to nor made.
+        ValueError: Its name ends otherwise.
+    """
+    check_output_file(output, ENDINGS)
+    if output.suffix == ".parquet":
+        require_pyarrow()

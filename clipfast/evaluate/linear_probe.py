@@ -74,9 +74,7 @@ def linear_probe(
         raise ValueError(f"test_features: got width {test_features.shape[1]}, expected {train_features.shape[1]}")
     if len(np.unique(train_labels)) < 2:
         raise ValueError("train_labels: got one class, expected at least two")
-    candidates = [float(c)] if isinstance(c, (int, float)) else sorted(map(float, c))
-    if not candidates or not all(0 < value < math.inf for value in candidates):
-        raise ValueError(f"c: got {c!r}, expected positive numbers")
+    candidates = candidates_of(c)
     if len(candidates) > 1:
         chosen = _choose(candidates, train_features, train_labels, validation_share, max_iterations, seed, on_fit)
     else:
@@ -93,6 +91,18 @@ def linear_probe(
     metrics["mean_per_class_recall"] = mean_per_class(torch.from_numpy(ranks <= 1), labels)
     metrics["chance1"] = torch.bincount(labels).max().item() / len(labels)
     return LinearProbe(metrics, chosen, bool(fitted.n_iter_.max() < max_iterations))
+
+
+def candidates_of(c: float | Sequence[float]) -> list[float]:
+    """Return the values of C to choose from, ascending.
+
+    Raises:
+        ValueError: There are none, or one is no positive number.
+    """
+    candidates = [float(c)] if isinstance(c, (int, float)) else sorted(map(float, c))
+    if not candidates or not all(0 < value < math.inf for value in candidates):
+        raise ValueError(f"c: got {c!r}, expected positive numbers")
+    return candidates
 
 
 def split_for_probe(labels: Tensor, share: float = 0.5, seed: int = 0) -> tuple[Tensor, Tensor]:

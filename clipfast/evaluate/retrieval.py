@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipfast.evaluate.names import chance_name, recall_name
 from clipfast.evaluate.ranking import ranks_of_right
 
 
@@ -33,8 +34,8 @@ def retrieval_recall(
             without one are candidates but no queries). None pairs text i with image i.
 
     Returns:
-        For each k ``image_to_text_recall@k`` and ``text_to_image_recall@k``, shares in [0, 1], and
-        ``image_to_text_chance@k`` and ``text_to_image_chance@k``, what a random order is expected to reach. An
+        For each k ``image_to_text_r{k}`` and ``text_to_image_r{k}``, recalls in [0, 1], and
+        ``image_to_text_chance{k}`` and ``text_to_image_chance{k}``, what a random order is expected to reach. An
         image with several texts is right when one of them is among the k (as in Karpathy & Fei-Fei, 2015).
 
     Raises:
@@ -59,10 +60,10 @@ def retrieval_recall(
     result = {}
     for direction, rank in ranks.items():
         for k in ks:
-            result[f"{direction}_recall@{k}"] = (rank <= k).double().mean().item()
+            result[recall_name(direction, k)] = (rank <= k).double().mean().item()
         for k in ks:
             chances = [_chance(k, m, candidates[direction]) for m in right[direction]]
-            result[f"{direction}_chance@{k}"] = sum(chances) / len(chances)
+            result[chance_name(recall_name(direction, k))] = sum(chances) / len(chances)
     return result
 
 

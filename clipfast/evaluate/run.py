@@ -1,18 +1,16 @@
-"""What ``clipfast eval`` does: a model measured on data, as a table and as JSON."""
+"""What ``clipfast eval`` does: a model measured on data."""
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from clipfast.data.labelled import LabelledSource, has_labels
@@ -23,7 +21,6 @@ from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.evaluate.class_cache import cached_classifier
 from clipfast.evaluate.classes import (
-    IMAGENET,
     Classes,
     EvaluationWarning,
     effect_of_likeness,
@@ -31,11 +28,11 @@ from clipfast.evaluate.classes import (
     open_classes,
 )
 from clipfast.evaluate.features import Encoded, encode_rows, picture_encoder, text_encoder
-from clipfast.evaluate.linear_probe import SWEEP, linear_probe, split_for_probe
+from clipfast.evaluate.linear_probe import SWEEP, candidates_of, linear_probe, split_for_probe
 from clipfast.evaluate.probabilities import mean_probabilities, sigmoid_of
+from clipfast.evaluate.results import Evaluation
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.evaluate.zero_shot import zero_shot_accuracy
-from clipfast.files import write_atomically
 from clipfast.models.clip import CLIP
 from clipfast.progress import RowProgress
 from clipfast.settings import at_least, between, check_setting
@@ -43,35 +40,6 @@ from clipfast.settings import at_least, between, check_setting
 Task = Literal["auto", "zero-shot", "retrieval", "linear-probe"]
 _AnyTokenizer = AnyTokenizer | str | os.PathLike[str] | None
 TASKS = ("auto", "zero-shot", "retrieval", "linear-probe")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a model came to on some data.
-
-    Attributes:
-        task: "zero-shot", "retrieval" or "linear-probe".
-        metrics: By name; shares in [0, 1].
-        counts: What was measured: pictures, texts, classes.
-        settings: What else the figures depend on.
-        skipped: Why a picture or pair could not be read, by its name.
-    """
-
-    task: str
-    metrics: dict[str, float]
-    counts: dict[str, int]
-    settings: dict[str, Any] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON holds of it."""
-        return {
-            "task": self.task,
-            "metrics": self.metrics,
-            "counts": self.counts,
-            "settings": self.settings,
-            "skipped": self.skipped,
-        }
 
 
 @dataclass(frozen=True)
@@ -135,6 +103,7 @@ def evaluate(
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
+    candidates = candidates_of(c)  # what is wrong with it is told before a million pictures are read
     data = os.fspath(data)
     model, tokenizer = model_and_tokenizer(model, tokenizer)
     reading = reading or Reading()
@@ -150,7 +119,7 @@ def evaluate(
         classes = name_classes(source, class_names, templates, prompts, reading.options.encoding)
         return _zero_shot(model, source, classes, reading, tokenizer)
     other = None if train_data is None else open_classes(os.fspath(train_data), class_names, reading.options.encoding)
-    return _linear_probe(model, source, other, c, reading)
+    return _linear_probe(model, source, other, candidates, reading)
 
 
 def _zero_shot(
@@ -178,8 +147,15 @@ def _zero_shot(
 
 
 def _linear_probe(
-    model: CLIP, source: LabelledSource, train: LabelledSource | None, c: float | Sequence[float], reading: Reading
+    model: CLIP, source: LabelledSource, train: LabelledSource | None, candidates: list[float], reading: Reading
 ) -> Evaluation:
+    import sklearn  # noqa: F401  # what is missing, or does not fit, is told before any picture is read
+
+    if train is not None and list(train.class_names) != list(source.class_names):
+        raise ValueError(
+            f"train_data: got the classes {', '.join(train.class_names[:5])}…, expected those of data: "
+            f"{', '.join(source.class_names[:5])}…"
+        )
     images = _pictures(model, source, reading)
     labels = torch.tensor(source.labels)[images.rows]
     skipped = _by_name(images, source)
@@ -188,18 +164,13 @@ def _linear_probe(
         train_features, train_labels = images.features[rows], labels[rows]
         test_features, test_labels = images.features[others], labels[others]
     else:
-        if list(train.class_names) != list(source.class_names):
-            raise ValueError(
-                f"train_data: got the classes {', '.join(train.class_names[:5])}…, expected those of data: "
-                f"{', '.join(source.class_names[:5])}…"
-            )
         seen = _pictures(model, train, reading)
         train_features, train_labels = seen.features, torch.tensor(train.labels)[seen.rows]
         test_features, test_labels = images.features, labels
         skipped |= _by_name(seen, train)
-    fits = 1 if isinstance(c, (int, float)) or len(c) == 1 else len(c) + 1
+    fits = 1 if len(candidates) == 1 else len(candidates) + 1
     with RowProgress("fits", fits, reading.console) as progress:
-        probe = linear_probe(train_features, train_labels, test_features, test_labels, c=c, on_fit=progress)
+        probe = linear_probe(train_features, train_labels, test_features, test_labels, c=candidates, on_fit=progress)
     counts = {"pictures": len(test_labels), "trained_on": len(train_labels), "classes": len(source.class_names)}
     return Evaluation("linear-probe", probe.metrics, counts, {"C": probe.c, "converged": probe.converged}, skipped)
 
@@ -304,41 +275,3 @@ def _require_some(images: Encoded, first: str) -> None:
         raise ValueError(
             f"data: got no picture that could be read, expected at least one; the first, {first}: {reason}"
         )
-
-
-def metrics_table(evaluation: Evaluation) -> Table:
-    """Set an evaluation as a table for the terminal: each measure, and chance where it is known."""
-    counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in evaluation.counts.items())
-    table = Table("measure", "result", "chance", title=f"{evaluation.task}: {counts}", title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    metrics = evaluation.metrics
-    for name, value in metrics.items():
-        if "chance" in name:
-            continue
-        of_chance = name.replace("recall@", "chance@").replace("top", "chance")
-        chance = None if of_chance == name else metrics.get(of_chance)
-        words = name.replace("_", " ").replace("to text", "→ text").replace("to image", "→ image")
-        table.add_row(words, f"{value:.4f}", "" if chance is None else f"{chance:.4f}")
-    table.caption = _about(evaluation.settings) or None
-    return table
-
-
-def _about(settings: dict[str, Any]) -> str:
-    words = []
-    if "C" in settings:
-        stopped = "" if settings["converged"] else ", and the solver was stopped early"
-        words.append(f"C = {settings['C']:.4g}{stopped}")
-    if settings.get("class_names") == IMAGENET:
-        words.append("OpenAI's names of ImageNet's classes")
-    if "templates" in settings:
-        words.append(f"{len(settings['templates'])} templates")
-    if "prompts" in settings:
-        words.append(f"{settings['prompt_count']} prompts of {settings['prompts']}")
-    return ", ".join(words)
-
-
-def write_evaluation(evaluation: Evaluation, path: Path, **about: object) -> None:
-    """Write an evaluation, and what else it is about, as JSON."""
-    text = json.dumps(about | evaluation.to_dict(), indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from clipfast.files import write_atomically
+from clipfast.models.misfits import listed
 from clipfast.models.npz import NpzError, is_npz, read_npz, write_npz
 from clipfast.models.safe_pickle import NumPyArray, load_plain
 from clipfast.models.torchscript_archive import is_torchscript_archive, read_torchscript_archive
@@ -82,8 +83,7 @@ def tensors_of(content: Any, source: str) -> dict[str, Tensor]:
         raise ValueError(f"{source}: got no entries, expected a state dict")
     wrong = [f"{k!r}: {_kind(v)}" for k, v in content.items() if not isinstance(k, str) or _kind(v) != "tensor"]
     if wrong:
-        some = ", ".join(wrong[:5]) + (", …" if len(wrong) > 5 else "")
-        raise ValueError(f"{source}: got {some}, expected a state dict: dense tensors by name")
+        raise ValueError(f"{source}: got {listed(wrong)}, expected a state dict: dense tensors by name")
     return dict(content)
 
 
@@ -149,7 +149,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         keys = [key for key, place in places.items() if place == name]
         missing = [key for key in keys if key not in held]
         if missing:
-            raise ValueError(f"{shard}: got no {', '.join(missing[:5])}, expected what {index.name} places there")
+            raise ValueError(f"{shard}: got no {listed(missing)}, expected what {index.name} places there")
         state.update((key, held[key]) for key in keys)
     return state
 

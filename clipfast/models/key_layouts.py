@@ -18,6 +18,7 @@ from clipfast.models.big_vision import grid_of as big_vision_grid_of
 from clipfast.models.key_renaming import State, renamed_from, renamed_to, transposed
 from clipfast.models.key_tables import OF_TRANSFORMERS_CLIP, OF_TRANSFORMERS_SIGLIP, TIMM, TRANSFORMERS, lacked_by
 from clipfast.models.long_clip import with_one_table
+from clipfast.models.misfits import listed
 from clipfast.models.wrappers import without_prefixes
 
 LAYOUTS = ("openai", "open_clip", "transformers", "timm", "big_vision")
@@ -85,7 +86,7 @@ def detect_layout(state: Mapping[str, Tensor]) -> str:
     if any(k.startswith(("visual.", "transformer.resblocks.", "text.transformer.", "layer1.0.")) for k in state):
         return "openai"
     raise ValueError(
-        f"state dict: got keys of no known layout ({_listed(list(state), 5)}), expected those of {', '.join(LAYOUTS)}"
+        f"state dict: got keys of no known layout ({listed(list(state))}), expected those of {', '.join(LAYOUTS)}"
     )
 
 
@@ -200,9 +201,9 @@ def from_openai(
     else:
         converted, homeless = _to_transformers(state)
     if homeless:
-        raise ValueError(f"layout {layout!r}: got keys that it has no place for: {_listed(homeless, 10)}")
+        raise ValueError(f"layout {layout!r}: got keys that it has no place for: {listed(homeless)}")
     if lacked := lacked_by(layout, state):
-        raise ValueError(f"layout {layout!r}: got no {_listed(lacked, 10)}, expected what its models always have")
+        raise ValueError(f"layout {layout!r}: got no {listed(lacked)}, expected what its models always have")
     if layout == "timm" and "head.weight" in converted:
         converted["head.bias"] = converted["head.weight"].new_zeros(converted["head.weight"].shape[0])
     return {k: v.contiguous() for k, v in converted.items()}
@@ -219,6 +220,12 @@ def image_tower_of(state: Mapping[str, Tensor]) -> State:
 def text_tower_of(state: Mapping[str, Tensor]) -> State:
     """Return the text tower's share of weights in OpenAI's layout, and whatever is of no known place."""
     return {k: v for k, v in state.items() if not k.startswith(_IMAGE_KEYS + _KEYS_OF_BOTH)}
+
+
+def towers_of(state: Mapping[str, Tensor]) -> set[str]:
+    """Return which towers weights in OpenAI's layout hold: ``"image"``, ``"text"``, both or none."""
+    towers = {"image": _IMAGE_KEYS, "text": _TEXT_KEYS}
+    return {tower for tower, beginnings in towers.items() if any(key.startswith(beginnings) for key in state)}
 
 
 def is_classifier(state: Mapping[str, Tensor]) -> bool:
@@ -325,7 +332,3 @@ def _with_tower_prefix(state: State) -> State:
         return state
     tower = "text_model." if "embeddings.token_embedding.weight" in state else "vision_model."
     return {tower + k: v for k, v in state.items()}
-
-
-def _listed(keys: list[str], most: int) -> str:
-    return ", ".join(keys[:most]) + (f", … ({len(keys)} in all)" if len(keys) > most else "")

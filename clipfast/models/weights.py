@@ -15,6 +15,7 @@ from clipfast.models.checkpoint_files import check_target, read_state_dict, tens
 from clipfast.models.key_layouts import (
     NAFLEX_LAYOUTS,
     check_layout,
+    detect_layout,
     from_openai,
     grid_of,
     image_tower_of,
@@ -24,7 +25,9 @@ from clipfast.models.key_layouts import (
     is_norm_after_pool,
     text_tower_of,
     to_openai,
+    towers_of,
 )
+from clipfast.models.misfits import check_fit
 from clipfast.models.resize import (
     check_grid,
     check_image_grid,
@@ -83,9 +86,10 @@ def load_weights(
         FileNotFoundError: There is no such file.
         TypeError: ``model`` is no module.
         ValueError: The file is corrupt or holds more than tensors; the keys are of no known layout; keys are
-            missing, unexpected or misshapen (all listed); the weights were trained with another GELU than the
-            model's, or with another grid of as many patches; ``grid`` is needed or wrong, or one of the options is
-            given without ``resize``; or the model is on the meta device. The model is then as it was.
+            missing, unexpected or misshapen (ten of each are named, the others counted); the weights were trained
+            with another GELU than the model's, or with another grid of as many patches; ``grid`` is needed or wrong,
+            or one of the options is given without ``resize``; or the model is on the meta device. The model is then
+            as it was.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got {type(model).__name__}, expected a CLIP, ViT, ModifiedResNet or TextTransformer")
@@ -101,7 +105,8 @@ def load_weights(
     state = _read(path_or_state_dict)
     stated, assumed = _grids(path_or_state_dict, state, model)
     gelus = _gelus(path_or_state_dict, state)
-    share = _share_of(model, to_openai(state))
+    converted, layout = to_openai(state), detect_layout(without_prefixes(state))
+    share = _share_of(model, converted)
     _check_gelu(model, gelus)
     if images:
         fit_image_positions(model, share, grid, stated + assumed)
@@ -109,7 +114,7 @@ def load_weights(
         check_image_grid(model, share, stated)
     if text:
         fit_text_positions(model, share, text_positions)
-    _check_fit(model, share)
+    check_fit(model, share, _what_they_are(model, converted, layout))
     with torch.no_grad():
         for name, target in model.state_dict(keep_vars=True).items():
             if name in share:
@@ -256,29 +261,29 @@ def _grids(
     return [grid for grid in stated if grid], [grid for grid in assumed if grid]
 
 
-def _check_fit(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = model.state_dict(keep_vars=True)
-    shared = [k for k in own if k in state]
-    # BatchNorm's step counters came later than some checkpoints, frozen ones have none, and nothing reads them
-    counter = ("num_batches_tracked", "running_mean")
-    faults = {
-        "missing": [k for k in own if k not in state and not k.endswith(counter[0])],
-        "unexpected": [k for k in state if k not in own and k.replace(*counter) not in own],
-        "misshapen": [
-            f"{k} (got {tuple(state[k].shape)}, expected {tuple(own[k].shape)})"
-            for k in shared
-            if state[k].shape != own[k].shape
-        ],
-        "not floating point": [
-            f"{k} (got {state[k].dtype}, expected {own[k].dtype})"
-            for k in shared
-            if own[k].is_floating_point() and not state[k].is_floating_point()
-        ],
-        "on the meta device, where nothing can be loaded": [k for k, v in own.items() if v.is_meta],
-    }
-    if any(faults.values()):
-        lines = [f"  {len(keys)} {what}: {', '.join(keys)}" for what, keys in faults.items() if keys]
-        raise ValueError(
-            f"weights do not fit this {type(model).__name__}; nothing was loaded (keys in OpenAI's layout)\n"
-            + "\n".join(lines)
+def _what_they_are(model: nn.Module, state: Mapping[str, Tensor], layout: str) -> str | None:
+    """Say what weights are that lack a tower which the model has; None of others.
+
+    Args:
+        model: What they are for.
+        state: All of them, in OpenAI's layout.
+        layout: The one that they came in.
+    """
+    there = towers_of(state)
+    if len(there) != 1:
+        return None
+    (tower,) = there
+    alone = f"They are {'an image' if tower == 'image' else 'a text'} tower alone, in the layout of {layout}."
+    if isinstance(model, (ViT, ModifiedResNet)):
+        return f"{alone} This is an image tower." if tower == "text" else None
+    if isinstance(model, TextTransformer):
+        return f"{alone} This is a text tower." if tower == "image" else None
+    if tower == "image":
+        return (
+            f"{alone} A CLIP needs a text tower too: give weights of both. The image tower is loaded by "
+            f"clipfast.load_weights(model.visual, weights), for pictures without texts."
         )
+    return (
+        f"{alone} A CLIP needs an image tower too: give weights of both. The text tower is loaded into a "
+        f"clipfast.TextTransformer, for texts without pictures."
+    )

@@ -187,11 +187,12 @@ def _zero_shot_metrics(clip: CLIP, pairs: EmojiPairs, image_features: Tensor) ->
         classifier = zero_shot_classifier(
             clip.encode_text, tokenizer, question.class_names, question.templates, device=clip.logit_scale.device
         )
+        name = question.name.replace(" ", "_")
         rows = [row_of[index] for index in question.indices.tolist()]
         accuracy = zero_shot_accuracy(image_features[rows], classifier, torch.from_numpy(question.labels), ks=(1,))
-        metrics[f"zero_shot_{question.name}_accuracy"] = accuracy["top1"]
-        metrics[f"zero_shot_{question.name}_chance"] = accuracy["chance1"]
-        metrics[f"zero_shot_{question.name}_classes"] = len(question.class_names)
+        metrics[f"zero_shot_{name}_accuracy"] = accuracy["top1"]
+        metrics[f"zero_shot_{name}_chance"] = accuracy["chance1"]
+        metrics[f"zero_shot_{name}_classes"] = len(question.class_names)
     return metrics
 
 

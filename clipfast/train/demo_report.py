@@ -33,13 +33,11 @@ def metric_rows(metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]
     rows = []
     for direction, words in (("text_to_image", "text → image"), ("image_to_text", "image → text")):
         for k in (1, 5, 10):
-            rows.append(
-                (f"{words}, recall@{k}", metrics[f"{direction}_recall@{k}"], metrics[f"{direction}_chance@{k}"])
-            )
-    for name in ("category", "person", "skin tone"):
+            rows.append((f"{words}, recall@{k}", metrics[f"{direction}_r{k}"], metrics[f"{direction}_chance{k}"]))
+    for name in ("category", "person", "skin_tone"):
         classes = metrics[f"zero_shot_{name}_classes"]
         result, chance = metrics[f"zero_shot_{name}_accuracy"], metrics[f"zero_shot_{name}_chance"]
-        rows.append((f"zero-shot {name}, one of {classes:.0f}", result, chance))
+        rows.append((f"zero-shot {name.replace('_', ' ')}, one of {classes:.0f}", result, chance))
     return [(words, f"{result:.3f}", f"{chance:.3f}", f"{result / chance:.1f}×") for words, result, chance in rows]
 
 
@@ -101,7 +99,7 @@ def write_demo_report(
         f"It learned from OpenMoji pictures and their English names: {settings['pairs']}. What follows is measured on "
         f"those held out: combinations that it never saw, made of parts that it did.",
     )
-    recall, chance = metrics["text_to_image_recall@5"], metrics["text_to_image_chance@5"]
+    recall, chance = metrics["text_to_image_r5"], metrics["text_to_image_chance5"]
     report.add_tiles(
         [
             (f"{recall:.0%}", f"of captions find their picture among the first five of {len(captions)} (recall@5)"),

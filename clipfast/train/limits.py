@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from clipfast.outputs import check_output_folder
 from clipfast.settings import ANY, SOME_TEXT, Rule, above, at_least, between, share
 
 # folders of checkpoints are sorted by names of nine digits
@@ -161,10 +161,4 @@ def check_output(folder: Path) -> None:
     Raises:
         OSError: It cannot.
     """
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise NotADirectoryError(f"output: got {folder}, expected a folder: {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"output: got {folder}, expected a folder that can be written to: {place} cannot")
+    check_output_folder(folder)

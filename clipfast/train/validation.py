@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from clipfast.data.batches import Transform, read_pairs, why_unusable
 from clipfast.data.sources import PairSource
 from clipfast.data.tokenizer_base import AnyTokenizer
+from clipfast.evaluate.names import is_chance
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.modules.naflex import NaFlexBatch
 from clipfast.train.objective import held_out_loss
@@ -52,7 +53,7 @@ class Validation:
         raise ValueError(f"val_data: got {self.count} pairs of which {found} can be read, expected 2 or more{more}")
 
     def measure(self, trainer: Trainer, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
-        """Return ``val_loss`` (the run's loss of all pairs as one batch) and ``val_<direction>_recall@k``.
+        """Return ``val_loss`` (the run's loss of all pairs as one batch) and ``val_<direction>_r{k}``.
 
         The same on every rank; None if ``stop()`` became true on one of them. The model is in ``eval()`` meanwhile.
         """
@@ -78,7 +79,7 @@ class Validation:
                 warnings.warn(f"val_data: {words}: training goes on", stacklevel=2)
             return {"val_pairs": len(image)}
         loss = held_out_loss(model, trainer.loss, image, text)
-        recall = {f"val_{k}": v for k, v in retrieval_recall(image, text).items() if "recall" in k}
+        recall = {f"val_{k}": v for k, v in retrieval_recall(image, text).items() if not is_chance(k)}
         return {"val_loss": float(loss), "val_pairs": len(image)} | recall
 
     def _shares(

@@ -80,7 +80,7 @@ def _read(maps: Tensor, read: Tensor | None) -> Tensor:
 def plot_attention_maps(
     pictures: np.ndarray, shares: Tensor, grid: tuple[int, int], captions: Sequence[str] | None = None
 ) -> Figure:
-    """Plot pictures, each beside itself with the patches' shares as a heat map.
+    """Plot pictures, each beside itself with the patches' shares as a heat map; a map that is nearly even looks even.
 
     Args:
         pictures: uint8 ``[B, H, W, 3]``.
@@ -106,7 +106,7 @@ def plot_attention_maps(
     for i, (picture, map_) in enumerate(zip(pictures, heat, strict=True)):
         plain, overlaid = pairs_of_axes[i]
         plain.imshow(picture)
-        _overlay(overlaid, picture, map_)
+        _overlay(overlaid, picture, map_, shares.shape[1])
         if captions is not None:
             plain.set_title(captions[i], fontsize=7, loc="left")
     return figure
@@ -146,7 +146,7 @@ def plot_heads(
     first.imshow(picture)
     first.set_title("picture", fontsize=7, loc="left")
     for axes, title, map_ in zip(others, titles, _heat(maps, grid, picture.shape[:2]), strict=False):
-        _overlay(axes, picture, map_)
+        _overlay(axes, picture, map_, patches)
         axes.set_title(title, fontsize=7, loc="left")
     if caption:
         figure.suptitle(textwrap.shorten(caption, 90, placeholder="…"), fontsize=9, color=INK)
@@ -158,8 +158,10 @@ def _heat(shares: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> np.nd
     return F.interpolate(shares.detach().float().cpu().reshape(-1, 1, *grid), size, mode="bicubic")[:, 0].numpy()
 
 
-def _overlay(axes: Axes, picture: np.ndarray, map_: np.ndarray) -> None:
+def _overlay(axes: Axes, picture: np.ndarray, map_: np.ndarray, patches: int) -> None:
     axes.imshow(picture.mean(axis=-1), cmap="gray", vmin=-160, vmax=255)
+    # a map that is nearly even looks even: less than what each patch has of an even one is not stretched to all colours
+    low, spread = map_.min(), max(np.ptp(map_), 1 / patches)
     # see-through where little attention goes
-    opacity = 0.75 * np.clip((map_ - map_.min()) / max(np.ptp(map_), 1e-12), 0, 1)
-    axes.imshow(map_, cmap="inferno", alpha=opacity)
+    opacity = 0.75 * np.clip((map_ - low) / spread, 0, 1)
+    axes.imshow(map_, cmap="inferno", vmin=low, vmax=low + spread, alpha=opacity)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from clipfast.visualize.figures import BLUE, GREY, INK, ORANGE, hide_frame, new_figure
 
+#: What can lay features out in a plane, and what it is called.
+METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
 # points a side of a picture, where there are many and where there are few
 _MANY, _SIDES = 40, (19.2, 42.0)
 
@@ -46,8 +49,7 @@ def project_features(
         ImportError: ``method`` is "umap" and umap-learn is missing.
         ValueError: Shapes differ, fewer than three pairs, features that are not finite, or another ``method``.
     """
-    if method not in ("tsne", "umap"):
-        raise ValueError(f"method: got {method!r}, expected 'tsne' or 'umap'")
+    require_method(method)
     if image_features.shape != text_features.shape or image_features.dim() != 2 or len(image_features) < 3:
         raise ValueError(
             f"image_features, text_features: got {tuple(image_features.shape)} and {tuple(text_features.shape)}, "
@@ -101,12 +103,29 @@ def plot_feature_space(
     return figure
 
 
-def _umap(points: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
+def require_method(method: str) -> None:
+    """Find out whether :func:`project_features` can use a method.
+
+    Raises:
+        ImportError: It is "umap", and umap-learn is missing.
+        ValueError: There is no such method.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected {' or '.join(map(repr, METHODS))}")
+    if method == "umap":
+        _load_umap()
+
+
+def _load_umap() -> Any:
     try:
         from umap import UMAP
     except ImportError as error:
         raise ImportError("method: 'umap' needs umap-learn, which is not installed: pip install umap-learn") from error
-    return UMAP(n_neighbors=neighbours, metric="cosine", random_state=seed).fit_transform(points)
+    return UMAP
+
+
+def _umap(points: np.ndarray, neighbours: int, seed: int) -> np.ndarray:
+    return _load_umap()(n_neighbors=neighbours, metric="cosine", random_state=seed).fit_transform(points)
 
 
 def _unit_rows(features: np.ndarray, center: bool) -> np.ndarray:

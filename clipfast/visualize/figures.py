@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import is_color_like, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -18,6 +20,9 @@ from PIL import Image
 from clipfast.files import write_atomically
 
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#3d85d0", "#e07b2e", "#2fa36b", "#9a6fd0", "#8a8f98"
+
+# letters of 6 points in an inch
+_LETTERS = 21
 
 # Stand-ins that a web page swaps for its own colours, which follow the reader's light or dark mode.
 INK, _RULE = "#010203", "#040506"
@@ -74,6 +79,25 @@ def add_legend(owner: Axes | Figure, **options: object) -> None:
         owner.legend(**options)
 
 
+def add_colour_bar(figure: Figure, axes: Axes, scale: ScalarMappable, label: str, *, open_ended: bool) -> None:
+    """Say what colours mean, in the house's style.
+
+    Args:
+        figure: Made by :func:`new_figure`.
+        axes: Whose colours they are.
+        scale: The colours and their range.
+        label: What they stand for.
+        open_ended: Whether values beyond the range take the colours of its ends.
+    """
+    with matplotlib.rc_context(_STYLE):
+        extend = "both" if open_ended else "neither"
+        bar = figure.colorbar(scale, ax=axes, extend=extend, fraction=0.04, pad=0.02, aspect=14)
+        bar.ax.tick_params(labelsize=7, length=2)
+        bar.set_label(label, fontsize=7)
+        bar.outline.set_visible(False)
+        bar.ax.grid(visible=False)
+
+
 def hide_frame(axes: Axes) -> None:
     """Leave only what is drawn: no ticks, no grid, no border."""
     axes.set_xticks([])
@@ -99,7 +123,7 @@ def figure_svg(figure: Figure, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) -> None:
+def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160, about: str = "") -> None:
     """Write a figure as PNG on a page of its own: white, or nearly black.
 
     Args:
@@ -107,6 +131,7 @@ def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) 
         path: replaced at once or not at all.
         dark: which page.
         dpi: pixels an inch.
+        about: what it is of, written below it and into the file's metadata: a PNG goes its own ways.
     """
     page, ink, rule = ("#14171c", "#e8eaee", "#3a414d") if dark else ("#ffffff", "#1d2129", "#d9dde3")
     swap = {to_rgba(INK): ink, to_rgba(_RULE): rule}
@@ -116,6 +141,10 @@ def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) 
         if is_color_like(colour) and to_rgba(colour) in swap:
             put(swap[to_rgba(colour)])
 
+    if about:
+        with matplotlib.rc_context(_STYLE):
+            words = textwrap.fill(about, max(20, int(figure.get_figwidth() * _LETTERS)))
+            figure.supxlabel(words, x=0.01, ha="left", fontsize=6, color=GREY)
     _leave_dollars(figure)
     for part in figure.findobj():
         for name in ("color", "edgecolor", "facecolor", "markeredgecolor"):
@@ -123,7 +152,10 @@ def save_png(figure: Figure, path: Path, *, dark: bool = False, dpi: int = 160) 
             if get is not None and put is not None:
                 recolour(get, put)
     with matplotlib.rc_context(_STYLE):
-        write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor=page))
+        metadata = {"Description": about} if about else None
+        write_atomically(
+            path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor=page, metadata=metadata)
+        )
 
 
 def _leave_dollars(figure: Figure) -> None:

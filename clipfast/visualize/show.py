@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,13 @@ from clipfast.data.transform import load_image, to_pixels
 from clipfast.evaluate.probabilities import sigmoid_of
 from clipfast.models.clip import CLIP
 from clipfast.modules.vit import ViT
+from clipfast.outputs import check_output_folder
 from clipfast.visualize.attention_maps import attention_rollout, class_attention, plot_attention_maps, plot_heads
-from clipfast.visualize.feature_space import plot_feature_space, project_features
+from clipfast.visualize.feature_space import METHODS, plot_feature_space, project_features, require_method
 from clipfast.visualize.figures import save_png
+from clipfast.visualize.model_facts import facts_of, logit_scale_of, source_of
 from clipfast.visualize.report import Report
-from clipfast.visualize.similarity_matrix import plot_similarity_matrix, similarity_matrix
+from clipfast.visualize.similarity_matrix import plot_similarity_matrix, similarity_matrix, similarity_words
 from clipfast.visualize.training_curves import plot_training_curves, read_log
 
 _LEAST_SIDE = 224  # pixels that overlays are drawn with, however small the model's input
@@ -63,8 +65,11 @@ def show(
     block: int = -1,
     dark: bool = False,
     tokenizer: AnyTokenizer | str | os.PathLike[str] | None = None,
+    model_source: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Draw attention maps, similarities, the shared space and training curves, as PNGs and in ``report.html``.
+
+    The page and every PNG say which model and weights they are of.
 
     Args:
         model: In ``eval()``; or what :func:`~clipfast.models.open_model.open_model` opens: a run's folder, for one.
@@ -77,6 +82,7 @@ def show(
         block: Whose heads are drawn.
         dark: Whether PNGs are for dark pages. The report follows its reader.
         tokenizer: Of the model, for texts: one, or what :meth:`clipfast.Tokenizer.from_file` reads; CLIP's by default.
+        model_source: What to call the model, ``spec``, and its ``weights``, if they are another file's.
 
     Returns:
         The files, the report last.
@@ -90,33 +96,41 @@ def show(
         raise ValueError("images: got none, expected at least one picture")
     if any(not text.strip() for text in texts):
         raise ValueError("texts: got an empty one, expected words")
+    require_method(method)
+    output = Path(output)
+    check_output_folder(output)
+    source = source_of(model, model_source)
     model, tokenizer = model_and_tokenizer(model, tokenizer)
     read_text = tokenizer_of(model, tokenizer) if texts else None
     sight = _look(model, [Path(image) for image in images])
     shown = [_drawable(text) for text in texts]
-    output = Path(output)
+    facts = facts_of(model, source)
+    about = _drawable(facts.line)
     output.mkdir(parents=True, exist_ok=True)
     report = Report("What the model sees", f"{len(images)} pictures" + (f" and {len(texts)} texts." if texts else "."))
+    report.add_table((), [(name, _drawable(words)) for name, words in facts.rows()])
     files = []
 
-    def add(name: str, heading: str, words: str, figure: Figure) -> None:
+    def add(name: str, heading: str, words: str, figure: Figure, note: str = "") -> None:
         report.add_section(heading, words)
         report.add_figure(figure, heading)  # before the colours of a page are fixed
-        save_png(figure, output / name, dark=dark)
+        save_png(figure, output / name, dark=dark, about=about + note)
         files.append(output / name)
 
     if read_text is not None:
         text_features = _encode_texts(model, read_text, texts)
         cosines = similarity_matrix(sight.features, text_features)
         sigmoid = sigmoid_of(model)
-        words = "Cosine similarities" if sigmoid is None else "How probable it is that each text fits each picture"
-        words += "; the best text of each picture is framed." if len(texts) > 1 else "."
         probabilities = None if sigmoid is None else sigmoid(cosines)
-        figure = plot_similarity_matrix(cosines, shown, sight.pictures, probabilities)
-        add("similarity.png", "Texts and pictures", words, figure)
+        scale = logit_scale_of(model)
+        figure = plot_similarity_matrix(cosines, shown, sight.pictures, probabilities, logit_scale=scale)
+        words = similarity_words(len(texts), None if sigmoid is not None else scale)
+        shares = sigmoid is None and len(texts) > 1
+        note = " · below each cosine: the text's share among these texts" if shares else ""
+        add("similarity.png", "Texts and pictures", words, figure, note)
         if len(texts) == len(images) >= 3:
             points = project_features(sight.features, text_features, method=method)
-            words = f"Pictures and their captions (orange), laid out by {_METHODS[method]}; pairs are joined."
+            words = f"Pictures and their captions (orange), laid out by {METHODS[method]}; pairs are joined."
             add("space.png", "The shared space", words, plot_feature_space(*points, sight.crops, shown))
     _add_attention(model, sight, block, add, report)
     if log is not None:
@@ -125,9 +139,6 @@ def show(
             add("training.png", "Training", "", plot_training_curves(records))
     report.write(output / "report.html")
     return [*files, output / "report.html"]
-
-
-_METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
 def _look(model: CLIP, paths: list[Path]) -> Sight:

@@ -14,8 +14,9 @@ import clipfast
 from clipfast.data.model_inputs import picture_loader
 from clipfast.data.shards import write_shards
 from clipfast.data.sources import open_pairs
+from clipfast.evaluate.results import metrics_table, write_evaluation
 from clipfast.evaluate.retrieval import retrieval_recall
-from clipfast.evaluate.run import Reading, evaluate, metrics_table, write_evaluation
+from clipfast.evaluate.run import Reading, evaluate
 from clipfast.evaluate.zero_shot import zero_shot_accuracy, zero_shot_classifier
 
 
@@ -150,7 +151,7 @@ def test_several_captions_of_each_picture(tmp_path):
         for k in (1, 5, 10):
             order = of_way.sort(dim=1, descending=True, stable=True).indices[:, :k]
             expected = right.gather(1, order).any(dim=1).double().mean().item()
-            assert result.metrics[f"{way}_recall@{k}"] == pytest.approx(expected)
+            assert result.metrics[f"{way}_r{k}"] == pytest.approx(expected)
 
 
 def test_ranks_do_not_depend_on_batches_and_threads(tmp_path):
@@ -168,4 +169,4 @@ def test_ranks_do_not_depend_on_batches_and_threads(tmp_path):
         for batch_size, workers in ((64, 0), (1, 4), (7, 2))
     ]
     assert all(metrics == found[0] for metrics in found)
-    assert 0 < found[0]["text_to_image_recall@5"] < 1
+    assert 0 < found[0]["text_to_image_r5"] < 1

@@ -80,7 +80,7 @@ def test_a_run_by_a_budget_goes_on_and_is_measured(place, tmp_path):
     # what was looked at on the way is what the evaluation finds, in other batches
     model = open_model(tmp_path / "one", device="cpu")
     found = evaluate(model, place / "held_out", reading=Reading(batch_size=3)).metrics
-    for name in ("image_to_text_recall@5", "text_to_image_recall@5"):
+    for name in ("image_to_text_r5", "text_to_image_r5"):
         assert found[name] == result.metrics[f"val_{name}"]
     source = open_pairs(place / "held_out")
     read = [source.read(i) for i in range(len(source))]

@@ -96,7 +96,7 @@ def test_it_stops_saved_and_goes_on_to_the_same_end(place, straight, tmp_path, w
     assert not result.training.interrupted
     assert_same_end(straight, tmp_path)
     # looks at the held-out pairs that were left are not lost
-    for name in ("val_loss", "val_image_to_text_recall@5"):
+    for name in ("val_loss", "val_image_to_text_r5"):
         assert [line.get(name) for line in logged(tmp_path)] == [line.get(name) for line in logged(straight)]
     again, _ = train(place, tmp_path, **options)
     assert again.step == 6
