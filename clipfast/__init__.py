@@ -28,7 +28,8 @@ class _KernelsOfClone:
         return PathFinder.find_spec(name, [os.path.dirname(self.package)])
 
 
-if not os.path.isdir(os.path.join(__path__[0], "kernels")):
+# a package that was copied without them may lie beside another one of that name
+if not os.path.isdir(os.path.join(__path__[0], "kernels")) and os.path.isdir(os.path.join(__path__[0], "../csrc")):
     # first: the finder of another clone's editable install would give that one's
     sys.meta_path.insert(0, _KernelsOfClone(__path__[0]))
 

@@ -110,6 +110,12 @@ def test_two_clones_are_not_mixed(clone: Path, tmp_path: Path) -> None:
     assert done.stdout.splitlines() == [found(clone), found(other), inner, found(clone)], done.stderr
 
 
+def test_a_package_without_its_kernels_takes_nobody_elses(clone: Path) -> None:
+    (clone / "csrc").rmdir()
+    done = python(clone, "-c", installed_elsewhere(WHERE))
+    assert done.stderr.rstrip().endswith("ModuleNotFoundError: No module named 'clipfast.kernels'")
+
+
 def test_who_imports_another_package_named_kernels_gets_that_one(clone: Path, tmp_path: Path) -> None:
     package = tmp_path / "site" / "kernels"
     package.mkdir(parents=True)
