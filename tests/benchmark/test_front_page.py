@@ -54,8 +54,8 @@ def make_run() -> Run:
     fast = sides(clipfast=0.01, open_clip=0.1, transformers=0.2, _c_=0.05) | {DENSE: side(0.08)}
     slow = sides(clipfast=0.4, open_clip=0.3, transformers=0.5)
     towers = [
-        ("ViT-B-16-SigLIP, 4 images, bfloat16", "images", 4, "bfloat16", slow),
         ("ViT-B-16-SigLIP2-NaFlex, packed, bfloat16", "images", 900, "bfloat16", slow),
+        ("ViT-B-16-SigLIP, 4 images, bfloat16", "images", 4, "bfloat16", slow),
         ("ViT-B-32, 1 image, bfloat16", "images", 1, "bfloat16", slow),
         ("ViT-B-32, 16 images, bfloat16", "images", 16, "bfloat16", fast),
         ("ViT-L-14, 64 images, bfloat16", "images", 64, "bfloat16", slow),
