@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 from clipfast.benchmark.results import DENSE, OURS, Run
-from clipfast.benchmark.summary import Line, best_rival
+from clipfast.benchmark.summary import Line, best_rival, does_it_all
 from clipfast.visualize.figures import BLUE, GREEN, GREY, INK, ORANGE, PURPLE, add_legend, new_figure
 
 _RIVALS = [ORANGE, PURPLE, GREY, "#c2a21b", "#c9506b", "#4aa3a8", "#8a6d4b", "#6f7fb0"]
@@ -22,7 +24,6 @@ def plot_roofline(run: Run) -> Figure | None:
     A point of clipfast's for each row that names operations and bytes, and one of the fastest rival.
     """
     rows = [row for row in run.rows if row.flops and row.bytes and OURS in row.sides]
-    # all of a row's operations are done by the dense side where there is one
     if not rows:
         return None
     figure, axes = new_figure(5.0, 3.8)
@@ -34,13 +35,21 @@ def plot_roofline(run: Run) -> Figure | None:
         ax.plot(x, roof, style, color=INK, linewidth=1.2, label=f"limit, {dtype}")
     for label, colour, marker, pick in (
         ("fastest rival", ORANGE, "s", lambda row: found.rival if (found := best_rival(row)) else None),
-        ("clipfast", BLUE, "o", lambda row: DENSE if DENSE in row.sides else OURS),
+        # the side that does all of a row's operations, where there is one
+        (
+            "clipfast",
+            BLUE,
+            "o",
+            lambda row: next((s for s in (DENSE, OURS) if s in row.sides and does_it_all(row, s)), None),
+        ),
     ):
         points = [(row.flops / row.bytes, row.flops / row.sides[s].seconds / 1e12) for row in rows if (s := pick(row))]
         if points:
             ax.plot(*zip(*points, strict=True), marker, color=colour, markersize=4.5, alpha=0.8, label=label)
     ax.set_xscale("log")
     ax.set_yscale("log")
+    _plain_ticks(ax.xaxis)
+    _plain_ticks(ax.yaxis)
     ax.set_xlabel("operations a byte")
     ax.set_ylabel("10¹² operations a second")
     add_legend(ax, loc="lower right", fontsize=8)
@@ -68,6 +77,7 @@ def plot_lines(lines: Sequence[Line]) -> Figure:
         ax.plot(line.at, values, marker=marker, color=colour, linewidth=width, markersize=4.5, label=label)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
+    _plain_ticks(ax.yaxis)
     ticks = sorted({at for line in lines for at in line.at})
     ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
     ax.minorticks_off()
@@ -84,3 +94,11 @@ def plot_lines(lines: Sequence[Line]) -> Figure:
         handlelength=1.6,
     )
     return figure
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Write a logarithmic axis's ticks as numbers: as powers they would be formulas, which our style does not set."""
+    low, high = axis.get_view_interval()
+    # an axis that is shorter than two powers of ten has ticks between them
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 100 * low else (1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))

@@ -6,17 +6,17 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from clipfast.benchmark.bars import bars_html, group_words, legend_html, scale_of, style
 from clipfast.benchmark.figures import plot_lines, plot_roofline
+from clipfast.benchmark.groups import groups_of
 from clipfast.benchmark.results import DENSE, OURS, Row, Run
 from clipfast.benchmark.summary import (
-    OPS,
     best_rival,
     bytes_text,
     does_it_all,
     lines_of,
     machine_text,
     number_text,
-    ops_of,
     rate,
     series_of,
     share_of_limit,
@@ -24,26 +24,21 @@ from clipfast.benchmark.summary import (
     speed_ups,
     time_text,
 )
+from clipfast.benchmark.tiles import tiles_of
 from clipfast.visualize.report import Report
 
-_BARS = """<style>
-.bars { margin: 1rem 0 1.5rem; max-width: 42rem; }
-.bars h3 { font-size: .95rem; font-weight: 600; margin: 1rem 0 .3rem; }
-.bar { display: grid; grid-template-columns: minmax(7.5rem, 12rem) 1fr 4.2rem; gap: .5rem; align-items: center;
-  font-size: .82rem; line-height: 1.3; margin: .15rem 0; }
-.bar .track { position: relative; height: .8rem; border-left: 1px solid var(--rule); }
-.bar .track i { display: block; position: absolute; left: 0; top: 0; height: 100%; background: #3d85d0; }
-.bar .track i.dense { background: #2fa36b; }
-.bar .track u { position: absolute; top: -.15rem; bottom: -.15rem; border-left: 2px solid var(--ink); }
-.bar b { font-weight: 600; font-variant-numeric: tabular-nums; text-align: right; }
+_STYLE = """<style>
+body { max-width: 68rem; }
+.tiles { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
+.tile b { font-size: 1.5rem; white-space: nowrap; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; color: var(--accent); }
-.scroll td:first-child { min-width: 14rem; overflow-wrap: normal; }
-.scroll td:nth-child(2), .scroll th:nth-child(2) { text-align: left; }
-.scroll table { font-size: .86rem; margin-top: .5rem; }
-.key { display: inline-block; width: .8rem; height: .8rem; background: #3d85d0; margin: 0 .3rem 0 .8rem; }
-.key.dense { background: #2fa36b; }
-@media (max-width: 30rem) { .bar { grid-template-columns: 7.5rem 1fr 3.6rem; overflow-wrap: anywhere; } }
+summary:focus-visible, .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.scroll td:first-child { min-width: 11rem; overflow-wrap: normal; }
+.scroll th, .scroll td { padding-right: .6rem; }
+details .scroll td:nth-child(2), details .scroll th:nth-child(2) { min-width: 8rem; text-align: left;
+  white-space: normal; overflow-wrap: normal; }
+.scroll table { font-size: .8rem; margin-top: .5rem; }
 </style>"""
 
 _HOW = (
@@ -52,6 +47,7 @@ _HOW = (
     "copy and a large matrix product of PyTorch's reached in the same run; what stays in the cache, or multiplies "
     "better, may pass 100%. It is not given for sides that leave out what cannot change the result: they do less. "
     "Memory is the most that a call took beyond what was there; saved is what the graph keeps for the backward pass. "
+    "On a CPU the system counts pages, and what is below a megabyte is lost in the counting. "
     "The error is max|result − oracle| over max|oracle|."
 )
 
@@ -64,25 +60,25 @@ def report_html(run: Run) -> str:
         f"Measured on {run.date} at commit {run.commit}, the {run.scale} set"
         f"{'' if run.complete else ', a part of it'}, on {device}. PyTorch {run.details.get('torch', '?')}.",
     )
-    report.add_html(_BARS)
-    report.add_tiles(_tiles(run))
+    scale = scale_of(run)
+    report.add_html(_STYLE + style(scale))
+    if tiles := tiles_of(run):
+        report.add_tiles(tiles)
+    report.add_html(legend_html(run))
+    report.add_html("<details><summary>How this was measured</summary>")
     report.add_text(_HOW)
-    for op in ops_of(run):
-        rows = [row for row in run.rows if row.op == op]
-        report.add_section(OPS.get(op, op))
-        report.add_html(_bars(rows))
+    report.add_html("</details>")
+    for group in groups_of(run):
+        report.add_section(group.heading, group_words(group))
+        report.add_html(bars_html(group, scale, run.device))
         report.add_html("<details><summary>All figures</summary>")
-        report.add_table(_HEADER, [cells for row in rows for cells in _cells(row)])
+        rows = group.rows + group.same
+        report.add_table(
+            _HEADER, [cells for row in rows for cells in _cells(row)], label=f"{group.heading}: all figures"
+        )
         report.add_html("</details>")
     _add_shortcuts(report, run)
-    roofline = plot_roofline(run)
-    if roofline is not None:
-        report.add_section(
-            "Roofline",
-            "What was reached, over the operations that a computation has for each byte that it must move. Left of the "
-            "bend memory is the limit, right of it the matrix product.",
-        )
-        report.add_figure(roofline, "Operations a second over operations a byte, with the machine's limits")
+    _add_roofline(report, run)
     _add_scaling(report, run)
     versions = ", ".join(f"{name} {version}" for name, version in run.details.items())
     return report.html(f"clipfast at {run.commit}, {run.date}. {run.machine}: {versions}.")
@@ -94,45 +90,19 @@ def write_report(run: Run, path: Path) -> None:
     path.write_text(report_html(run), encoding="utf-8")
 
 
-def _tiles(run: Run) -> list[tuple[str, str]]:
-    tiles = []
-    for op, label in (("contrastive_loss", "contrastive loss"), ("towers", "whole towers")):
-        ratios = [best.ratio for row in run.rows if row.op == op and (best := best_rival(row))]
-        if ratios:
-            tiles.append((f"{statistics.median(ratios):.2f} ×", f"{label}: the fastest rival's time, median of rows"))
-    tiles.append((f"{run.limits.copy_gb_per_s:,.0f} GB/s", "a copy, read and written"))
+def _add_roofline(report: Report, run: Run) -> None:
+    limits = [f"a copy {run.limits.copy_gb_per_s:,.0f} GB/s, read and written"]
     for dtype, tera in run.limits.product_tflop_per_s.items():
         speed = f"{tera:.3g} TFLOP/s" if tera >= 1 else f"{1000 * tera:.0f} GFLOP/s"
-        tiles.append((speed, f"a matrix product, {dtype}"))
-    return tiles
-
-
-def _bars(rows: list[Row]) -> str:
-    """How many times as long each rival takes, drawn; a line stands at 1."""
-    parts = ['<div class="bars"><p class="note">Each rival’s time over clipfast’s; the line is 1\u00a0×.']
-    if any(DENSE in row.sides for row in rows):
-        parts.append('<span class="key"></span>with exact shortcuts<span class="key dense"></span>every token computed')
-    parts.append("</p>")
-    for row in rows:
-        if OURS not in row.sides or not row.rivals:
-            continue
-        most = max(1.0, *(found.ratio for found in speed_ups(row))) * 1.02
-        if DENSE in row.sides:
-            most = max(most, *(found.ratio for found in speed_ups(row, DENSE)))
-        parts.append(f"<h3>{escape(row.label)}, {escape(row.direction)}</h3>")
-        for found in speed_ups(row):
-            parts.append(_bar(found.rival, found.ratio, most, ""))
-            if DENSE in row.sides:
-                parts.append(_bar("", row.ratio(found.rival, DENSE), most, "dense"))
-    return "".join(parts) + "</div>"
-
-
-def _bar(name: str, ratio: float, most: float, kind: str) -> str:
-    return (
-        f'<div class="bar"><span>{escape(name)}</span><span class="track"><i class="{kind}" '
-        f'style="width:{100 * ratio / most:.1f}%"></i><u style="left:{100 / most:.1f}%"></u></span>'
-        f"<b>{ratio:.2f} ×</b></div>"
-    )
+        limits.append(f"a large matrix product {speed} in {dtype}")
+    report.add_section("Roofline", f"What this machine reached in the same run: {'; '.join(limits)}.")
+    roofline = plot_roofline(run)
+    if roofline is not None:
+        report.add_text(
+            "What each row reached, over the operations that a computation has for each byte that it must move. Left "
+            "of the bend memory is the limit, right of it the matrix product."
+        )
+        report.add_figure(roofline, "Operations a second over operations a byte, with the machine's limits")
 
 
 _HEADER = (
@@ -192,7 +162,7 @@ def _add_shortcuts(report: Report, run: Run) -> None:
                 number_text(over_ours and over_ours.ratio, ".2f", " ×"),
             ]
         )
-    report.add_table(header, cells)
+    report.add_table(header, cells, label="Dense and with exact shortcuts")
 
 
 def _add_scaling(report: Report, run: Run) -> None:
@@ -227,4 +197,4 @@ def _add_scaling(report: Report, run: Run) -> None:
     for label, figure in figures:
         report.add_html(f"<h3>{escape(label)}</h3>")
         report.add_figure(figure, label)
-    report.add_table(header, table)
+    report.add_table(header, table, label="Exponents")

@@ -20,11 +20,15 @@ OPS = {
     "data": "Data path",
     "tokenizer": "Tokenizer",
 }
-"""Headings by op, in the order of a report; other ops follow by name."""
+"""Headings by op, in the order of a table; other ops follow by name."""
+
+# what an implementation that only calls an operator of PyTorch's calls itself, beside all of the reference backend
+_OWN_OPERATORS = ("scaled_dot_product_attention", "varlen_attn")
+_COUNTED = 1e6
 
 
 def ops_of(run: Run) -> list[str]:
-    """Return the ops that a run has rows of, in the order of a report."""
+    """Return the ops that a run has rows of, in the order of a table."""
     present = {row.op for row in run.rows}
     return [op for op in OPS if op in present] + sorted(present - OPS.keys())
 
@@ -62,6 +66,29 @@ def best_rival(row: Row, ours: str = OURS) -> SpeedUp | None:
     return min(speed_ups(row, ours), key=lambda found: found.ratio, default=None) if ours in row.sides else None
 
 
+def own_operator(row: Row) -> str | None:
+    """Return what serves clipfast's call where PyTorch's own operator does: the two sides then run the same code.
+
+    None where an implementation of clipfast's does, and in rows of models and of records that do not say.
+    """
+    backend, _, words = str(row.facts.get("served_by", "")).partition(" (")
+    words = words.removesuffix(")")
+    if backend == "reference" or (backend == "torch" and words.endswith(_OWN_OPERATORS)):
+        return words or backend
+    return None
+
+
+def is_counted(count: int | None, device: str) -> bool:
+    """Return whether a peak is more than the counting loses: a megabyte on a CPU (:mod:`clipfast.benchmark.memory`)."""
+    return count is not None and count >= (_COUNTED if device == "cpu" else 1)
+
+
+def memory_ratio(row: Row, rival: str, device: str, ours: str = OURS) -> float | None:
+    """Return a rival's peak memory over ours; None where one of the two counted nothing."""
+    theirs, mine = row.sides[rival].peak_bytes, row.sides[ours].peak_bytes
+    return theirs / mine if is_counted(theirs, device) and is_counted(mine, device) else None
+
+
 def shortcut_gain(row: Row) -> float | None:
     """Return the dense time over that with exact shortcuts; None where there is no choice."""
     return row.ratio(DENSE) if DENSE in row.sides and OURS in row.sides else None
@@ -73,8 +100,11 @@ def rate(amount: float | None, side: Side) -> float | None:
 
 
 def does_it_all(row: Row, name: str) -> bool:
-    """Return whether a side does all operations of the row: not one with exact shortcuts, beside its dense self."""
-    return name != OURS or DENSE not in row.sides
+    """Return whether a side does all operations of the row: not one with exact shortcuts.
+
+    It has them where a dense side stands beside it, and in accelerated models, which no row measures dense.
+    """
+    return name != OURS or (DENSE not in row.sides and row.op != "accelerate")
 
 
 def share_of_limit(row: Row, name: str) -> float | None:
@@ -180,6 +210,14 @@ def bytes_text(count: float | None) -> str:
 def number_text(value: float | None, spec: str = ".1f", unit: str = "") -> str:
     """Return a number, a dash for none."""
     return "–" if value is None else f"{value:{spec}}{unit}"
+
+
+def ratio_text(ratio: float) -> str:
+    """Return a ratio with two or three digits: ``"0.012 ×"``, ``"0.93 ×"``, ``"10.2 ×"``, ``"140 ×"``."""
+    if ratio < 0.1:
+        return f"{ratio:.2g}\u00a0×"
+    digits = max(0, min(2, 2 - math.floor(math.log10(ratio))))
+    return f"{ratio:,.{digits}f}\u00a0×"
 
 
 def machine_text(run: Run) -> str:

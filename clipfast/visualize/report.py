@@ -73,20 +73,26 @@ class Report:
         """Add a paragraph."""
         self._parts.append(f"<p>{escape(text)}</p>")
 
-    def add_tiles(self, tiles: Sequence[tuple[str, str]]) -> None:
-        """Add the figures that matter most, each with its meaning."""
+    def add_tiles(self, tiles: Sequence[tuple[str, ...]]) -> None:
+        """Add the figures that matter most, each with its meaning and, above it, what it is of where that is given."""
         cells = (
-            f'<div class="tile"><b>{escape(value)}</b><small>{escape(label)}</small></div>' for value, label in tiles
+            f'<div class="tile">{"".join(f"<small>{escape(what)}</small>" for what in of)}'
+            f"<b>{escape(value)}</b><small>{escape(label)}</small></div>"
+            for value, label, *of in tiles
         )
         self._parts.append(f'<div class="tiles">{"".join(cells)}</div>')
 
-    def add_table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Add a table; without a header, its columns hold words and not figures."""
+    def add_table(self, header: Sequence[str], rows: Sequence[Sequence[str]], label: str = "") -> None:
+        """Add a table; without a header, its columns hold words and not figures.
+
+        With a label, which says what it holds, keys scroll it where it is wider than the page.
+        """
         head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
         body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         kind = "" if header else ' class="words"'
+        scroll = f' tabindex="0" role="region" aria-label="{escape(label)}"' if label else ""
         self._parts.append(
-            f'<div class="scroll"><table{kind}>{f"<thead><tr>{head}</tr></thead>" if header else ""}'
+            f'<div class="scroll"{scroll}><table{kind}>{f"<thead><tr>{head}</tr></thead>" if header else ""}'
             f"<tbody>{body}</tbody></table></div>"
         )
 
