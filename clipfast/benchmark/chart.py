@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from clipfast.benchmark.front_page import LIBRARIES, Comparison, side_text, times_text
+from clipfast.benchmark.front_page import LIBRARIES, Comparison, side_text
+from clipfast.benchmark.summary import ratio_text
 
 WIDTH = 560
 _LEFT, _RIGHT, _TOP, _STEP = 176, 76, 38, 28
@@ -88,8 +89,8 @@ def chart_words(comparisons: Sequence[Comparison]) -> str:
 
 def _beside(comparison: Comparison) -> str:
     if comparison.best is None:
-        return ", ".join(f"{name} {times_text(ratio)}" for name, ratio in comparison.ratios.items())
-    return f"{side_text(comparison.best)} {times_text(comparison.ratios[comparison.best])}"
+        return ", ".join(f"{name} {ratio_text(ratio)}" for name, ratio in comparison.ratios.items())
+    return f"{side_text(comparison.best)} {ratio_text(comparison.ratios[comparison.best])}"
 
 
 def _bar(comparison: Comparison, middle: float, x: Callable[[float], float], theme: Theme) -> list[str]:
@@ -103,7 +104,7 @@ def _bar(comparison: Comparison, middle: float, x: Callable[[float], float], the
     drawn = [library for library in LIBRARIES if library in comparison.ratios]
     parts += [_mark(library, x(comparison.ratios[library]), middle, theme) for library in drawn]
     beyond = max([x(1.0), x(least), *(x(comparison.ratios[library]) for library in drawn)])
-    return [*parts, _text(beyond + 12, middle + 5, times_text(least), theme.ink, 15, weight=600)]
+    return [*parts, _text(beyond + 12, middle + 5, ratio_text(least), theme.ink, 15, weight=600)]
 
 
 def _mark(library: str, x: float, y: float, theme: Theme) -> str:

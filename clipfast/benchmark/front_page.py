@@ -74,11 +74,6 @@ def comparison_of(run: Run, key: str, *sides: str) -> Comparison:
     raise ValueError(f"the run at {run.commit}: got no row for {key}, expected one of all benchmarks")
 
 
-def times_text(ratio: float) -> str:
-    """Return a ratio with three digits, "1.24 ×"; no fewer than two behind the point below 10."""
-    return f"{ratio:.1f} ×" if ratio >= 9.995 else f"{ratio:.2f} ×"
-
-
 def side_text(side: str) -> str:
     """Return a side's name as a reader of the README knows it."""
     return PLAIN.get(side, side)

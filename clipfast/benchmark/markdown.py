@@ -15,17 +15,23 @@ from clipfast.benchmark.front_page import (
     joined,
     short_dtypes,
     side_text,
-    times_text,
     where_text,
 )
 from clipfast.benchmark.results import DENSE, OURS, Row, Run
-from clipfast.benchmark.summary import OPS, best_rival, bytes_text, machine_text, ops_of, shortcut_gain, time_text
+from clipfast.benchmark.summary import (
+    OPS,
+    best_rival,
+    bytes_text,
+    machine_text,
+    ops_of,
+    own_operator,
+    ratio_text,
+    shortcut_gain,
+    time_text,
+)
 
 TABLE_PAGE, IMAGES = "docs/benchmarks.md", "docs/images"
 """Where a clone has the table of all rows and the charts, beside its README."""
-
-# what `explain` says where clipfast calls the operator that a user of PyTorch would call, and whose sides call it too
-_PYTORCHS_OWN = {"torch (scaled_dot_product_attention)": "SDPA", "reference (": "PyTorch"}
 
 
 def regenerated(run: Run, readme: Path) -> dict[Path, str]:
@@ -75,7 +81,7 @@ def marks(name: str) -> tuple[str, str]:
 def headline(run: Run) -> str:
     """Return the first sentence, with three figures against open_clip, and the chart."""
     prompts, training, memory = (comparison_of(run, key, "open_clip") for key in ("prompts", "training", "loss memory"))
-    times = [times_text(c.ratios["open_clip"]).removesuffix(" ×") for c in (prompts, training)]
+    times = [ratio_text(c.ratios["open_clip"]).removesuffix("\u00a0×") for c in (prompts, training)]
     sentence = (
         f"Your CLIP, with the same weights and the same numbers: zero-shot prompts **{times[0]} times** as fast as "
         f"with open_clip, a training step **{times[1]} times** as fast, and the contrastive loss in **{memory.ours}** "
@@ -98,7 +104,7 @@ def effect(run: Run) -> str:
     for library, row in rows.items():
         before, now = (time_text(row.sides[name].seconds) for name in (library, OURS))
         times = joined([before, now]).replace(", ", " → ")
-        told.append(f"{row.label.split()[0]} {times} (**{times_text(row.ratio(library))}**)")
+        told.append(f"{row.label.split()[0]} {times} (**{ratio_text(row.ratio(library))}**)")
     what = short_dtypes(next(iter(rows.values())).label.partition(", ")[2])
     return f"{what[:1].upper()}{what[1:]}: {', '.join(told)}.\n"
 
@@ -121,8 +127,8 @@ def _short_line(comparison: Comparison) -> str:
     if comparison.best is not None:
         ratio = comparison.ratios[comparison.best]
         worse = "" if ratio >= 1 else ": clipfast needs more" if "memory" in comparison.key else ": clipfast is slower"
-        best = f"{times_text(ratio)} {_escaped(side_text(comparison.best))}".replace(" ", "&nbsp;") + worse
-    columns = [times_text(comparison.ratios[name]) if name in comparison.ratios else "–" for name in LIBRARIES]
+        best = f"{ratio_text(ratio)} {_escaped(side_text(comparison.best))}".replace(" ", "&nbsp;") + worse
+    columns = [ratio_text(comparison.ratios[name]) if name in comparison.ratios else "–" for name in LIBRARIES]
     # a line each, however narrow the page is
     cells = [cell.replace(" ", "&nbsp;") for cell in (comparison.what, comparison.ours, *columns)]
     return f"| {' | '.join([*cells, best])} |"
@@ -153,12 +159,11 @@ def markdown_table(run: Run) -> str:
     return "\n".join(lines) + "\n"
 
 
-def is_pytorchs_own(row: Row) -> bool:
-    """Tell whether clipfast's call was PyTorch's own operator, and the fastest rival calls that too."""
-    served, best = str(row.facts.get("served_by", "")), best_rival(row)
-    return best is not None and any(
-        served.startswith(own) and best.rival.startswith(theirs) for own, theirs in _PYTORCHS_OWN.items()
-    )
+def is_same_operator(row: Row) -> bool:
+    """Tell whether the fastest rival calls the very operator of PyTorch that serves clipfast's call."""
+    own, best = own_operator(row), best_rival(row)
+    # attention that is written out is another one than SDPA
+    return own is not None and best is not None and best.rival.startswith("SDPA" if "attention" in own else "PyTorch")
 
 
 def _line(row: Row) -> str:
@@ -168,7 +173,7 @@ def _line(row: Row) -> str:
         _escaped(row.name),
         time_text(ours.seconds),
         bytes_text(ours.peak_bytes),
-        _escaped(best.rival) + (", the same operator" if is_pytorchs_own(row) else "") if best else "none was there",
+        _escaped(best.rival) + (", the same operator" if is_same_operator(row) else "") if best else "none was there",
         f"{best.ratio:.2f} ×" if best else "–",
         f"{dense.ratio:.2f} ×" if dense else "",
     ]
