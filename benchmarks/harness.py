@@ -152,12 +152,12 @@ def lines_of(row: Row) -> list[str]:
 def op_facts(op: str, *args: Any, backward: bool, **kwargs: Any) -> dict[str, Any]:
     """Return what a row of one op tells of clipfast's call: its shape class, and which implementation served it."""
     tensors = [a.detach().requires_grad_(backward) if isinstance(a, Tensor) else a for a in args]
-    served_by = clipfast.explain(op, *tensors, **kwargs).splitlines()[0].removeprefix(f"{op}: ")
-    return {
-        "shape_class": dispatch.shape_class(op, *args, **kwargs),
-        "backward": backward,
-        "served_by": served_by,
-    }
+    with torch.set_grad_enabled(backward):
+        return {
+            "shape_class": dispatch.shape_class(op, *tensors, **kwargs),
+            "backward": backward,
+            "served_by": clipfast.explain(op, *tensors, **kwargs).splitlines()[0].removeprefix(f"{op}: "),
+        }
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -183,6 +183,17 @@ def with_backward(function: Callable[..., object], grads: tuple[Tensor, ...]) ->
         return [t.detach() for t in outputs] + list(torch.autograd.grad(outputs, leaves, grads))
 
     return both
+
+
+def in_direction(sides: dict[str, Call | str], grads: tuple[Tensor, ...] | None) -> dict[str, Call | str]:
+    """Return the sides with their backward passes for some gradients; for None as in inference, without any."""
+
+    def one(side: Call | str) -> Call | str:
+        if isinstance(side, str):
+            return side
+        return torch.no_grad()(side) if grads is None else with_backward(side, grads)
+
+    return {name: one(side) for name, side in sides.items()}
 
 
 def exactly(

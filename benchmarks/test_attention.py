@@ -14,11 +14,11 @@ from harness import (
     by_scale,
     dtype_name,
     exactly,
+    in_direction,
     measure,
     on_backend,
     op_facts,
     rotating,
-    with_backward,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -69,8 +69,7 @@ def test_attention(tokens, causal, backward, benchmark):
     grads = (torch.randn(BATCH, tokens, width, device=DEVICE, dtype=DTYPE),)
     inputs = rotating(lambda: (torch.randn(BATCH, tokens, 3 * width, device=DEVICE, dtype=DTYPE),))
     exact = exactly(ours, inputs[0], grads if backward else None)
-    if backward:
-        sides = {n: f if isinstance(f, str) else with_backward(f, grads) for n, f in sides.items()}
+    sides = in_direction(sides, grads if backward else None)
     pairs = tokens * (tokens + 1) / 2 if causal else tokens**2
     direction = "forward and backward" if backward else "forward"
     shape = f"[{BATCH}, {tokens}, {HEADS}, {HEAD_DIM}]{', causal' * causal}"

@@ -15,11 +15,11 @@ from harness import (
     by_scale,
     dtype_name,
     exactly,
+    in_direction,
     measure,
     on_backend,
     op_facts,
     rotating,
-    with_backward,
 )
 
 from clipfast import ops
@@ -58,8 +58,7 @@ def test_bias_gelu(size, backward, form, benchmark):
     inputs = rotating(make)
     grads = (torch.randn(rows, width, device=DEVICE, dtype=DTYPE),)
     exact = exactly(reference, inputs[0], grads if backward else None)
-    if backward:
-        sides = {name: with_backward(function, grads) for name, function in sides.items()}
+    sides = in_direction(sides, grads if backward else None)
     direction = "forward and backward" if backward else "forward"
     row = Row(
         op="bias_gelu",

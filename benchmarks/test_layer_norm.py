@@ -15,10 +15,10 @@ from harness import (
     by_scale,
     dtype_name,
     exactly,
+    in_direction,
     measure,
     op_facts,
     rotating,
-    with_backward,
 )
 
 import clipfast
@@ -74,8 +74,7 @@ def test_layer_norm(size, backward, add, benchmark):
     inputs = rotating(make)
     grads = torch.randn(1 + add, rows, width, device=DEVICE, dtype=DTYPE).unbind(0)
     exact = exactly(reference, inputs[0], grads if backward else None)
-    if backward:
-        sides = {n: f if isinstance(f, str) else with_backward(f, grads) for n, f in sides.items()}
+    sides = in_direction(sides, grads if backward else None)
     direction = "forward and backward" if backward else "forward"
     row = Row(
         op="layer_norm",
