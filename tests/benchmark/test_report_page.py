@@ -241,6 +241,9 @@ def test_rows_of_the_same_operator_are_folded_at_the_end(html):
     assert "clipfast calls PyTorch’s own operator in every row." in attention
     assert "1 row, rivals take 1.01 to 1.25\u00a0×" in attention
     assert "The same operator" not in section(html, "Whole towers")
+    # all figures of all rows are there, folded or not
+    for made in rows():
+        assert f"<td>{made.name}</td>".replace("'", "&#x27;") in html
 
 
 PYTORCHS_OWN = {
