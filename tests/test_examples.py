@@ -55,12 +55,12 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 @pytest.mark.slow
 def test_fine_tuning_an_open_clip_model(tmp_path: Path) -> None:
-    printed = run("finetune_open_clip.py", tmp_path, "--steps", 40)
+    printed = run("finetune_open_clip.py", tmp_path)
     assert "accelerated: the model, visual" in printed
     losses = numbers("loss #,", printed)
-    assert len(losses) == 4
+    assert len(losses) == 6
     # of a hundred pairs, ten a class: ln 100 for a model that knows nothing, ln 10 for one that knows all
-    assert losses[-1] < 3.2 < 3.7 < losses[0]
+    assert losses[-1] < 3.0 < 4.0 < losses[0]
     (before,), (after,) = numbers("before: #%", printed), numbers("after: #%", printed)
     assert before < 30
     assert after > 60
