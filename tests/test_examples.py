@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -82,8 +83,10 @@ def test_a_pipeline_of_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_of_ddp(tmp_path: Path) -> None:
+    (tmp_path / "sizes.json").write_text(json.dumps(small.CONFIG))
+    options = ["--dtype", "float64", "--steps", 2, "--model", "sizes.json"]
     # of an odd batch, one rank has a pair more
-    printed = run("ddp.py", tmp_path, "--dtype", "float64", "--steps", 2, "--batch-size", 9)
+    printed = run("ddp.py", tmp_path, *options, "--batch-size", 9)
     assert printed.count(" on 2 ranks, ") == 2
     in_loss, in_gradients = numbers("largest relative difference: loss #, gradients #", printed)
     assert in_loss <= 1e-12
