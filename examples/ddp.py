@@ -22,16 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 import clipfast
 
 
-def joined_batch(step: int, pairs: int) -> tuple[Tensor, Tensor]:
+def joined_batch(model: clipfast.CLIP, step: int, pairs: int) -> tuple[Tensor, Tensor]:
     """Return a step's pictures and tokens, those of all ranks: noise here, and your data in a loop of your own."""
     generator = torch.Generator().manual_seed(step)
-    captions = [f"picture {n} of step {step}" for n in range(pairs)]
-    return torch.randn(pairs, 3, 64, 64, generator=generator), clipfast.tokenize(captions, context_length=24)
+    shape = pairs, 3, *model.visual.image_size
+    images = torch.randn(shape, generator=generator, dtype=model.logit_scale.dtype)
+    return images, clipfast.tokenize([f"picture {n} of step {step}" for n in range(pairs)], model.context_length)
 
 
 def main() -> None:
     """Train for some steps, and compare each with one process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=Path(__file__).with_name("small.json"), help="a name, or a file of sizes")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=32, help="pairs of all ranks together")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
@@ -45,8 +47,7 @@ def main() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(0)
-    sizes = Path(__file__).with_name("small.json")
-    model = clipfast.create_model(sizes, device=device, dtype=getattr(torch, args.dtype))
+    model = clipfast.create_model(args.model, device=device, dtype=getattr(torch, args.dtype))
     alone = copy.deepcopy(model)
     model = DistributedDataParallel(model)
     loss_function = clipfast.ContrastiveLoss()
@@ -54,8 +55,7 @@ def main() -> None:
 
     differences = torch.zeros(2, dtype=torch.float64, device=device)
     for step in range(args.steps):
-        images, tokens = joined_batch(step, args.batch_size)
-        images, tokens = images.to(device, getattr(torch, args.dtype)), tokens.to(device)
+        images, tokens = (x.to(device) for x in joined_batch(alone, step, args.batch_size))
         alone.load_state_dict(model.module.state_dict())
 
         # a rank has every ranks-th pair, as a DistributedSampler deals them

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -42,6 +43,8 @@ def run(script: str, folder: Path, *options: object) -> str:
     environment = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     command += map(str, options)
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    if done.returncode and "\nModuleNotFoundError" in done.stderr:
+        raise ModuleNotFoundError(done.stderr.strip().splitlines()[-1])  # conftest.py skips it where that was asked for
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
@@ -55,12 +58,12 @@ def numbers(pattern: str, text: str) -> list[float]:
 
 @pytest.mark.slow
 def test_fine_tuning_an_open_clip_model(tmp_path: Path) -> None:
-    printed = run("finetune_open_clip.py", tmp_path, "--steps", 40)
+    printed = run("finetune_open_clip.py", tmp_path)
     assert "accelerated: the model, visual" in printed
     losses = numbers("loss #,", printed)
-    assert len(losses) == 4
+    assert len(losses) == 6
     # of a hundred pairs, ten a class: ln 100 for a model that knows nothing, ln 10 for one that knows all
-    assert losses[-1] < 3.2 < 3.7 < losses[0]
+    assert losses[-1] < 3.0 < 4.0 < losses[0]
     (before,), (after,) = numbers("before: #%", printed), numbers("after: #%", printed)
     assert before < 30
     assert after > 60
@@ -80,8 +83,10 @@ def test_a_pipeline_of_transformers(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_ranks_of_ddp(tmp_path: Path) -> None:
+    (tmp_path / "sizes.json").write_text(json.dumps(small.CONFIG))
+    options = ["--dtype", "float64", "--steps", 2, "--model", "sizes.json"]
     # of an odd batch, one rank has a pair more
-    printed = run("ddp.py", tmp_path, "--dtype", "float64", "--steps", 2, "--batch-size", 9)
+    printed = run("ddp.py", tmp_path, *options, "--batch-size", 9)
     assert printed.count(" on 2 ranks, ") == 2
     in_loss, in_gradients = numbers("largest relative difference: loss #, gradients #", printed)
     assert in_loss <= 1e-12
