@@ -60,6 +60,9 @@ class Limits:
         max_pixels: Of a picture, width × height.
         max_texts: Of a request.
         body_seconds: Until a body has to be there.
+
+    Raises:
+        ValueError: One is below 1.
     """
 
     max_batch: int = 32
@@ -68,6 +71,11 @@ class Limits:
     max_pixels: int = 25_000_000
     max_texts: int = 128
     body_seconds: int = 30
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 class Texts(BaseModel):

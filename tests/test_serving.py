@@ -460,11 +460,11 @@ def begin(port: int) -> socket.socket:
 
 
 def test_half_a_body_holds_no_place(caplog: pytest.LogCaptureFixture) -> None:
-    with Server(body_seconds=0) as server, begin(server.port) as connection:
+    with Server(body_seconds=1) as server, begin(server.port) as connection:
         answer = http.client.HTTPResponse(connection)
         answer.begin()
         assert answer.status == 408
-        assert "in 0 s, expected all of it" in json.loads(answer.read())["detail"]
+        assert "in 1 s, expected all of it" in json.loads(answer.read())["detail"]
     with Server() as server:
         connection = begin(server.port)
         until(lambda: server.ask("/stats")[1]["requests"]["inside"] == 1)
@@ -556,8 +556,17 @@ def test_what_is_missing_is_told() -> None:
     assert done.stderr == "error: this needs fastapi, which is not installed: pip install 'clipfast[serve]'\n"
 
 
-def test_a_wrong_model_is_told(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ViT-B-23"], "error: model name: got 'ViT-B-23'"),
+        (["ViT-B-32"], "error: weights: got none for ViT-B-32"),
+        (["ViT-B-32", "--max-batch", "0"], "error: max_batch: got 0, expected at least 1"),
+        (["ViT-B-32", "--precision", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        serve.main(["ViT-B-23"])
+        serve.main(arguments)
     assert ended.value.code == 2
-    assert "error: model name: got 'ViT-B-23'" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
