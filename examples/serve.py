@@ -19,7 +19,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 try:
     import anyio
@@ -51,23 +51,19 @@ LONGEST_TEXT = 20_000  # characters; a context of 77 tokens ends long before
 
 @dataclass(frozen=True)
 class Limits:
-    """What a server takes on.
+    """What a server takes on; a ValueError where one is below 1."""
 
-    Attributes:
-        max_batch: Pictures or texts computed at once.
-        max_waiting: Pictures and texts that wait; beyond that, requests are refused with 503.
-        max_bytes: Of a request's body.
-        max_pixels: Of a picture, width × height.
-        max_texts: Of a request.
-        body_seconds: Until a body has to be there.
-    """
+    max_batch: Annotated[int, "pictures or texts computed at once"] = 32
+    max_waiting: Annotated[int, "pictures and texts that wait; beyond that, requests are refused with 503"] = 256
+    max_bytes: Annotated[int, "of a request's body"] = 10_000_000
+    max_pixels: Annotated[int, "of a picture, width times height"] = 25_000_000
+    max_texts: Annotated[int, "of a request"] = 128
+    body_seconds: Annotated[int, "until a body has to be there"] = 30
 
-    max_batch: int = 32
-    max_waiting: int = 256
-    max_bytes: int = 10_000_000
-    max_pixels: int = 25_000_000
-    max_texts: int = 128
-    body_seconds: int = 30
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
 
 
 class Texts(BaseModel):
@@ -249,17 +245,22 @@ def main(arguments: list[str] | None = None) -> None:
     """Serve a model until Ctrl-C or SIGTERM, then finish what came before that."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("model", help="the folder of a run or of another library's model; a name, with --weights")
-    for name in ("weights", "tokenizer"):
-        parser.add_argument(f"--{name}", help="a file or folder")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto")
-    parser.add_argument("--host", default="127.0.0.1", help="whose addresses are served (%(default)s: this machine)")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--weights", metavar="FILE", help="of any layout that is known; or a folder")
+    parser.add_argument("--tokenizer", metavar="FILE", help="for another vocabulary than CLIP's; or a folder")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the weights (%(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: CUDA where there is one")
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (%(default)s: for this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, metavar="N", help="(%(default)s; 0 takes a free one)")
     parser.add_argument(
-        "--deterministic", action=argparse.BooleanOptionalAction, help="the same bits in any batch (on a CPU: yes)"
+        "--deterministic",
+        action=argparse.BooleanOptionalAction,
+        help="features with the same bits in any batch; by default on a CPU",
     )
-    for name, value in vars(Limits()).items():
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="(%(default)s)")
+    for name, hint in get_type_hints(Limits, include_extras=True).items():
+        words = f"{hint.__metadata__[0]} (%(default)s)"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=getattr(Limits, name), metavar="N", help=words
+        )
     given = vars(parser.parse_args(arguments))
     try:
         limits = Limits(**{name: given[name] for name in vars(Limits())})

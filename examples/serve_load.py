@@ -124,10 +124,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Print a table in Markdown."""
     parser = argparse.ArgumentParser(description="Measure latency under load.")
     parser.add_argument("urls", nargs="+", help="servers, such as http://127.0.0.1:8000")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 32])
-    parser.add_argument("--requests", type=int, default=128, help="of a row and round (%(default)s)")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--clients", type=int, nargs="+", default=[1, 4, 16, 32], metavar="N", help="at a time (1 4 16 32)"
+    )
+    parser.add_argument("--requests", type=int, default=128, metavar="N", help="of a row and round (%(default)s)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is asked (both)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="whose medians are printed (%(default)s)")
     given = parser.parse_args(arguments)
     print("| " + " | ".join(COLUMNS) + " |\n|---|" + "--:|" * (len(COLUMNS) - 1), flush=True)
     for kind in given.kinds:

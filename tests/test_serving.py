@@ -217,15 +217,15 @@ def jpeg(seed: int, size: tuple[int, int] = (40, 36)) -> bytes:
 class Server:
     """A server of the small model on a free port. While ``hold`` is on, its model waits at its next call."""
 
-    def __init__(self, **limits: int) -> None:
-        self.model = small.model()
+    def __init__(self, model: clipfast.CLIP | None = None, **limits: int) -> None:
+        self.model = small.model() if model is None else model
         self.batches: list[int] = []  # how many pictures came at once
         self.failing = False
         self._gate, self._entered = threading.Event(), threading.Event()
         self._gate.set()
         inner = self.model.encode_image
 
-        def encode_image(images: torch.Tensor) -> torch.Tensor:
+        def encode_image(images: torch.Tensor | clipfast.NaFlexBatch) -> torch.Tensor:
             self.batches.append(len(images))
             self._entered.set()
             assert self._gate.wait(PATIENCE)
@@ -332,6 +332,27 @@ def test_answers_do_not_depend_on_their_batch(server: Server, pool: ThreadPoolEx
     for kind, batches, items in (("image", 2, 8), ("text", 1, 6)):
         assert after[kind]["batches"] - before[kind]["batches"] == batches
         assert after[kind]["items"] - before[kind]["items"] == items
+
+
+def test_pictures_of_any_aspect_and_a_sigmoid(pool: ThreadPoolExecutor) -> None:
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "pool_type": "map"}
+    vision |= {"naflex": True, "class_token": False, "no_ln_pre": True, "proj_type": "none"}
+    siglip = small.model(vision_cfg=vision, embed_dim=32, init_logit_bias=-1.0)
+    picture, query = jpeg(1, (90, 30)), "?text=a+red+wall&text=a+dog"
+    patches = clipfast.NaFlexBatch.of([siglip.transform()(load_image(picture))])
+    tokens = clipfast.tokenize(["a red wall", "a dog"], context_length=16)
+    expected = torch.sigmoid(siglip.get_logits(patches, tokens)[0][0])
+    with clipfast.deterministic(), Server(siglip) as server:
+        _, alone, _ = server.ask("/score" + query, picture)
+        torch.testing.assert_close(torch.tensor(alone["probabilities"]), expected)
+        server.hold(pool)
+        together = [pool.submit(server.ask, "/score" + query, body) for body in (picture, jpeg(2, (30, 70)))]
+        until(lambda: server.waiting() == 6)
+        server.batches.clear()
+        server.release()
+        assert together[0].result(PATIENCE)[1] == alone
+        assert together[1].result(PATIENCE)[0] == 200
+        assert server.batches == [2]
 
 
 def test_a_broken_picture_is_its_senders_alone(server: Server, pool: ThreadPoolExecutor) -> None:
@@ -460,11 +481,11 @@ def begin(port: int) -> socket.socket:
 
 
 def test_half_a_body_holds_no_place(caplog: pytest.LogCaptureFixture) -> None:
-    with Server(body_seconds=0) as server, begin(server.port) as connection:
+    with Server(body_seconds=1) as server, begin(server.port) as connection:
         answer = http.client.HTTPResponse(connection)
         answer.begin()
         assert answer.status == 408
-        assert "in 0 s, expected all of it" in json.loads(answer.read())["detail"]
+        assert "in 1 s, expected all of it" in json.loads(answer.read())["detail"]
     with Server() as server:
         connection = begin(server.port)
         until(lambda: server.ask("/stats")[1]["requests"]["inside"] == 1)
@@ -556,8 +577,17 @@ def test_what_is_missing_is_told() -> None:
     assert done.stderr == "error: this needs fastapi, which is not installed: pip install 'clipfast[serve]'\n"
 
 
-def test_a_wrong_model_is_told(capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ViT-B-23"], "error: model name: got 'ViT-B-23'"),
+        (["ViT-B-32"], "error: weights: got none for ViT-B-32"),
+        (["ViT-B-32", "--max-batch", "0"], "error: max_batch: got 0, expected at least 1"),
+        (["ViT-B-32", "--precision", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_wrong_arguments_are_told(arguments: list[str], words: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as ended:
-        serve.main(["ViT-B-23"])
+        serve.main(arguments)
     assert ended.value.code == 2
-    assert "error: model name: got 'ViT-B-23'" in capsys.readouterr().err
+    assert words in capsys.readouterr().err
