@@ -56,24 +56,22 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files whose tests take a quarter of a minute or more, the longest first (CONTRIBUTING.md says how long). They begin
 # a run: one that came last would leave the other workers idle. xdist's own order is by the number of tests.
 LONGEST = (
-    "test_wheel.py",
     "kernels/test_attention_kernels.py",
+    "test_wheel.py",
     "models/test_parity_open_clip.py",
+    "test_readme.py",
+    "train/test_run.py",
+    "train/test_stopping.py",
+    "test_doctor.py",
+    "models/test_parity_transformers.py",
+    "kernels/test_trust.py",
+    "kernels/test_layer_norm_kernels.py",
+    "ops/test_tensor_core_step.py",
+    "models/test_export.py",
+    "test_host_path.py",
+    "ops/test_contrastive_loss_kernels.py",
     "test_install.py",
     "train/test_demo.py",
-    "train/test_run.py",
-    "test_readme.py",
-    "ops/test_contrastive_loss_kernels.py",
-    "ops/test_tensor_core_step.py",
-    "kernels/test_layer_norm_kernels.py",
-    "test_doctor.py",
-    "models/test_export.py",
-    "train/test_stopping.py",
-    "models/test_parity_transformers.py",
-    "benchmark/test_reckoning.py",
-    "test_host_path.py",
-    "data/test_batches.py",
-    "kernels/test_trust.py",
 )
 
 

@@ -138,3 +138,15 @@ def test_what_is_written_twice_is_found() -> None:
     assert twice({"a.py": f"{one}\n{other}"}) == ["a.py:5 ~ a.py:23"]
     assert twice({"a.py": one, "b.py": other.replace("why", "twice: another's signature")}) == []
     assert twice({"a.py": one, "b.py": other.replace("x3 = 3", "x3 = 4")}) == []
+
+
+def test_the_longest_tests_are_told_and_begin() -> None:
+    (longest,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "tests" / "conftest.py").read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LONGEST"
+    )
+    assert [name for name in longest if not (ROOT / "tests" / name).is_file()] == []
+    table = re.findall(r"^\| `tests/(\S+)` \|", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    assert len(table) >= 10
+    assert set(table) <= set(longest)

@@ -66,14 +66,15 @@ def check(add: bool, inputs: list[Tensor], grads: list[Tensor]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_add_layer_norm(width: int, dtype: torch.dtype) -> None:
-    for rows in (1, 3, many_rows(width)):
+    # in the interpreter nearly all of it is the sums over rows, which take as long for few rows as for many
+    for rows in (1, 3, many_rows(width)) if width == 320 else (1, many_rows(width)):
         check(True, drawn(rows, width, dtype=dtype), drawn(rows, width, dtype=dtype, seed=1)[:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 256, 1000, 4096])
 def test_layer_norm(width: int, dtype: torch.dtype) -> None:
-    for shape in ((1, width), (2, 3, width), (17, width)):
+    for shape in ((1, width), (2, 3, width), (17, width))[-1 if width == 4096 else 0 :]:
         check(False, drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype, seed=1)[:1])
 
 
