@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from clipfast.data.tokenizer import Tokenizer
@@ -19,17 +21,31 @@ _ROUNDED_TO = 1024
 
 
 def get_tokenizer(name: str | os.PathLike[str], context_length: int | None = None) -> AnyTokenizer:
-    """Return the tokenizer of a model's name, or of a file or folder as :meth:`clipfast.Tokenizer.from_file` reads it.
+    """Return the tokenizer of a model's name or configuration, or what :meth:`clipfast.Tokenizer.from_file` reads.
 
     Raises:
         ValueError: An unknown name, or a model whose tokenizer comes from a file.
     """
     # the name of a model is no path, even where something of that name lies here
     path = None if os.fspath(name) in list_models() else Path(name)
+    if path is not None and _is_a_models(path):
+        text = config_of(path).text_cfg
+        text = text if context_length is None else replace(text, context_length=context_length)
+        return tokenizer_for(text, tokenizer_beside(path, text))
     if path is not None and path.exists() and not _reads_as_clip(path):
         return Tokenizer.from_file(path, context_length=context_length)
     text = config_of(name).text_cfg
     return tokenizer_for(text) if context_length is None else type(tokenizer_for(text))(context_length)
+
+
+def _is_a_models(path: Path) -> bool:
+    """Tell whether a path is the configuration file of a model, and no tokenizer's."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    try:
+        return "text_cfg" in json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:  # said by whoever reads tokenizers
+        return False
 
 
 def _reads_as_clip(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from vocabularies import SIGLIP_CONFIG, folder
 
 import clipfast
 from clipfast.data.choose_tokenizer import get_tokenizer, keep_tokenizer, tokenizer_beside, tokenizer_for
-from clipfast.models.config import TextConfig
+from clipfast.models.config import TextConfig, get_config
 
 FILES = {"spiece.model": vocabularies.spm, "tokenizer_config.json": lambda: SIGLIP_CONFIG}
 
@@ -106,3 +107,21 @@ def test_a_run_of_clip_keeps_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ViT-B-32").mkdir()  # a name is no path
     assert get_tokenizer("ViT-B-32").context_length == 77
+
+
+def test_a_models_configuration_is_no_tokenizer(siglip, tmp_path):
+    run = small.run(tmp_path / "run")
+    made = get_tokenizer(run / "model.json")
+    assert made(["a dog"]).tolist() == clipfast.Tokenizer(16)(["a dog"]).tolist()
+    assert get_tokenizer(run / "model.json", 20).context_length == 20
+    other = tmp_path / "other"
+    other.mkdir()
+    text = text_cfg(siglip)
+    keep_tokenizer(tokenizer_for(text, siglip), other)
+    config = get_config("ViT-B-16-SigLIP").to_dict()
+    config["text_cfg"] |= {"vocab_size": text.vocab_size, "context_length": 64}
+    (other / "model.json").write_text(json.dumps(config))
+    assert get_tokenizer(other / "model.json")("a dog").tolist() == get_tokenizer(other, 64)("a dog").tolist()
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="broken.json"):
+        get_tokenizer(tmp_path / "broken.json")
