@@ -9,14 +9,14 @@ from PIL import Image
 # the usual ones first, so that they are looked for first, and named first
 _USUAL = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif", ".jp2", ".ppm")
 # Pillow tells these by their headers and has no decoder of its own for them; PostScript would start Ghostscript
-_NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
+NOT_DECODED = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 
 
 def _endings() -> tuple[str, ...]:
     Image.init()
     # an MPO is opened as the JPEG that it begins with
     readable = {ending for ending, kind in Image.EXTENSION.items() if kind in Image.OPEN or kind == "MPO"}
-    readable -= {ending for ending, kind in Image.EXTENSION.items() if kind in _NOT_DECODED}
+    readable -= {ending for ending, kind in Image.EXTENSION.items() if kind in NOT_DECODED}
     return (*(ending for ending in _USUAL if ending in readable), *sorted(readable - set(_USUAL)))
 
 

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from clipfast.data.depth import to_8_bits
+from clipfast.data.pictures import NOT_DECODED
 from clipfast.hints import keywords_told
 from clipfast.models.preprocess import OPENAI_MEAN, OPENAI_STD, PreprocessConfig
 
@@ -83,6 +84,8 @@ def identify(data: bytes) -> Image.Image | None:
     for find_formats in (Image.preinit, Image.init):  # the common formats, then all
         find_formats()
         for name in list(Image.ID):
+            if name in NOT_DECODED:  # whatever the ending says, bytes of a stranger never start another program
+                continue
             factory, accepts = Image.OPEN[name]
             try:
                 verdict = accepts is None or accepts(data[:16])

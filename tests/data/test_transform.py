@@ -383,6 +383,16 @@ def test_not_a_picture(data):
         load_image(data)
 
 
+def test_postscript_starts_no_program(monkeypatch):
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: started.append(args))
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(file, "EPS")
+    with pytest.raises(ImageError, match="not a picture"):
+        load_image(file.getvalue())
+    assert not started
+
+
 def bomb(width: int, height: int) -> bytes:
     """A PNG whose header promises more than its data holds."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
