@@ -108,14 +108,15 @@ def test_every_setting_of_training_is_in_one_group_of_its_help() -> None:
             "train",
             [("--data ", "[required]"), ("--steps ", "[required, or epochs]"), ("--epochs", "required, or steps")],
         ),
-        ("shards", [("SOURCE", "[required]"), ("OUTPUT", "[required]")]),
-        ("eval", [("MODEL", "[required]"), ("--data ", "[required]")]),
-        ("show", [("MODEL", "[required]"), ("--output ", "[required]")]),
-        ("convert", [("TARGET", "[required]"), ("--layout ", "[required]")]),
+        ("shards", [("source ", "[required]"), ("output ", "[required]")]),
+        ("eval", [("model ", "[required]"), ("--data ", "[required]")]),
+        ("show", [("model ", "[required]"), ("--output ", "[required]")]),
+        ("convert", [("target ", "[required]"), ("--layout ", "[required]")]),
     ],
 )
 def test_what_is_required_is_marked(command: str, wanted: list[tuple[str, str]]) -> None:
-    lines = run(command, "-h").output.splitlines()
+    # how arguments are written depends on typer's version
+    lines = [line.replace(line[:12], line[:12].lower()) for line in run(command, "-h").output.splitlines()]
     for name, mark in wanted:
         assert [line for line in lines if name in line and mark in line], (name, mark)
     assert "[red]" not in "".join(lines)
@@ -151,7 +152,10 @@ def test_slips_are_told_what_was_meant(arguments: tuple[str, ...], meant: str) -
 def test_a_slip_in_a_toml_file_too(here: Path) -> None:
     (here / "run.toml").write_text('data = "pictures"\nbatch-sise = 3\n')
     done = run("train", "--config", "run.toml")
-    assert (done.exit_code, done.stderr) == (2, "error: run.toml: got 'batch-sise'; did you mean batch_size?\n")
+    assert (done.exit_code, done.stderr) == (
+        2,
+        "error: run.toml: got 'batch-sise'; did you mean batch_size or micro_batch_size?\n",
+    )
 
 
 # --- exit statuses ----------------------------------------------------------------------------------------
