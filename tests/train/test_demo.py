@@ -76,6 +76,31 @@ def test_metrics_stand_beside_chance(run):
         assert 1 / metrics[f"zero_shot_{name}_classes"] <= metrics[f"zero_shot_{name}_chance"] < 0.5
 
 
+def test_eval_measures_what_the_demo_measured(run):
+    """By name, and from the folder that it left: the pairs that no demo saw, whatever its seed."""
+    from clipfast.evaluate.run import evaluate
+
+    output, metrics = run[0].output, run[0].metrics
+    for data in ("emoji", output / "held_out"):
+        found = evaluate(output, data).metrics
+        assert found == {name: metrics[name] for name in found}
+        assert any("recall" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("ViT-B-16-SigLIP", "model: got a vocabulary of 32000, expected CLIP's 49408"),
+        ("{}/nowhere", "model: got .*nowhere, expected a name .*, a JSON file, or a model's folder: none is there"),
+        ("{}", "model: got the folder .*, expected model.json in it"),
+    ],
+)
+def test_models_that_the_demo_cannot_take(model, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        run_demo(model=model.format(tmp_path), steps=1, device="cpu", output=tmp_path / "out", console=quiet())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_trained_model_can_be_loaded(run):
     output = run[0].output
     model = clipfast.create_model(output / "model.json", weights=output / "model.safetensors")
@@ -117,6 +142,20 @@ def test_ctrl_c_keeps_what_was_trained(tiny, tmp_path):
     assert (tmp_path / "model.safetensors").exists()
     assert f"{taken} (stopped by hand; 100000 were planned)" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"stopped after step {taken} of 100000" in console.file.getvalue()
+
+
+def test_a_models_folder_gives_its_sizes(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "write_demo_report", lambda *arguments: None)
+    again = run_demo(model=run[0].output, steps=1, batch_size=16, device="cpu", output=tmp_path, console=quiet())
+    assert (again.output / "model.json").read_text() == (run[0].output / "model.json").read_text()
+
+
+def test_what_is_held_out_is_no_matter_of_the_seed(tiny, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "write_demo_report", lambda path, clip, shown, *more: seen.append(shown.captions))
+    for seed in (0, 5):
+        run_demo(model=tiny, steps=1, batch_size=16, device="cpu", seed=seed, output=tmp_path, console=quiet())
+    assert seen[0] == seen[1]
 
 
 def test_seed_decides_everything(tiny, tmp_path, monkeypatch):
