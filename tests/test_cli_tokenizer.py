@@ -55,6 +55,7 @@ def test_a_run_remembers_its_tokenizer(here):
     assert json.loads(done.stdout)["counts"] == {"pictures": 6, "texts": 6}
     recall = json.loads(done.stdout)["metrics"]
     logged = json.loads((here / "run" / "log.jsonl").read_text().splitlines()[-1])
+    assert all(name.isidentifier() for name in logged)
     assert logged["val_image_to_text_r5"] == pytest.approx(recall["image_to_text_r5"])
 
 

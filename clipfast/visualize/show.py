@@ -107,7 +107,9 @@ def show(
     facts = facts_of(model, source)
     about = _drawable(facts.line)
     output.mkdir(parents=True, exist_ok=True)
-    report = Report("What the model sees", f"{len(images)} pictures" + (f" and {len(texts)} texts." if texts else "."))
+    pictures = "1 picture" if len(images) == 1 else f"{len(images)} pictures"
+    words = "1 text" if len(texts) == 1 else f"{len(texts)} texts"
+    report = Report("What the model sees", f"{pictures} and {words}." if texts else f"{pictures}.")
     report.add_table((), [(name, _drawable(words)) for name, words in facts.rows()])
     files = []
 

@@ -49,6 +49,10 @@ def bits(folder: Path, output: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.parent.iterdir() if path.name.startswith(stem + ".")}
 
 
+def caption(row: int) -> str:
+    return f"a {small.WORDS[row % 8]} thing, number {row}"
+
+
 ROWS = [row for row in range(23) if row not in (3, 4)]
 
 
@@ -58,7 +62,7 @@ def test_npy(folder):
     assert (result.rows, result.computed, values.dtype) == (21, 23, np.float32)
     torch.testing.assert_close(torch.from_numpy(values), expected_features(ROWS))
     about, *names = map(json.loads, (folder.parent / "f.npy.names.jsonl").read_text().splitlines())
-    assert names == [[row, f"{row:02d}.png"] for row in ROWS]
+    assert names == [[row, f"{row:02d}.png", caption(row)] for row in ROWS]
     assert about["count"] == 21
     assert about["width"] == 16
     assert about["kind"] == "image"
@@ -105,9 +109,10 @@ def test_names_that_are_not_utf8_and_lone_surrogates(folder, output):
 def test_parquet(folder, dtype):
     run(folder, "f.parquet", dtype=dtype)
     table = parquet.read_table(folder.parent / "f.parquet")
-    assert table.schema.names == ["row", "path", "features"]
+    assert table.schema.names == ["row", "path", "caption", "features"]
     assert table["row"].to_pylist() == ROWS
     assert table["path"].to_pylist() == [f"{row:02d}.png" for row in ROWS]
+    assert table["caption"].to_pylist() == [caption(row) for row in ROWS]
     values = np.stack(table["features"].to_numpy())
     assert values.dtype == dtype
     close = {"rtol": 0, "atol": 1e-3 if dtype == "float16" else 1e-6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -171,6 +172,54 @@ def test_never_a_partial_load_of_a_tower(tower: Callable, state: Callable, messa
     with pytest.raises(ValueError, match=rf"(?s)do not fit this {type(model).__name__}.*{message}"):
         load_weights(model, state())
     tiny.assert_same_state(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("kind", ["missing", "unexpected", "misshapen"])
+def test_ten_keys_are_named_and_the_others_counted(kind: str) -> None:
+    state = weights_with()
+    if kind == "missing":
+        state = {k: v for k, v in state.items() if "resblocks" not in k}
+    elif kind == "unexpected":
+        state |= {f"prelogits.{i}.weight": torch.ones(1) for i in range(40)}
+    else:
+        state = {k: v[None] if "resblocks" in k else v for k, v in state.items()}
+    with pytest.raises(ValueError, match="do not fit this CLIP") as told:
+        load_weights(tiny.clip(), state)
+    (line,) = [line for line in str(told.value).splitlines() if kind in line]
+    count, more = (int(number) for number in re.fullmatch(rf"  (\d+) {kind}: .*, … and (\d+) more", line).groups())
+    assert len(re.findall(r"resblocks\.\d|prelogits\.\d", line)) == 10 == count - more
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (
+            lambda: tiny.timm_vit().state_dict(),
+            r"an image tower alone, in the layout of timm\. A CLIP needs a text tower",
+        ),
+        (
+            lambda: tiny.transformers_text(projection=True).state_dict(),
+            r"a text tower alone, in the layout of transformers\. A CLIP needs an image tower",
+        ),
+    ],
+)
+def test_a_tower_alone_is_called_so(state: Callable, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"They are {words} too"):
+        load_weights(tiny.clip(), state())
+
+
+def test_what_is_said_of_a_tower_alone_is_right() -> None:
+    """What the error proposes works; it says nothing of whole models, and of towers what they are for."""
+    load_weights(tiny.clip().visual, tiny.timm_vit().state_dict())
+    with pytest.raises(ValueError, match="1 missing: ln_final.bias") as told:
+        load_weights(tiny.clip(), weights_with(**{"ln_final.bias": None}))
+    assert "alone" not in str(told.value)
+    for model, state, words in (
+        (tiny.vit(), tiny.transformers_text(projection=True), "They are a text tower alone.*This is an image tower"),
+        (tiny.text_transformer(), tiny.timm_vit(), "They are an image tower alone.*This is a text tower"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            load_weights(model, state.state_dict())
 
 
 def test_what_belongs_to_the_other_tower_does_not_matter() -> None:

@@ -66,6 +66,7 @@ def test_what_a_run_leaves(run):
 
 def test_metrics_stand_beside_chance(run):
     metrics = run[0].metrics
+    assert all(name.isidentifier() for name in metrics)
     for direction in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
             assert 0 <= metrics[f"{direction}_r{k}"] <= 1

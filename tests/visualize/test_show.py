@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from html import unescape
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from PIL import Image
 
 import clipfast
 from clipfast.data.transform import ImageError
+from clipfast.models.open_model import weights_digest
 from clipfast.visualize.figures import INK, new_figure, save_png
+from clipfast.visualize.model_facts import facts_of
 from clipfast.visualize.show import show
 
 
@@ -44,7 +47,45 @@ def test_everything_is_drawn(pictures, tmp_path):
     words = re.findall(r"<text ([^>]*)>([^<]*)</text>", html)
     assert {"one", "two", "head 1", "rollout", "loss"} <= {word for _, word in words}
     for style, word in words:
-        assert "currentColor" in style or re.fullmatch(r"-?\d\.\d\d", word), (style, word)
+        assert "currentColor" in style or re.fullmatch(r"-?\d\.\d\d|<1%|\d+%", word), (style, word)
+
+
+def text_of(html: str) -> str:
+    words = re.sub("<svg.*?</svg>|<style.*?</style>|<[^>]*>", " ", html, flags=re.DOTALL)
+    return " ".join(unescape(words).split())
+
+
+def test_the_page_and_every_png_say_which_model_and_weights(pictures, tmp_path):
+    model = small.model()
+    report = show(model, pictures[:1], tmp_path / "a")[-1]
+    assert "model a model made in Python" in text_of(report.read_text())
+    assert "random weights, never trained (SHA-256 " in text_of(report.read_text())
+    # one step of training moves every norm
+    for tower in (model.visual.transformer, model.transformer):
+        tower.resblocks[0].ln_1.bias += 1e-6
+    source = {"spec": "runs/<first>", "weights": "w.safetensors"}
+    *files, report = show(model, pictures[:1], tmp_path / "b", texts=["one"], model_source=source)
+    digest = weights_digest(model.state_dict())[:12]
+    said = text_of(report.read_text())
+    assert f"1 picture and 1 text. model runs/<first> weights w.safetensors (SHA-256 {digest}…) towers ViT" in said
+    assert "random" not in said
+    for file in files:
+        assert Image.open(file).info["Description"] == f"runs/<first> · weights: w.safetensors (SHA-256 {digest}…)"
+    # an image tower of its own, beside texts that nobody learned
+    half = small.model()
+    half.visual.ln_post.weight *= 1.01
+    assert facts_of(half, {"spec": "run"}).weights.endswith("; random weights, never trained, in the text tower")
+
+
+def test_it_says_what_the_numbers_mean(pictures, tmp_path):
+    said = text_of(show(small.model(), pictures[:1], tmp_path / "a", texts=["one", "two"])[-1].read_text())
+    assert "in colours from 0.29 to 1.00 whatever the pictures and texts are" in said
+    assert "This model's scale is 14.3" in said
+    assert "the best of these, which need not fit" in said
+    sigmoid = small.model(init_logit_bias=-10.0)
+    said = text_of(show(sigmoid, pictures[:1], tmp_path / "b", texts=["one"])[-1].read_text())
+    assert "of each pair by itself, on a scale from 0 to 1" in said
+    assert "learned by a sigmoid: logit = 14.3 · cosine -10.0" in said
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # of what the font lacks
@@ -80,6 +121,11 @@ def test_mistakes(pictures, tmp_path):
         show(small.model(), [], tmp_path)
     with pytest.raises(ValueError, match="texts: got an empty one"):
         show(small.model(), pictures, tmp_path, texts=[" "])
+    with pytest.raises(ValueError, match="method: got 'pca', expected 'tsne' or 'umap'"):
+        show(small.model(), pictures, tmp_path, method="pca")
+    (tmp_path / "log.jsonl").touch()
+    with pytest.raises(NotADirectoryError, match=r"output: got .*log.jsonl is a file"):
+        show("no model", pictures, tmp_path / "log.jsonl")
     with pytest.raises(ValueError, match="block: got 2, expected -2 to 1"):
         show(small.model(), pictures, tmp_path / "out", block=2)
     pictures[1].write_bytes(b"no")
