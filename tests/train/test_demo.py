@@ -78,6 +78,31 @@ def test_metrics_stand_beside_chance(run):
         assert 1 / metrics[f"zero_shot_{name}_classes"] <= metrics[f"zero_shot_{name}_chance"] < 0.5
 
 
+def test_eval_measures_what_the_demo_measured(run):
+    """By name, and from the folder that it left: the pairs that no demo saw, whatever its seed."""
+    from clipfast.evaluate.run import evaluate
+
+    output, metrics = run[0].output, run[0].metrics
+    for data in ("emoji", output / "held_out"):
+        found = evaluate(output, data).metrics
+        assert found == {name: metrics[name] for name in found}
+        assert "text_to_image_r5" in found
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("ViT-B-16-SigLIP", "model: got a vocabulary of 32000, expected CLIP's 49408"),
+        ("{}/nowhere", "model: got .*nowhere, expected a name .*, a JSON file, or a model's folder: none is there"),
+        ("{}", "model: got the folder .*, expected model.json in it"),
+    ],
+)
+def test_models_that_the_demo_cannot_take(model, message, tmp_path):
+    with pytest.raises((ValueError, OSError), match=message):
+        run_demo(model=model.format(tmp_path), steps=1, device="cpu", output=tmp_path / "out", console=quiet())
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_trained_model_can_be_loaded(run):
     output = run[0].output
     model = clipfast.create_model(output / "model.json", weights=output / "model.safetensors")
@@ -121,11 +146,20 @@ def test_ctrl_c_keeps_what_was_trained(tiny, tmp_path):
     assert f"stopped after step {taken} of 100000" in console.file.getvalue()
 
 
-def test_seed_decides_everything(tiny, tmp_path, monkeypatch):
+def test_a_models_folder_gives_its_sizes(run, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "write_demo_report", lambda *arguments: None)
+    again = run_demo(model=run[0].output, steps=1, batch_size=16, device="cpu", output=tmp_path, console=quiet())
+    assert (again.output / "model.json").read_text() == (run[0].output / "model.json").read_text()
+
+
+def test_seed_decides_everything_but_what_is_held_out(tiny, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(demo, "write_demo_report", lambda path, clip, held_out, *more: shown.append(held_out.captions))
     options = {"model": tiny, "steps": 2, "batch_size": 16, "device": "cpu", "console": quiet()}
     metrics = [run_demo(**options, seed=seed, output=tmp_path / str(i)).metrics for i, seed in enumerate((3, 3, 4))]
     assert metrics[0] == metrics[1] != metrics[2]
+    # but not what is held out: `--data emoji` is to measure what no demo has seen
+    assert shown[0] == shown[1] == shown[2]
 
 
 @pytest.mark.parametrize(

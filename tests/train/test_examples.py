@@ -24,7 +24,11 @@ def test_the_settings_are_settings():
 
 def test_the_emoji_are_trained_with_the_small_model():
     config = make_run_config(read_settings(EXAMPLES / "emoji.toml"))
-    assert (config.model, config.steps, config.learning_rate) == ("examples/small.json", 200, 1e-3)
+    assert (config.model, config.steps, config.learning_rate) == (str(EXAMPLES / "small.json"), 200, 1e-3)
+    # as the README has them, from the clone's root
+    root = EXAMPLES.parent
+    assert (config.data, config.val_data) == (str(root / "shards" / "train"), str(root / "shards" / "held_out"))
+    assert config.output == str(root / "runs" / "emoji")
 
 
 def test_the_script_is_a_script():
