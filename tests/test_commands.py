@@ -36,14 +36,23 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run, pictures, and files of the wrong kind."""
+    folder = tmp_path_factory.mktemp("place")
+    small.run(folder / "run")
+    small.write_pictures(folder / "pictures", 4)
+    (folder / "notes.txt").write_text("no model, no data, no run")
+    (folder / "bad.toml").write_text("learning_rate = = 3")
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a run, pictures, and files of the wrong kind, which is the working folder."""
+def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, which is the working folder."""
+    for name in place.iterdir():
+        (tmp_path / name.name).symlink_to(name)
     monkeypatch.chdir(tmp_path)
-    small.run(tmp_path / "run")
-    small.write_pictures(tmp_path / "pictures", 4)
-    (tmp_path / "notes.txt").write_text("no model, no data, no run")
-    (tmp_path / "bad.toml").write_text("learning_rate = = 3")
     return tmp_path
 
 

@@ -7,10 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipfast.data.patterns import anchored
-from clipfast.data.shipped import SHIPPED
-from clipfast.models.config import list_models
-
 _DATA = ("data", "val_data")
 _MODELS = ("model", "distill_model")
 _FILES = ("output", "weights", "tokenizer", "distill_weights")
@@ -25,6 +21,8 @@ def start_from(settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
     ``resume``'s ``auto`` and ``never``, and values of another type. A data set's name is a path where something of that
     name lies in the folder.
     """
+    from clipfast.data.patterns import anchored  # not for `clipfast train --help`
+
     return {
         name: anchored(value, folder) if isinstance(value, str) and _is_path(name, value, Path(folder)) else value
         for name, value in settings.items()
@@ -32,6 +30,9 @@ def start_from(settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
 
 
 def _is_path(name: str, value: str, folder: Path) -> bool:
+    from clipfast.data.shipped import SHIPPED
+    from clipfast.models.config import list_models
+
     if not value.strip():
         return False
     if name in _DATA:

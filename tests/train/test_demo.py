@@ -84,7 +84,7 @@ def test_eval_measures_what_the_demo_measured(run):
     for data in ("emoji", output / "held_out"):
         found = evaluate(output, data).metrics
         assert found == {name: metrics[name] for name in found}
-        assert any("recall" in name for name in found)
+        assert "text_to_image_r5" in found
 
 
 @pytest.mark.parametrize(
@@ -150,19 +150,14 @@ def test_a_models_folder_gives_its_sizes(run, tmp_path, monkeypatch):
     assert (again.output / "model.json").read_text() == (run[0].output / "model.json").read_text()
 
 
-def test_what_is_held_out_is_no_matter_of_the_seed(tiny, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(demo, "write_demo_report", lambda path, clip, shown, *more: seen.append(shown.captions))
-    for seed in (0, 5):
-        run_demo(model=tiny, steps=1, batch_size=16, device="cpu", seed=seed, output=tmp_path, console=quiet())
-    assert seen[0] == seen[1]
-
-
-def test_seed_decides_everything(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "write_demo_report", lambda *arguments: None)
+def test_seed_decides_everything_but_what_is_held_out(tiny, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(demo, "write_demo_report", lambda path, clip, held_out, *more: shown.append(held_out.captions))
     options = {"model": tiny, "steps": 2, "batch_size": 16, "device": "cpu", "console": quiet()}
     metrics = [run_demo(**options, seed=seed, output=tmp_path / str(i)).metrics for i, seed in enumerate((3, 3, 4))]
     assert metrics[0] == metrics[1] != metrics[2]
+    # but not what is held out: `--data emoji` is to measure what no demo has seen
+    assert shown[0] == shown[1] == shown[2]
 
 
 @pytest.mark.parametrize(
