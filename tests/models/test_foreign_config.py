@@ -166,7 +166,7 @@ def test_published_configurations_are_the_named_models(name: str) -> None:
         ),
         (
             {"architecture": "vit_base_patch16_siglip_224"},
-            "model_type: got none, in a configuration of timm's 'vit_base_patch16_siglip_224', an image tower alone",
+            "got none, in a configuration of timm's 'vit_base_patch16_siglip_224', an image tower alone",
         ),
         ({"model_type": "siglip", "quantization_config": {"bits": 4}}, "quantization_config: got one"),
         ({"model_type": "siglip", VISION: [1]}, "vision_config: got list, expected an object"),
