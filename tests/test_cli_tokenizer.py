@@ -107,7 +107,7 @@ def test_a_file_that_does_not_fit(here):
     done = run("eval", "clip", "--data", "pictures", "--tokenizer", "spiece.model")
     assert f"error: tokenizer: got {SIZE} tokens, expected the model's vocabulary of 49408" in done.stderr
     done = run("demo", "--model", "model/model.json", "--steps", "1", "--output", "demo")
-    assert NONE in done.stderr
+    assert "error: model: got a vocabulary of 138, expected CLIP's 49408" in done.stderr
     assert not (here / "demo").exists()
 
 

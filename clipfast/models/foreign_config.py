@@ -161,7 +161,7 @@ def transformers_config(values: Mapping[str, Any], *, training: bool = True) -> 
     family = values.get("model_type")
     if family not in _DEFAULTS:
         raise ValueError(
-            f"model_type: got {family!r}, expected a whole model's, one of {', '.join(map(repr, _DEFAULTS))}"
+            f"model_type: got {_kind_of(values)}, expected a whole model's, one of {', '.join(map(repr, _DEFAULTS))}"
         )
     if values.get("quantization_config"):
         raise ValueError("quantization_config: got one, expected none: quantised weights are not read")
@@ -190,6 +190,17 @@ def transformers_config(values: Mapping[str, Any], *, training: bool = True) -> 
         init_logit_scale=math.log(10),
         init_logit_bias=-10.0,
     )
+
+
+def _kind_of(values: Mapping[str, Any]) -> str:
+    """Say what a configuration is of that is not a whole CLIP's: one tower alone, transformers' or timm's."""
+    family = str(values.get("model_type"))
+    for ending, tower in (("_vision_model", "an image"), ("_text_model", "a text")):
+        if family.endswith(ending):
+            return f"{family!r}, {tower} tower alone"
+    if "model_type" not in values and "architecture" in values:
+        return f"none, in a configuration of timm's {values['architecture']!r}, an image tower alone"
+    return repr(values.get("model_type"))
 
 
 def _clip_vision(part: _Part) -> VisionConfig:

@@ -52,7 +52,7 @@ def facts_of(model: CLIP, source: Mapping[str, str] | None = None) -> ModelFacts
     if len(random) == 2:
         weights = f"random weights, never trained ({digest})"
     else:
-        place = "those in memory" if source is None else source.get("weights") or f"those of {source['spec']}"
+        place = "those in memory" if source is None else source.get("weights", "its own")
         weights = f"{place} ({digest})"
         if random:
             weights += f"; random weights, never trained, in the {random[0]} tower"

@@ -160,8 +160,14 @@ def test_published_configurations_are_the_named_models(name: str) -> None:
     ("values", "message"),
     [
         ({"model_type": "blip"}, "model_type: got 'blip', expected a whole model's, one of 'clip', 'metaclip_2'"),
-        ({"model_type": "siglip_vision_model"}, "model_type: got 'siglip_vision_model', expected a whole model's"),
-        ({"architecture": "vit_base_patch16_siglip_224"}, "model_type: got None"),
+        (
+            {"model_type": "siglip_vision_model"},
+            "model_type: got 'siglip_vision_model', an image tower alone, expected a whole model's",
+        ),
+        (
+            {"architecture": "vit_base_patch16_siglip_224"},
+            "got none, in a configuration of timm's 'vit_base_patch16_siglip_224', an image tower alone",
+        ),
         ({"model_type": "siglip", "quantization_config": {"bits": 4}}, "quantization_config: got one"),
         ({"model_type": "siglip", VISION: [1]}, "vision_config: got list, expected an object"),
         ({"model_type": "siglip", VISION: {"vision_use_head": False}}, "vision_config.vision_use_head: got False"),

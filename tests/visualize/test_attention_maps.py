@@ -70,6 +70,14 @@ def test_plot_lays_maps_over_pictures():
     assert [axes.get_title(loc="left") for axes in shown[::2]] == ["a", "b", "c"]
 
 
+def test_a_map_that_is_nearly_even_looks_even():
+    pictures = np.zeros((2, 16, 16, 3), np.uint8)
+    shares = torch.tensor([[0.24, 0.25, 0.25, 0.26], [0.0, 0.0, 0.0, 1.0]])
+    figure = plot_attention_maps(pictures, shares, (2, 2))
+    even, peaked = (axes.images[1] for axes in figure.axes if len(axes.images) == 2)
+    assert np.max(even.get_alpha()) < 0.1 < 0.7 < np.max(peaked.get_alpha())
+
+
 def test_class_attention_is_the_class_tokens_row():
     vit = clipfast.ViT(image_size=16, patch_size=4, width=32, layers=2, heads=2, output_dim=8)
     attention = vit.get_attention_maps(torch.randn(3, 3, 16, 16))
