@@ -6,6 +6,7 @@ compute is refused by its name.
 
 from __future__ import annotations
 
+import difflib
 import math
 import os
 from collections.abc import Mapping
@@ -84,7 +85,9 @@ def config_of(
             return folder_config(path, training=training)
         if path.suffix == ".json" and path.is_file() and "model_type" in (values := read_config(path)):
             return _named_in_errors(path, values, training)
-        if len(path.parts) > 1 and not path.exists():
+        # ViT-B/16 is OpenAI's way to write a name
+        near = difflib.get_close_matches(os.fspath(name_or_config), list_models(), n=1, cutoff=0.5)
+        if len(path.parts) > 1 and not path.exists() and not near:
             raise FileNotFoundError(
                 f"model: got {path}, expected a name of clipfast.list_models(), a JSON file, or a model's folder: none "
                 f"is there"
