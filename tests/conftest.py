@@ -56,9 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
 # Files whose tests take a quarter of a minute or more, the longest first (CONTRIBUTING.md says how long). They begin
 # a run: one that came last would leave the other workers idle. xdist's own order is by the number of tests.
 LONGEST = (
+    "models/test_parity_open_clip.py",
     "kernels/test_attention_kernels.py",
     "test_wheel.py",
-    "models/test_parity_open_clip.py",
     "test_readme.py",
     "train/test_run.py",
     "train/test_stopping.py",

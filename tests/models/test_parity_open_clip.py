@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import clipfast
 
 # widths and heads of the named models with few layers: all layers in fp64 take up to 32 GB, and minutes
-FEW_LAYERS = {"ViT": {"vision_cfg": {"layers": 3}, "text_cfg": {"layers": 3}}}
+FEW_LAYERS = {"ViT": {"vision_cfg": {"layers": 2}, "text_cfg": {"layers": 2}}}
 FEW_LAYERS["RN"] = {"vision_cfg": {"layers": [1, 2, 1, 1]}, "text_cfg": {"layers": 3}}
 SMALL = {
     "embed_dim": 64,
@@ -75,7 +75,9 @@ def test_same_outputs_and_gradients(name: str, few_layers: bool) -> None:
     torch.manual_seed(0)
     config = rival_config(name, few_layers)
     size = config["vision_cfg"]["image_size"]
-    images, tokens = torch.randn(3, 3, size, size, dtype=torch.float64), captions(3)
+    # BatchNorm's statistics want more than two pictures
+    count = 2 if few_layers and not name.startswith("RN") else 3
+    images, tokens = torch.randn(count, 3, size, size, dtype=torch.float64), captions(count)
     rival = rival_model(config).double()
     weights = {k: v.clone() for k, v in rival.state_dict().items()}
     outputs, gradients = step(rival, open_clip.ClipLoss(), images, tokens)
