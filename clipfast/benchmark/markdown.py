@@ -82,10 +82,11 @@ def headline(run: Run) -> str:
     """Return the first sentence, with three figures against open_clip, and the chart."""
     prompts, training, memory = (comparison_of(run, key, "open_clip") for key in ("prompts", "training", "loss memory"))
     times = [ratio_text(c.ratios["open_clip"]).removesuffix("\u00a0×") for c in (prompts, training)]
+    pairs = memory.what.split(", ")[1]
     sentence = (
         f"Your CLIP, with the same weights and the same numbers: zero-shot prompts **{times[0]} times** as fast as "
-        f"with open_clip, a training step **{times[1]} times** as fast, and the contrastive loss in **{memory.ours}** "
-        f"instead of **{memory.theirs['open_clip']}** ({machine_text(run)})."
+        f"with open_clip, a training step **{times[1]} times** as fast, and the contrastive loss of {pairs} in "
+        f"**{memory.ours}** instead of **{memory.theirs['open_clip']}** ({machine_text(run)})."
     )
     words = escape(chart_words(comparisons(run)))
     picture = (

@@ -156,7 +156,7 @@ def test_the_sentence():
     text = headline(make_run())
     sentence = text.splitlines()[0]
     assert "**10.0 times**" in sentence
-    assert "**18.0 MB** instead of **600 MB** (A CPU, 2 threads)." in sentence
+    assert "loss of 4,096 pairs in **18.0 MB** instead of **600 MB** (A CPU, 2 threads)." in sentence
     assert 'srcset="docs/images/speed-dark.svg"' in text
     assert 'src="docs/images/speed-light.svg"' in text
 
