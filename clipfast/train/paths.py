@@ -21,12 +21,14 @@ def start_from(settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
     ``resume``'s ``auto`` and ``never``, and values of another type. A data set's name is a path where something of that
     name lies in the folder.
     """
-    from clipfast.data.patterns import anchored  # not for `clipfast train --help`
+    from clipfast.data.patterns import anchored, anchored_path  # not for `clipfast train --help`
 
-    return {
-        name: anchored(value, folder) if isinstance(value, str) and _is_path(name, value, Path(folder)) else value
-        for name, value in settings.items()
-    }
+    started = dict(settings)
+    for name, value in settings.items():
+        if isinstance(value, str) and _is_path(name, value, Path(folder)):
+            # of data alone a path may be a pattern
+            started[name] = (anchored if name in _DATA else anchored_path)(value, folder)
+    return started
 
 
 def _is_path(name: str, value: str, folder: Path) -> bool:
