@@ -76,7 +76,8 @@ def test_a_loss_without_a_model_says_it(monkeypatch: pytest.MonkeyPatch) -> None
 def test_compiled_losses_are_silent_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contrastive_kernels, "native", None)
     features = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
-    for why, loss in itertools.product((library.unavailable(), "another reason"), (ops.contrastive_loss, ops.siglip_loss)):
+    reasons = (library.unavailable(), "another reason")
+    for why, loss in itertools.product(reasons, (ops.contrastive_loss, ops.siglip_loss)):
         monkeypatch.setattr(contrastive_kernels, "native_unavailable", why)
         torch.compiler.reset()
         with warnings.catch_warnings():
