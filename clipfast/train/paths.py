@@ -40,8 +40,10 @@ def _is_path(name: str, value: str, folder: Path) -> bool:
     if name in _DATA:
         return value not in SHIPPED or (folder / value).exists()
     if name in _MODELS:
-        # a name with a slip in it is not a path either: the error names those that are near
-        return value not in list_models() and ("/" in value or value.endswith(".json") or (folder / value).exists())
+        # a name with a slip in it is not a path either, nor is a model hub's: the error says what it is
+        if value.startswith("hf-hub:") or value in list_models():
+            return False
+        return "/" in value or value.endswith(".json") or (folder / value).exists()
     return name in _FILES or (name == "resume" and value not in ("auto", "never"))
 
 

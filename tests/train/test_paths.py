@@ -74,6 +74,7 @@ def test_names_of_models_are_no_paths(name: str, tmp_path: Path) -> None:
         "ViT-B-32": "ViT-B-32",
         # a slip is told by the names that are near, not by a path
         "ViT-B-23": "ViT-B-23",
+        "hf-hub:timm/ViT-B-16-SigLIP": "hf-hub:timm/ViT-B-16-SigLIP",
         "mine": f"{tmp_path}/mine",
         "small.json": f"{tmp_path}/small.json",
         "../runs/a": f"{tmp_path.parent}/runs/a",
