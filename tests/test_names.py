@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import clipfast
+from clipfast.models.foreign_config import config_of
 from clipfast.train.config import RunConfig
 
 
@@ -71,6 +72,13 @@ def test_a_wrong_keyword_says_which_is_meant(function: object, keyword: str, mea
 def test_what_would_be_downloaded_is_refused(arguments: tuple, keywords: dict, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=rf"{message}.*nothing is downloaded.*hf download OWNER/NAME"):
         clipfast.create_model(*arguments, **keywords)
+
+
+def test_whoever_takes_a_model_says_so() -> None:
+    name = "hf-hub:timm/ViT-B-16-SigLIP"
+    for function in (clipfast.open_model, clipfast.get_tokenizer, config_of):
+        with pytest.raises(FileNotFoundError, match=r"looks like a model hub's.*nothing is downloaded.*hf download"):
+            function(name)
 
 
 def test_pretrained_is_weights_by_another_name(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clipfast.benchmark.results import OURS, Row, Run
-from clipfast.benchmark.summary import best_rival, bytes_text, machine_text, time_text
+from clipfast.benchmark.summary import best_rival, bytes_text, machine_text, memory_ratio, time_text
 
 LIBRARIES = ("open_clip", "transformers")
 """The sides that have a column of their own."""
@@ -55,7 +55,7 @@ def comparisons(run: Run) -> list[Comparison]:
         _by_time("training", "training step", _largest(run, **towers, direction="step")),
         _of_accelerate(run),
         _by_time("loss", "loss: time", loss),
-        _by_memory("loss memory", "loss: memory", loss),
+        _by_memory("loss memory", "loss: memory", loss, run.device),
     ]
     return [comparison for comparison in found if comparison is not None]
 
@@ -148,20 +148,21 @@ def _by_time(key: str, title: str, row: Row | None) -> Comparison | None:
     )
 
 
-def _by_memory(key: str, title: str, row: Row | None) -> Comparison | None:
+def _by_memory(key: str, title: str, row: Row | None, device: str) -> Comparison | None:
     if row is None:
         return None
-    peaks = {name: row.sides[name].peak_bytes for name in [OURS, *row.rivals] if row.sides[name].peak_bytes}
-    ours = peaks.pop(OURS, None)
-    if ours is None or not peaks:
+    # what is lost in the counting is no figure to divide by
+    found = {name: memory_ratio(row, name, device) for name in row.rivals}
+    ratios = {name: ratio for name, ratio in found.items() if ratio is not None}
+    if not ratios:
         return None
     return Comparison(
         key,
         **_words(title, row),
-        ours=bytes_text(ours),
-        theirs={name: bytes_text(peak) for name, peak in peaks.items()},
-        ratios={name: peak / ours for name, peak in peaks.items()},
-        best=min(peaks, key=peaks.__getitem__),
+        ours=bytes_text(row.sides[OURS].peak_bytes),
+        theirs={name: bytes_text(row.sides[name].peak_bytes) for name in ratios},
+        ratios=ratios,
+        best=min(ratios, key=ratios.__getitem__),
     )
 
 

@@ -43,9 +43,10 @@ def _is_a_models(path: Path) -> bool:
     if path.suffix != ".json" or not path.is_file():
         return False
     try:
-        return "text_cfg" in json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:  # said by whoever reads tokenizers
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # said by whoever reads tokenizers
         return False
+    return isinstance(found, dict) and "text_cfg" in found
 
 
 def _reads_as_clip(path: Path) -> bool:

@@ -32,10 +32,17 @@ def anchored(pattern: str, folder: str | os.PathLike[str]) -> str:
 
 def _anchored(part: str, folder: str) -> str:
     # `{/a,/b}/0.tar` and `{http://a,http://b}/0.tar` begin in braces
-    begins = part.lstrip("{")
-    if "://" in part or begins.startswith(("pipe:", "/")) or os.path.isabs(part):
-        return part
-    joined = os.path.join(folder, os.path.expanduser(part))
+    return part if part.lstrip("{").startswith(("pipe:", "/")) else anchored_path(part, folder)
+
+
+def anchored_path(path: str, folder: str | os.PathLike[str]) -> str:
+    """Return one path that starts from a folder if it is relative; ``::`` and braces are letters of its name.
+
+    Addresses (``s3://…``) and absolute paths stay as they are, and ``~`` is the home folder.
+    """
+    if "://" in path or os.path.isabs(path):
+        return path
+    joined = os.path.join(os.path.abspath(folder), os.path.expanduser(path))
     neat = os.path.normpath(joined)
     # `..` after a link leads elsewhere than to the folder that holds the link
     return neat if os.path.realpath(neat) == os.path.realpath(joined) else joined

@@ -183,6 +183,8 @@ class CLIPConfig:
         for name, kind in (("vision_cfg", VisionConfig), ("text_cfg", TextConfig)):
             if isinstance(values.get(name), Mapping):
                 values[name] = _from_fields(kind, values[name], name + ".")
+            elif name in values and not isinstance(values[name], kind):
+                raise ValueError(f"{name}: got {values[name]!r}, expected a dict of a tower's sizes")
         return _from_fields(cls, values, "")
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,13 +13,11 @@ from torch import Tensor
 
 from clipfast.hints import keywords_told
 from clipfast.models.clip import CLIP
-from clipfast.models.config import CLIPConfig, list_models
+from clipfast.models.config import CLIPConfig
 from clipfast.models.foreign_config import config_of
+from clipfast.models.hub_names import HOW_TO_FETCH
 from clipfast.models.weights import load_weights
 from clipfast.modules.vit import ViT
-
-# for whoever is used to libraries that download
-HOW_TO_FETCH = "Fetch the model's folder first, such as by `hf download OWNER/NAME --local-dir FOLDER`, and give FOLDER"
 
 
 @keywords_told
@@ -67,7 +64,6 @@ def create_model(
         if weights is not None:
             raise ValueError("pretrained: got it beside weights, expected one of them")
         weights = _file_of(pretrained)
-    _refuse_hub(name_or_config)
     named = config_of(name_or_config)
     config = _resized(named, image_size, context_length)
     if text_positions != "linear" and config.text_cfg == named.text_cfg:
@@ -97,19 +93,6 @@ def _file_of(pretrained: str | os.PathLike[str] | Mapping[str, Tensor]) -> Any:
         f"pretrained: got {os.fspath(pretrained)!r}, expected a file or folder of weights: there is none of that name, "
         f"and nothing is downloaded. {HOW_TO_FETCH}"
     )
-
-
-def _refuse_hub(name: object) -> None:
-    """Raise for what only a model hub knows: nothing is downloaded."""
-    if not isinstance(name, str) or (path := Path(name)).exists():
-        return
-    of_hub = name.count("/") == 1 and not path.suffix and not path.parent.exists()
-    # "ViT-B/16" is a wrong name, and another message says which is near
-    if name.startswith("hf-hub:") or (of_hub and not difflib.get_close_matches(name, list_models(), cutoff=0.75)):
-        raise FileNotFoundError(
-            f"model name: got {name!r}, which looks like a model hub's, expected one of clipfast.list_models() or "
-            f"a folder: nothing is downloaded. {HOW_TO_FETCH}"
-        )
 
 
 def _resized(config: CLIPConfig, image_size: int | tuple[int, int] | None, context_length: int | None) -> CLIPConfig:

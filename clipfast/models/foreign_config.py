@@ -16,6 +16,7 @@ from typing import Any
 
 from clipfast.models.checkpoint_files import NAMES_IN_FOLDERS, read_config
 from clipfast.models.config import CLIPConfig, TextConfig, VisionConfig, get_config, list_models
+from clipfast.models.hub_names import refuse_hub_name
 from clipfast.models.model_folder import CONFIG_FILE
 from clipfast.models.open_clip_config import of_file
 from clipfast.models.preprocess import SIGLIP, PreprocessConfig
@@ -80,6 +81,7 @@ def config_of(
     """
     # the name of a model is no path, even where something of that name lies here
     if isinstance(name_or_config, (str, os.PathLike)) and os.fspath(name_or_config) not in list_models():
+        refuse_hub_name(name_or_config)
         path = Path(name_or_config)
         if path.is_dir():
             return folder_config(path, training=training)

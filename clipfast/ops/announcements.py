@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -31,9 +32,15 @@ def announce_refusal(op: str, reason: str) -> None:
         )
 
 
-def announce_slower(what: str, how: str) -> None:
-    """Warn, once a process, that ``auto`` has to do with a slower implementation."""
+def announce_slower(what: str, how: str, words: Callable[[str], str] = str) -> None:
+    """Warn, once a process, that ``auto`` has to do with a slower implementation.
+
+    Args:
+        what: What is slower.
+        how: How it is served, or why.
+        words: Makes of ``how`` what is said; called when it is, not with every call of an op.
+    """
     key = (what, "auto", how)
     if is_wanted("auto") and key not in _announced and not torch.compiler.is_compiling():
         _announced.add(key)
-        warnings.warn(f"clipfast: {what} {how}", FallbackWarning, stacklevel=5)
+        warnings.warn(f"clipfast: {what} {words(how)}", FallbackWarning, stacklevel=5)

@@ -305,6 +305,9 @@ def _siglip_chunked(*arguments: Any) -> Any:
 
 def announce_chunks(op: str, image_features: Tensor) -> None:
     """Warn once that PyTorch's tiles stand in for the op library's."""
+    # torch.compile, under which nothing is said, cannot trace what looks into files
+    if torch.compiler.is_compiling():
+        return
     reason = _refusal(op, image_features)
     # a kernel that failed has been announced
     if reason is None or fallback.failure(op, image_features.device) is not None:
@@ -312,8 +315,11 @@ def announce_chunks(op: str, image_features: Tensor) -> None:
     if reason == library.unavailable():
         library_notice.tell()
     else:
-        words = library_notice.words_of_cuda(reason)
-        dispatch.announce_slower("contrastive losses", f"run in chunks in PyTorch: {words}")
+        dispatch.announce_slower("contrastive losses", reason, _words_of_chunks)
+
+
+def _words_of_chunks(reason: str) -> str:
+    return f"run in chunks in PyTorch: {library_notice.words_of_cuda(reason)}"
 
 
 for _op, _implementations in (

@@ -21,12 +21,14 @@ def start_from(settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
     ``resume``'s ``auto`` and ``never``, and values of another type. A data set's name is a path where something of that
     name lies in the folder.
     """
-    from clipfast.data.patterns import anchored  # not for `clipfast train --help`
+    from clipfast.data.patterns import anchored, anchored_path  # not for `clipfast train --help`
 
-    return {
-        name: anchored(value, folder) if isinstance(value, str) and _is_path(name, value, Path(folder)) else value
-        for name, value in settings.items()
-    }
+    started = dict(settings)
+    for name, value in settings.items():
+        if isinstance(value, str) and _is_path(name, value, Path(folder)):
+            # of data alone a path may be a pattern
+            started[name] = (anchored if name in _DATA else anchored_path)(value, folder)
+    return started
 
 
 def _is_path(name: str, value: str, folder: Path) -> bool:
@@ -38,8 +40,10 @@ def _is_path(name: str, value: str, folder: Path) -> bool:
     if name in _DATA:
         return value not in SHIPPED or (folder / value).exists()
     if name in _MODELS:
-        # a name with a slip in it is not a path either: the error names those that are near
-        return value not in list_models() and ("/" in value or value.endswith(".json") or (folder / value).exists())
+        # a name with a slip in it is not a path either, nor is a model hub's: the error says what it is
+        if value.startswith("hf-hub:") or value in list_models():
+            return False
+        return "/" in value or value.endswith(".json") or (folder / value).exists()
     return name in _FILES or (name == "resume" and value not in ("auto", "never"))
 
 

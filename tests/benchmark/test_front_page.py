@@ -101,6 +101,17 @@ def test_the_rows_that_users_decide_by():
     assert (accelerated.ours, accelerated.best) == ("50.0, 40.0 ms", None)
 
 
+def test_memory_that_is_lost_in_the_counting_is_no_figure():
+    run = make_run()
+    peaks = {"clipfast": 500_000, "PyTorch": 4_000_000, "open_clip": 800_000}
+    assert "loss memory" not in {c.key for c in comparisons(replace(run, rows=[loss(4096, "float32", **peaks)]))}
+    (_, found) = comparisons(replace(run, rows=[loss(4096, "float32", **peaks | {"clipfast": 2_000_000})]))
+    assert (found.key, found.ratios, found.best) == ("loss memory", {"PyTorch": 2.0}, "PyTorch")
+    # a card's allocator counts every byte
+    run = replace(run, device="cuda", rows=[loss(4096, "float32", **peaks | {"open_clip": 0})])
+    assert comparisons(run)[1].ratios == {"PyTorch": 8.0}
+
+
 def test_the_clipfast_sides_are_no_rivals():
     for comparison in comparisons(make_run()):
         assert not any(name.startswith("clipfast") for name in comparison.ratios)

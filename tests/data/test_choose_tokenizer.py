@@ -122,6 +122,7 @@ def test_a_models_configuration_is_no_tokenizer(siglip, tmp_path):
     config["text_cfg"] |= {"vocab_size": text.vocab_size, "context_length": 64}
     (other / "model.json").write_text(json.dumps(config))
     assert get_tokenizer(other / "model.json")("a dog").tolist() == get_tokenizer(other, 64)("a dog").tolist()
-    (tmp_path / "broken.json").write_text("{")
-    with pytest.raises(ValueError, match="broken.json"):
-        get_tokenizer(tmp_path / "broken.json")
+    for broken in ("{", "5", "null", '"text_cfg"'):
+        (tmp_path / "broken.json").write_text(broken)
+        with pytest.raises(ValueError, match="broken.json"):
+            get_tokenizer(tmp_path / "broken.json")

@@ -101,3 +101,9 @@ def test_a_folder_of_what_is_held_out_is_the_same_data(sizes: list[int]) -> None
     results = [json.loads(run("eval", "run", "--data", data, "--json").stdout) for data in ("emoji", "folder")]
     assert results[0]["metrics"] == results[1]["metrics"]
     assert results[0]["counts"] == results[1]["counts"]
+
+
+def test_shards_of_pairs_that_no_files_hold() -> None:
+    assert "wrote 1 of 1 shards to s: 8 pairs" in run("shards", "scikit-image", "s").stdout
+    assert "s is complete: 1 shards, 8 pairs" in run("shards", "scikit-image", "s").stdout
+    assert len(open_pairs("s")) == 8

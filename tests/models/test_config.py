@@ -151,6 +151,8 @@ def test_weights_are_all_taken() -> None:
         ({"text_cfg": {"proj_type": "mlp"}}, ValueError, "text_cfg.proj_type: got 'mlp', expected 'linear' or 'none'"),
         ({"text_cfg": {"pool_type": "mean"}}, ValueError, r"pool_type\): got 'mean', expected one of 'eos'"),
         ({"vision_cfg": {"pool_type": "none"}}, ValueError, r"pool_type\): got 'none', expected one of 'tok'"),
+        ({"text_cfg": 5}, ValueError, "text_cfg: got 5, expected a dict"),
+        ({"vision_cfg": None}, ValueError, "vision_cfg: got None, expected a dict"),
         (7, TypeError, "got int, expected a model's name"),
         ({"vision_cfg": {"width": 100}}, ValueError, "head_width: got 64, expected a divisor of the width 100"),
         ({"approximate": "relu"}, ValueError, "got 'relu'"),

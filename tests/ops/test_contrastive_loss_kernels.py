@@ -253,6 +253,12 @@ def test_labels_elsewhere_and_nowhere(first_label: int, sigmoid: bool) -> None:
     check(Case("float32", 66, 131, 8, first_label=first_label, sigmoid=sigmoid))
 
 
+@pytest.mark.parametrize("first_label", [-125, 125, 3])
+def test_labels_in_the_corners_of_whole_tiles(first_label: int) -> None:
+    # tensor cores' tiles without a label nor an edge are not asked element by element
+    check(Case("bfloat16", 128, 256, 8, first_label=first_label))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_factors(dtype: str) -> None:
     for sigmoid in (False, True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import multiprocessing
 import sys
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
 from clipfast import installation, ops
-from clipfast.ops import contrastive_kernels, library, library_notice
+from clipfast.ops import announcements, contrastive_kernels, library, library_notice
 
 COST = "inference on the CPU and the losses run in PyTorch, which is right but slower"
 AGAIN = "run `pip install again`"
@@ -70,6 +71,33 @@ def test_a_loss_without_a_model_says_it(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(said) == 1
     with silence():
         model()
+
+
+def test_compiled_losses_are_silent_and_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contrastive_kernels, "native", None)
+    features = torch.nn.functional.normalize(torch.randn(4, 8), dim=-1)
+    reasons = (library.unavailable(), "another reason")
+    for why, loss in itertools.product(reasons, (ops.contrastive_loss, ops.siglip_loss)):
+        monkeypatch.setattr(contrastive_kernels, "native_unavailable", why)
+        torch.compiler.reset()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ops.FallbackWarning)
+            found = torch.compile(loss, fullgraph=True, backend="eager")(features, features, torch.tensor(2.0))
+        with warnings.catch_warnings(action="ignore"):
+            assert torch.equal(found, loss(features, features, torch.tensor(2.0)))
+
+
+def test_the_words_of_a_loss_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(announcements, "_announced", set())
+    monkeypatch.setattr(library_notice, "words_of_cuda", lambda reason: made.append(reason) or f"{reason}, in words")
+    monkeypatch.setattr(contrastive_kernels, "native", None)
+    monkeypatch.setattr(contrastive_kernels, "native_unavailable", library.WITHOUT_CUDA)
+    with pytest.warns(ops.FallbackWarning, match=f"{library.WITHOUT_CUDA}, in words"):
+        ops.contrastive_loss(torch.eye(4, 8), torch.eye(4, 8), torch.tensor(2.0))
+    ops.contrastive_loss(torch.eye(4, 8), torch.eye(4, 8), torch.tensor(2.0))
+    # it reads files and looks for what is installed: nothing for every step
+    assert made == [library.WITHOUT_CUDA]
 
 
 def test_an_accelerated_model_says_it() -> None:

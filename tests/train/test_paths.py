@@ -60,6 +60,12 @@ def test_patterns_addresses_and_names_of_data(value: str, expected: str) -> None
         assert start_from({name: value}, "/conf") == {name: expected}
 
 
+@pytest.mark.parametrize("name", ["output", "weights", "tokenizer", "distill_weights", "resume"])
+@pytest.mark.parametrize("value", ["runs/a::b", "{a,b}", "pipe:a"])
+def test_only_data_is_a_pattern(name: str, value: str) -> None:
+    assert start_from({name: value}, "/conf") == {name: f"/conf/{value}"}
+
+
 @pytest.mark.parametrize("name", ["model", "distill_model"])
 def test_names_of_models_are_no_paths(name: str, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
@@ -68,6 +74,7 @@ def test_names_of_models_are_no_paths(name: str, tmp_path: Path) -> None:
         "ViT-B-32": "ViT-B-32",
         # a slip is told by the names that are near, not by a path
         "ViT-B-23": "ViT-B-23",
+        "hf-hub:timm/ViT-B-16-SigLIP": "hf-hub:timm/ViT-B-16-SigLIP",
         "mine": f"{tmp_path}/mine",
         "small.json": f"{tmp_path}/small.json",
         "../runs/a": f"{tmp_path.parent}/runs/a",
