@@ -201,6 +201,8 @@ MISTAKES = [
     ("show", "run", "none.png", "--output", "o"),
     ("convert", "none.pt", "w.pt", "--layout", "openai"),
     ("convert", "run", "w.pt", "--layout", "keras"),
+    ("convert", "run", "notes.txt/w.pt", "--layout", "openai"),
+    ("shards", "pictures", "notes.txt"),
     ("export", "ViT-B-23", "m.onnx"),
     ("export", "nowhere/run", "m.onnx"),
     ("export", "run", "m.onnx", "--tower", "middle"),
