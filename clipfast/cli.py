@@ -19,6 +19,7 @@ from clipfast.cli_tune import add_tune_command as _add_tune_command
 from clipfast.commands import FILES, MACHINE, START, errors_told, make_app
 from clipfast.console import echo
 from clipfast.openmp import spin_briefly
+from clipfast.outputs import check_output_folder
 
 app = make_app()
 
@@ -107,6 +108,7 @@ def convert(
     The layout of SOURCE is told by its keys. OpenAI's TorchScript archives are read, but their code is not run.
     """
     with errors_told():
+        check_output_folder(target.parent, "target")
         from clipfast.models.weights import convert_weights
 
         convert_weights(source, target, layout, naflex=naflex, heads=heads)

@@ -13,6 +13,7 @@ from clipfast.commands import TRAIN, errors_told
 from clipfast.console import echo
 from clipfast.data.options import DataOptions
 from clipfast.notices import error_console, say
+from clipfast.outputs import check_output_folder
 
 _NAMED = 5
 
@@ -40,6 +41,7 @@ def shards(
     compositions that training does not see.
     """
     with errors_told(extra="demo"):
+        check_output_folder(output)
         if source == "emoji" and not Path(source).exists():
             from clipfast.data.emoji_pairs import write_emoji_shards
 

@@ -9,6 +9,7 @@ import typer
 
 from clipfast.commands import FAILED, INTERRUPTED, MACHINE, errors_told
 from clipfast.console import echo, make_console
+from clipfast.outputs import check_output_file
 
 if TYPE_CHECKING:
     from clipfast.tuning.run import Report
@@ -46,6 +47,8 @@ def tune(
     results are printed all the same); with 2 where the request is wrong; with 130 after Ctrl-C.
     """
     with errors_told(RuntimeError):
+        if output is not None:  # what somebody chose can be chosen again, before anything is measured
+            check_output_file(output, (output.suffix,))
         from clipfast.notices import error_console
         from clipfast.tuning.progress import TuningProgress
         from clipfast.tuning.run import tune as measure

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import inspect
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -129,4 +130,7 @@ def _flowing(text: str | None) -> str | None:
 def _words(error: Exception, extra: str | None) -> str:
     if isinstance(error, ModuleNotFoundError) and not isinstance(error, MissingPackage) and error.name:
         return f"this needs {package_of(error.name)}, which is not installed: {remedy(error.name, extra)}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None and error.filename2 is None:
+        # Python's own words, "[Errno 2] No such file or directory: 'FILE'", put a number first
+        return f"{os.fsdecode(error.filename)}: {error.strerror[:1].lower()}{error.strerror[1:]}"
     return str(error) or type(error).__name__

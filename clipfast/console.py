@@ -61,6 +61,11 @@ def _degrade(stream: TextIO) -> None:
         stream.reconfigure(errors=_HANDLER)
 
 
+def counted(count: int, noun: str) -> str:
+    """Return ``"1 thread"`` or ``"2 threads"``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def visible(text: str) -> str:
     """Return a text whose control characters are written out: an escape sequence in a caption colours no terminal.
 

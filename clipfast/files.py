@@ -34,6 +34,17 @@ def short(path: Path) -> str:
     return f"~{text[len(home) :]}" if home != "/" and text.startswith(home + os.sep) else text
 
 
+def path_text(path: str | os.PathLike[str], argument: str) -> str:
+    """Return a path, or a name in its place, as text.
+
+    Raises:
+        TypeError: It is neither text nor a path; ``argument`` names it.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{argument}: got {type(path).__name__}, expected a path or a name as text")
+    return os.fspath(path)
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file that takes the place of ``path`` once it is whole and on disk.
 

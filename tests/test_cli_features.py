@@ -35,8 +35,12 @@ def run(*arguments: object):
 def test_measures_have_identifiers_in_json_and_csv(here, task):
     for index in range(12):
         small.write_pictures(here / "classes" / small.WORDS[index % 6] / str(index), 1)
-    data = ["pictures"] if task == "retrieval" else ["classes", "--templates", "photo", "--C", "1"]
-    arguments = ("eval", "run", "--task", task, "--data", *data)
+    data = {
+        "retrieval": ["pictures"],
+        "zero-shot": ["classes", "--templates", "photo"],
+        "linear-probe": ["classes", "--C", "1"],
+    }
+    arguments = ("eval", "run", "--task", task, "--data", *data[task])
     shown = run(*arguments, "--output", "r.csv", "--json")
     assert shown.exit_code == 0, shown.output
     printed = json.loads(shown.stdout)
@@ -214,7 +218,9 @@ def test_show(here):
         (("eval", "run", "--data", "pictures", "--task", "both"), "task: got 'both'"),
         (("eval", "run", "--data", "pictures", "--precision", "fp8"), "precision: got 'fp8'"),
         (("eval", "run", "--data", "pictures", "--device", "tpu"), "device: got 'tpu'"),
-        (("embed", "run", "nowhere", "f.npy"), "input: got nowhere"),
+        (("eval", "run", "--data", "pictures", "--classes", "no.txt"), "class_names: got one for retrieval"),
+        (("eval", "run", "--data", "digits", "--classes", "no.txt"), "error: no.txt: no such file or directory\n"),
+        (("embed", "run", "nowhere", "f.npy"), "source: got nowhere"),
         (("embed", "run", "pictures", "f.csv"), "output: got f.csv"),
         (("embed", "run", "pictures", "run/model.json/f.npy"), "model.json"),
         (("embed", "run", "pictures", "f.npy", "--kind", "sound"), "kind: got 'sound'"),

@@ -61,6 +61,15 @@ def test_models_as_the_manual_writes_them(asked: dict[str, Any]) -> None:
     assert (asked["output"], asked["seconds"]) == (Path("mine.json"), 5)
 
 
+def test_a_file_that_cannot_be_is_refused_before_anything_is_measured(asked: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for output in ("file/mine.json", "."):
+        done = run("--output", output)
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"error: output: got {output.partition('/')[0]}")
+    assert asked == {"report": {}}
+
+
 def test_it_says_what_changes_and_why(asked: dict[str, Any], tmp_path: Path) -> None:
     said = run().output
     for words in (

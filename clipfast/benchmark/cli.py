@@ -9,6 +9,7 @@ import typer
 
 from clipfast.commands import errors_told, make_app
 from clipfast.console import echo
+from clipfast.outputs import check_output_file
 
 app = make_app()
 
@@ -46,11 +47,14 @@ def compare(
 @app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="The file of a run.")],
-    output: Annotated[Path, typer.Option(help="The page.")] = Path("benchmark-report.html"),
-    markdown: Annotated[Path | None, typer.Option(help="A Markdown table beside it.")] = None,
+    output: Annotated[Path, typer.Option(help="The page, an .html file.")] = Path("benchmark-report.html"),
+    markdown: Annotated[Path | None, typer.Option(help="A Markdown table beside it, an .md file.")] = None,
 ) -> None:
     """Write the report of a run: one HTML file that needs nothing else."""
     with errors_told(extra="bench"):
+        check_output_file(output, (".html", ".htm"))
+        if markdown is not None:
+            check_output_file(markdown, (".md", ".markdown"), "markdown")
         from clipfast.benchmark.markdown import markdown_table
         from clipfast.benchmark.report import write_report
         from clipfast.benchmark.results import read_run

@@ -34,8 +34,17 @@ def model_and_tokenizer(
     device: str = "auto",
     dtype: torch.dtype | None = None,
 ) -> tuple[CLIP, AnyTokenizer | str | os.PathLike[str] | None]:
-    """Open a model where its folder or name is given, with the tokenizer that lies beside it unless one is given."""
+    """Open a model where its folder or name is given, with the tokenizer that lies beside it unless one is given.
+
+    Raises:
+        TypeError: It is no model, folder or name.
+    """
     if not isinstance(model, (str, os.PathLike)):
+        # one that is wrapped or compiled hands on what the model has
+        if not hasattr(model, "config"):
+            raise TypeError(
+                f"model: got {type(model).__name__}, expected a clipfast.CLIP, the folder of a model, or a name"
+            )
         return model, tokenizer
     clip = open_model(model, weights, device, dtype)
     return clip, tokenizer_beside(model, clip.config.text_cfg) if tokenizer is None else tokenizer

@@ -48,6 +48,7 @@ def search(
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: ``query`` is neither a text nor a Tensor.
         ValueError: Neither words nor a picture, both, or a picture's file as words; another model than that of the
             features; or as for :func:`clipfast.embed.search.search`.
     """
@@ -58,6 +59,8 @@ def search(
     # what is wrong is told before a model is read
     if k < 1:
         raise ValueError(f"k: got {k}, expected at least 1")
+    if query is not None and not isinstance(query, str):
+        raise TypeError(f"query: got {type(query).__name__}, expected a text, or features as a Tensor")
     if query is not None and is_picture(query) and Path(query).is_file():
         raise ValueError(f"query: got {query}, which is a picture's file, expected words; --image {query} looks for it")
     open_features(Path(features))

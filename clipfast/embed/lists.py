@@ -42,8 +42,8 @@ class Files:
         beside: Mapping[str, str] | None = None,
     ) -> None:
         if not any(name.strip() for name in names):
-            what = f"pictures ({', '.join(PICTURES)})" if kind == "image" else "texts (.txt)"
-            raise ValueError(f"input: got no {what} in {place}, expected at least one")
+            what = f"pictures ({', '.join(PICTURES[:4])}, …)" if kind == "image" else "texts (.txt)"
+            raise ValueError(f"source: got no {what} in {place}, expected at least one")
         self.kind = kind
         self._names, self._base, self._beside = names, base, beside or {}
         self._options = options or DataOptions()
@@ -116,7 +116,7 @@ class Texts:
 
     def __init__(self, texts: Sequence[str], place: Path) -> None:
         if not any(text.strip() for text in texts):
-            raise ValueError(f"input: got no texts in {place}, expected one on every line")
+            raise ValueError(f"source: got no texts in {place}, expected one on every line")
         self._texts = texts
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ from clipfast.data.table_pairs import TablePairs
 from clipfast.data.walk import files_below
 from clipfast.embed.lists import folder_files, open_list
 from clipfast.embed.rows import CaptionRows, Kind, of_pairs, of_parquet
+from clipfast.files import path_text
 
 KINDS = ("image", "text")
 _EXPECTED = "a folder, a .txt list, .parquet, .tar shards, a .csv or .tsv table, annotations, or 'emoji'"
@@ -95,7 +96,7 @@ def open_inputs(
     options = options or DataOptions()
     if column:
         options = replace(options, **{"image_column" if kind == "image" else "caption_column": column})
-    text = os.fspath(path)
+    text = path_text(path, "source")
     place = Path(text)
     if is_shipped(text) or find_shards(text):
         return of_pairs(open_pairs(text, options, image_size=image_size), kind, options)
@@ -104,7 +105,7 @@ def open_inputs(
     if parquet := find_parquet(text):
         return of_parquet(parquet, kind, options)
     if not place.is_file():
-        raise FileNotFoundError(f"input: got {text}, expected {_EXPECTED}: none is there")
+        raise FileNotFoundError(f"source: got {text}, expected {_EXPECTED}: none is there")
     ending = place.suffix.lower()
     if ending in (".csv", ".tsv"):
         return of_pairs(TablePairs(place, options, ("image",) if kind == "image" else ("caption",)), kind, options)
@@ -112,7 +113,7 @@ def open_inputs(
         return of_pairs(open_pairs(text, options), kind, options)
     if ending == ".txt":
         return open_list(place, kind, options.encoding)
-    raise ValueError(f"input: got {text}, expected {_EXPECTED}")
+    raise ValueError(f"source: got {text}, expected {_EXPECTED}")
 
 
 def _folder(folder: Path, kind: Kind, options: DataOptions) -> Inputs:

@@ -135,7 +135,11 @@ class PartStore:
             captioned = captioned or any(part.captions)
             skipped += part.skipped
         if not count:
-            raise ValueError(f"input: got no row that could be read, expected at least one; the first: {skipped[0][2]}")
+            # nothing in the parts is worth going on from, and they would stand in the way of other arguments
+            shutil.rmtree(self.folder)
+            raise ValueError(
+                f"source: got no row that could be read, expected at least one; the first: {skipped[0][2]}"
+            )
         about = self.about | {"format": FORMAT, "count": count, "width": width}
         if skipped:
             lines = (json.dumps({"row": row, "name": name, "reason": reason}) for row, name, reason in skipped)

@@ -32,6 +32,7 @@ from clipfast.evaluate.probabilities import mean_probabilities, sigmoid_of
 from clipfast.evaluate.results import Evaluation
 from clipfast.evaluate.retrieval import retrieval_recall
 from clipfast.evaluate.zero_shot import zero_shot_accuracy
+from clipfast.files import path_text
 from clipfast.models.clip import CLIP
 from clipfast.progress import RowProgress
 from clipfast.settings import at_least, between, check_setting
@@ -39,6 +40,14 @@ from clipfast.settings import at_least, between, check_setting
 Task = Literal["auto", "zero-shot", "retrieval", "linear-probe"]
 _AnyTokenizer = AnyTokenizer | str | os.PathLike[str] | None
 TASKS = ("auto", "zero-shot", "retrieval", "linear-probe")
+# which tasks use an argument
+_USED_BY = {
+    "class_names": ("zero-shot", "linear-probe"),
+    "templates": ("zero-shot",),
+    "prompts": ("zero-shot",),
+    "train_data": ("linear-probe",),
+    "c": ("linear-probe",),
+}
 
 
 @dataclass(frozen=True)
@@ -95,7 +104,8 @@ def evaluate(
         tokenizer: Of the model, for texts: one, or what :meth:`clipfast.Tokenizer.from_file` reads; CLIP's by default.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: An argument that does not fit, or nothing that could be read.
+        FileNotFoundError, ImportError, TypeError, ValueError: An argument that does not fit, or that the task does not
+            use; or nothing that could be read.
 
     Warns:
         EvaluationWarning: Classes have the same prompts; the effect is named.
@@ -103,13 +113,22 @@ def evaluate(
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
     candidates = candidates_of(c)  # what is wrong with it is told before a million pictures are read
-    data = os.fspath(data)
+    data = path_text(data, "data")
+    other_data = None if train_data is None else path_text(train_data, "train_data")
     model, tokenizer = model_and_tokenizer(model, tokenizer)
     reading = reading or Reading()
     if options is not None:
         reading = replace(reading, options=options)
     if task == "auto":
         task = "zero-shot" if has_labels(data, options) else "retrieval"
+    given = {
+        "class_names": class_names is not None,
+        "templates": templates is not None,
+        "prompts": prompts is not None,
+        "train_data": train_data is not None,
+        "c": c is not SWEEP,
+    }
+    _check_used([name for name, is_given in given.items() if is_given], task)
     if task == "retrieval":
         source = open_pairs(data, options, image_size=model.config.vision_cfg.image_size)
         return _retrieval(model, source, reading, tokenizer)
@@ -117,8 +136,16 @@ def evaluate(
     if task == "zero-shot":
         classes = name_classes(source, class_names, templates, prompts, reading.options.encoding)
         return _zero_shot(model, source, classes, reading, tokenizer)
-    other = None if train_data is None else open_classes(os.fspath(train_data), class_names, reading.options.encoding)
+    other = None if other_data is None else open_classes(other_data, class_names, reading.options.encoding)
     return _linear_probe(model, source, other, candidates, reading)
+
+
+def _check_used(given: list[str], task: str) -> None:
+    """Refuse what a task does not use: it would be taken for a part of what was measured."""
+    for name in given:
+        if task not in _USED_BY[name]:
+            used_by = " or ".join(_USED_BY[name])
+            raise ValueError(f"{name}: got one for {task}, which does not use it; {used_by} does")
 
 
 def _zero_shot(

@@ -224,8 +224,12 @@ def make_run_config(settings: Mapping[str, Any]) -> RunConfig:
     """Make the configuration of a run from settings by name.
 
     Raises:
-        ValueError: ``data`` is missing, or a setting is of the wrong type or out of range.
+        ValueError: ``data`` is missing, or a setting is of no known name, of the wrong type or out of range.
     """
+    known = [field.name for field in fields(RunConfig)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"settings: got {name!r}{_near(name, known)}")
     if "data" not in settings:
         raise ValueError("data: got none, expected where the pairs are: --data, or data in the TOML file")
     hints = get_type_hints(RunConfig)

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from clipfast.console import make_console, tell
+from clipfast.console import counted, make_console, tell
 from clipfast.data.choose_tokenizer import tokenizer_for
 from clipfast.data.emoji_classes import zero_shot_questions
 from clipfast.data.emoji_pairs import EmojiPairs, load_emoji_pairs, write_emoji_folder
@@ -117,7 +117,7 @@ def run_demo(
             torch.manual_seed(seed)
             clip = create_model(config, device=torch_device)
             parameters = sum(parameter.numel() for parameter in clip.parameters())
-            threads = f"{torch_device}, {torch.get_num_threads()} threads"
+            threads = f"{torch_device}, {counted(torch.get_num_threads(), 'thread')}"
             tell(console, f"model {os.fspath(model)}: {parameters / 1e6:.1f} M parameters, {threads}")
 
             size = config.vision_cfg.image_size

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from clipfast.console import make_console, tell
+from clipfast.console import counted, make_console, tell
 from clipfast.data.batches import training_batches
 from clipfast.data.choose_tokenizer import keep_tokenizer, tokenizer_beside, tokenizer_for
 from clipfast.data.pairs import DistinctPictures, PairSource
@@ -310,8 +310,9 @@ class _Run:
         parameters = sum(p.numel() for p in self.trainer.model.parameters())
         how = self.training.precision + (", sigmoid loss" if self.trainer.loss == "siglip" else "")
         say(f"model {shown(self.config.model)}: {parameters / 1e6:.1f} M parameters, {how}")
-        where = f"{place.device.type}, {torch.get_num_threads()} threads" if place.device.type == "cpu" else "cuda"
-        say(f"ranks: {place.world_size} ({self.training.strategy}), {where}, {self.config.workers} workers each")
+        where = f"cpu, {counted(torch.get_num_threads(), 'thread')}" if place.device.type == "cpu" else "cuda"
+        workers = counted(self.config.workers, "worker")
+        say(f"ranks: {place.world_size} ({self.training.strategy}), {where}, {workers} each")
         say(f"data: {shown(self.config.data)}; output: {shown(self.output)}")
         say(f"pairs: {len(self.source)}, {self.pictures}, {self.training.steps} steps")
         if self.trainer.step:

@@ -23,6 +23,9 @@ def train(
 ) -> RunResult:
     """Train a CLIP on pictures and captions, alone or as one of the processes that ``torchrun`` started.
 
+    Workers are processes that import the script which calls this: put the call below ``if __name__ == "__main__":``, or
+    set ``workers=0``.
+
     Args:
         config: A TOML file, settings by name, or a :class:`~clipfast.train.config.RunConfig`.
         console: Where rank 0 reports; standard output by default.

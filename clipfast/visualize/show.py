@@ -90,8 +90,13 @@ def show(
     Raises:
         ImageError, OSError: A picture cannot be read.
         ImportError: A package is missing.
+        TypeError: One picture or text that is not in a list.
         ValueError: No pictures, an empty text, or an argument that does not fit.
     """
+    for name, values in (("images", images), ("texts", texts)):
+        # a text is a sequence too, of its letters
+        if isinstance(values, (str, os.PathLike)):
+            raise TypeError(f"{name}: got {values!r} alone, expected a list")
     if not images:
         raise ValueError("images: got none, expected at least one picture")
     if any(not text.strip() for text in texts):

@@ -166,8 +166,8 @@ def similarity_words(texts: int, logit_scale: float | None) -> str:
         f"weak match looks weak. Of OpenAI's models, whose logit scale is 100, the colours go from 0.10 to 0.35: "
         f"pictures and texts that fit have about 0.25 to 0.35 there, and others 0.1 to 0.2. This model's scale is "
         f"{logit_scale:.1f}, and its colours begin and end at the same logits, within a cosine of 1.{share}{best} A "
-        f"model that learned by a softmax compares texts; it knows no probability of one by itself. What its cosines "
-        f"are worth, show a text that is known to fit and one that is known not to."
+        f"model that learned by a softmax compares texts; it knows no probability of one by itself. To judge its "
+        f"cosines, add a text that is known to fit and one that is known not to."
     )
 
 

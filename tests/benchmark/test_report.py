@@ -233,12 +233,15 @@ def test_commands(tmp_path):
     for arguments in (
         ["report", str(tmp_path / "none.json")],
         ["report", str(other)],
+        ["report", str(path), "--output", str(tmp_path / "page.txt")],
+        ["report", str(path), "--output", str(tmp_path / "page.html"), "--markdown", str(tmp_path / "t.html")],
         ["compare", str(path), str(other)],
     ):
         result = run.invoke(app, arguments)
         assert result.exit_code == 2
         assert result.output.startswith("error: ")
         assert len(result.output.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("page.*"))
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/results/*/*.json")), ids=lambda path: path.stem)

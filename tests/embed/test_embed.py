@@ -214,9 +214,14 @@ def test_mistakes(folder):
         run(folder, "f.npy", batch_size=0)
     for path in folder.glob("*.png"):
         path.write_bytes(b"no")
+    for source in (None, ["a.png"]):
+        with pytest.raises(TypeError, match=f"source: got {type(source).__name__}, expected a path or a name"):
+            embed(small.model(), source, folder.parent / "f.npy")
+    with pytest.raises(TypeError, match=r"model: got NoneType, expected a clipfast\.CLIP"):
+        embed(None, folder, folder.parent / "f.npy")
     with pytest.raises(ValueError, match="got no row that could be read, .* the first: ImageError"):
         run(folder, "f.npy")
-    assert not (folder.parent / "f.npy").exists()
+    assert not bits(folder, "f.npy")  # no parts either, which other arguments would stumble over
 
 
 _SLOWLY = """

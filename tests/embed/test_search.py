@@ -83,6 +83,8 @@ def test_queries(tmp_path):
     for options, message in (({}, "got neither"), ({"text": "a", "image": "b"}, "got both"), ({"text": " "}, "empty")):
         with pytest.raises(ValueError, match=message):
             encode_query(model, **options)
+    with pytest.raises(TypeError, match="query: got list, expected a text"):
+        clipfast.search("no.npy", ["a cat"])
     (tmp_path / "x.png").write_bytes(b"no")
     with pytest.raises(ImageError, match=r"x\.png"):
         encode_query(model, image=tmp_path / "x.png")

@@ -31,6 +31,36 @@ def printed(table) -> str:
     return console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("task", "given", "used_by"),
+    [
+        ("auto", {"train_data": "digits"}, "linear-probe"),
+        ("retrieval", {"templates": "photo"}, "zero-shot"),
+        ("retrieval", {"c": 1.0}, "linear-probe"),
+        ("zero-shot", {"train_data": "digits"}, "linear-probe"),
+        ("linear-probe", {"prompts": "p.json"}, "zero-shot"),
+    ],
+)
+def test_what_a_task_does_not_use_is_refused(tmp_path, task, given, used_by):
+    small.write_pictures(tmp_path, 2)
+    (name,) = given
+    with pytest.raises(ValueError, match=f"^{name}: got one for .*, which does not use it; {used_by} does"):
+        evaluate(small.model(), tmp_path, task, **given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, "digits"), "model: got NoneType"),
+        (("no model", ["digits"]), "data: got list"),
+        (("no model", None), "data: got NoneType"),
+    ],
+)
+def test_a_wrong_type_names_the_argument(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        clipfast.evaluate(*arguments)
+
+
 def test_retrieval_is_that_of_the_features(tmp_path):
     model = small.model()
     small.write_pictures(tmp_path, 12)

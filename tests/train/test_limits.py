@@ -123,6 +123,11 @@ def test_what_the_sigmoid_loss_has_no_place_for(name, settings):
         RunConfig(**GOOD | settings, loss="siglip")
 
 
+def test_an_unknown_setting_from_python_is_told_as_in_a_file():
+    with pytest.raises(ValueError, match="^settings: got 'batchsize'; did you mean batch_size"):
+        make_run_config(GOOD | {"batchsize": 3})
+
+
 def test_several_numbers_of_patches_want_a_budget():
     several = {"naflex_max_patches": "128, 256"}
     with pytest.raises(

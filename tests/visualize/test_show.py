@@ -119,6 +119,10 @@ def test_a_resnet_has_no_maps(pictures, tmp_path):
 def test_mistakes(pictures, tmp_path):
     with pytest.raises(ValueError, match="images: got none"):
         show(small.model(), [], tmp_path)
+    with pytest.raises(TypeError, match="images: got .*00.png'.* alone, expected a list"):
+        show(small.model(), pictures[0], tmp_path)
+    with pytest.raises(TypeError, match="texts: got 'adog' alone, expected a list"):
+        show(small.model(), pictures, tmp_path, texts="adog")
     with pytest.raises(ValueError, match="texts: got an empty one"):
         show(small.model(), pictures, tmp_path, texts=[" "])
     with pytest.raises(ValueError, match="method: got 'pca', expected 'tsne' or 'umap'"):
