@@ -89,7 +89,10 @@ class Clock:
 
 
 class Interleaved:
-    """Sides that are timed in turn, a round of each after the other, every one going first as often as the others.
+    """Sides that are timed in turn, a round of each after the other.
+
+    Every one goes first as often as the others, and comes before its neighbour as often as behind it: a side finds the
+    caches, the clock and the waiting threads as the one before it left them.
 
     Args:
         clock: The clock.
@@ -114,8 +117,10 @@ class Interleaved:
     def round(self) -> None:
         """Time one round of every side."""
         names = list(self.sides)
-        turn = len(self.device_s[names[0]]) % len(names)
-        for name in names[turn:] + names[:turn]:
+        turns, backwards = divmod(len(self.device_s[names[0]]), 2)
+        turn = turns % len(names)
+        order = names[turn:] + names[:turn]
+        for name in reversed(order) if backwards else order:
             device, host = self.clock.round(self.sides[name], self.inputs, self.calls[name])
             if name in self._graphs:
                 device = self.clock.round(self._graphs[name], [()], 1)[0] / self.calls[name]

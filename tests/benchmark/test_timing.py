@@ -53,13 +53,14 @@ def test_sides_run_in_turn_and_each_goes_first(fake_time):
     timed = Interleaved(Clock("cpu"), sides, [()])
     assert timed.round_s == pytest.approx(7.0)
     log.clear()
-    for _ in range(4):
+    for _ in range(6):
         timed.round()
-    assert "".join(log) == "abcbcacababc"
+    # each goes first as often as the others, and behind each of them as often as before it
+    assert "".join(log) == "abccbabcaacbcabbac"
     assert timed.device_s == {
-        "a": pytest.approx([1.0] * 4),
-        "b": pytest.approx([2.0] * 4),
-        "c": pytest.approx([4.0] * 4),
+        "a": pytest.approx([1.0] * 6),
+        "b": pytest.approx([2.0] * 6),
+        "c": pytest.approx([4.0] * 6),
     }
     assert timed.host_s == timed.device_s
 
