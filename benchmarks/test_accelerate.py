@@ -13,11 +13,12 @@ import torch
 from harness import DEVICE, absent, dtype_name, measure
 from test_towers import DTYPES, MODELS, PROMPTS, SMALL, create, open_clips, transformers_model, zero_shot_prompts
 from torch import Tensor, nn
-from towers import DEPTH, counted, in_inference_mode, operations
+from towers import DEPTH, in_inference_mode, operations
 
 import clipfast
 from clipfast.benchmark.measure import Oracle
 from clipfast.benchmark.results import Row
+from clipfast.console import counted
 
 IMAGES = 4
 

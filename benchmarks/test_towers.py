@@ -15,11 +15,12 @@ import pytest
 import torch
 from harness import DEVICE, ON_GPU, absent, by_scale, dense, dtype_name, measure
 from torch import Tensor, nn
-from towers import DEPTH, compiled, counted, exact_features, in_inference_mode, operations, reference
+from towers import DEPTH, compiled, exact_features, in_inference_mode, operations, reference
 
 import clipfast
 from clipfast.benchmark.measure import Oracle
 from clipfast.benchmark.results import Row
+from clipfast.console import counted
 from clipfast.evaluate.templates import load_templates
 from clipfast.models.key_layouts import from_openai, image_tower_of
 

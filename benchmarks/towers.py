@@ -25,11 +25,6 @@ def compiled(module: Callable[..., Tensor] | str) -> Callable[..., Tensor] | str
     return torch.compile(module)
 
 
-def counted(count: int, what: str) -> str:
-    """Return "1 image", "4 images"."""
-    return f"{count} {what}{'' if count == 1 else 's'}"
-
-
 def operations(call: Callable[[], object]) -> float:
     """Return the operations of the products of a dense pass."""
     with torch.no_grad(), clipfast.backend("reference"), clipfast.exact_shortcuts(False):

@@ -153,7 +153,7 @@ def make_app(
         return bytes(body)
 
     def prepare_picture(data: bytes) -> Any:
-        # by their first bytes: Pillow would read dozens of formats, some of them with other programs
+        # by their first bytes: Pillow would read dozens of formats
         if not data.startswith((JPEG, PNG)):
             raise HTTPException(400, f"body: got {len(data)} bytes that are neither JPEG nor PNG, expected a picture")
         try:

@@ -10,6 +10,7 @@ from html import escape
 from clipfast.benchmark.groups import Group
 from clipfast.benchmark.results import DENSE, OURS, Row, Run
 from clipfast.benchmark.summary import bytes_text, is_counted, memory_ratio, own_operator, ratio_text, speed_ups
+from clipfast.console import counted
 
 _LEAST, _MOST = -4, 10  # powers of two: a bar beyond ends at the scale's end, with an arrow
 
@@ -155,7 +156,7 @@ def bars_html(group: Group, scale: Scale, device: str) -> str:
     )
     if group.ties is not None and same:
         low, high = group.ties
-        count = f"{len(group.same)} row{'s' * (len(group.same) > 1)}"
+        count = counted(len(group.same), "row")
         same = (
             f"<details><summary>The same operator on both sides: {count}, rivals take {_range(low, high)} clipfast’s "
             'time</summary><p class="note">clipfast calls PyTorch’s own operator in these: a tie with it is by '

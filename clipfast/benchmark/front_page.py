@@ -168,7 +168,7 @@ def _by_memory(key: str, title: str, row: Row | None, device: str) -> Comparison
 
 def _of_accelerate(run: Run) -> Comparison | None:
     """Join what ``clipfast.accelerate`` did to each library's own model; the others are the model as it was."""
-    chosen = {library: row for library, row in accelerated(run).items() if row is not None}
+    chosen = accelerated(run)
     if not chosen:
         return None
     return Comparison(
@@ -181,10 +181,8 @@ def _of_accelerate(run: Run) -> Comparison | None:
     )
 
 
-def accelerated(run: Run) -> dict[str, Row | None]:
-    """Return, for each library, the row of its own model that scores images against prompts, in bfloat16."""
+def accelerated(run: Run) -> dict[str, Row]:
+    """Return the row of each library's own model that scores images against prompts in bfloat16, where there is one."""
     rows = [row for row in run.rows if (row.op, row.unit, row.dtype) == ("accelerate", "scores", "bfloat16")]
-    return {
-        library: next((row for row in rows if row.rivals == [library] and OURS in row.sides), None)
-        for library in LIBRARIES
-    }
+    found = {library: [row for row in rows if row.rivals == [library] and OURS in row.sides] for library in LIBRARIES}
+    return {library: some[0] for library, some in found.items() if some}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from clipfast.benchmark.results import OURS, Row, Run
-from clipfast.benchmark.summary import OPS, SpeedUp, best_rival, own_operator, speed_ups
+from clipfast.benchmark.summary import OPS, best_rival, own_operator, speed_ups
 
 _HEADINGS = OPS | {
     "prompts": "Zero-shot prompts",
@@ -35,13 +34,13 @@ class Group:
     @property
     def gain(self) -> float | None:
         """The fastest rival's time over clipfast's, the geometric mean of ``rows``; None where no rival was there."""
-        ratios = [found.ratio for found in _of_each(self.rows, best_rival)]
+        ratios = self._fastest_ratios
         return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
 
     @property
     def fastest(self) -> tuple[float, float, int] | None:
         """The least and the most of the fastest rivals' ratios in ``rows``, and how many rows have one."""
-        ratios = [found.ratio for found in _of_each(self.rows, best_rival)]
+        ratios = self._fastest_ratios
         return (min(ratios), max(ratios), len(ratios)) if ratios else None
 
     @property
@@ -50,9 +49,9 @@ class Group:
         ratios = [found.ratio for row in self.same if OURS in row.sides for found in speed_ups(row)]
         return (min(ratios), max(ratios)) if ratios else None
 
-
-def _of_each(rows: list[Row], pick: Callable[[Row], SpeedUp | None]) -> list[SpeedUp]:
-    return [found for row in rows if (found := pick(row)) is not None]
+    @property
+    def _fastest_ratios(self) -> list[float]:
+        return [found.ratio for row in self.rows if (found := best_rival(row)) is not None]
 
 
 def key_of(row: Row) -> str:

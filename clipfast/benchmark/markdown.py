@@ -98,7 +98,7 @@ def headline(run: Run) -> str:
 
 def effect(run: Run) -> str:
     """Return what one line does to a library's own model; nothing where that was not measured."""
-    rows = {library: row for library, row in accelerated(run).items() if row is not None}
+    rows = accelerated(run)
     if not rows:
         return ""
     told = []

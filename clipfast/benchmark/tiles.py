@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from clipfast.benchmark.groups import key_of
 from clipfast.benchmark.results import OURS, Row, Run
-from clipfast.benchmark.summary import best_rival, bytes_text, memory_ratio, ratio_text, speed_ups
+from clipfast.benchmark.summary import best_rival, bytes_text, memory_ratio, ratio_text
 
 _KNOWN = "open_clip"  # whom most users come from
 _IMAGES = ("images", "forward")
@@ -52,12 +52,8 @@ def _rival(row: Row) -> str:
     return _KNOWN if _KNOWN in row.rivals or fastest is None else fastest.rival
 
 
-def _ratio(row: Row, rival: str) -> float:
-    return next(found.ratio for found in speed_ups(row) if found.rival == rival)
-
-
 def _middle(rows: list[Row]) -> Row:
-    by_gain = sorted(rows, key=lambda row: _ratio(row, _rival(row)))
+    by_gain = sorted(rows, key=lambda row: row.ratio(_rival(row)))
     return by_gain[(len(rows) - 1) // 2]
 
 
@@ -70,7 +66,7 @@ def _words(ratio: float) -> tuple[str, str]:
 
 def _speed(row: Row, what: str) -> Tile:
     rival, fastest = _rival(row), best_rival(row)
-    figure, than = _words(_ratio(row, rival))
+    figure, than = _words(row.ratio(rival))
     meaning = f"{than} {rival}"
     if fastest is not None and fastest.rival != rival:
         other, than = _words(fastest.ratio)

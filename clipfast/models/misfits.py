@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -16,13 +16,13 @@ def listed(keys: Sequence[str], most: int = SHOWN) -> str:
     return ", ".join(keys[:most]) + (f", … and {more} more" if more > 0 else "")
 
 
-def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str | None = None) -> None:
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: Callable[[], str | None]) -> None:
     """Raise ValueError unless weights are all that a model has, of its shapes and no others.
 
     Args:
         model: The module.
         state: The weights, by its own keys.
-        what: What the weights are, where that explains why they do not fit: a sentence.
+        what: Says what the weights are, where that explains why keys are missing: a sentence. It is asked only then.
     """
     own = model.state_dict(keep_vars=True)
     shared = [k for k in own if k in state]
@@ -44,7 +44,8 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], what: str | None = 
         "on the meta device, where nothing can be loaded": [k for k, v in own.items() if v.is_meta],
     }
     if any(faults.values()):
-        lines = [f"  {what}"] if what and faults["missing"] else []
+        told = what() if faults["missing"] else None
+        lines = [f"  {told}"] if told else []
         lines += [f"  {len(keys)} {fault}: {listed(keys)}" for fault, keys in faults.items() if keys]
         raise ValueError(
             f"weights do not fit this {type(model).__name__}; nothing was loaded (keys in OpenAI's layout)\n"

@@ -14,7 +14,7 @@ from clipfast.models.clip import CLIP
 from clipfast.models.config import CLIPConfig, get_config, list_models
 from clipfast.models.create import create_model
 from clipfast.models.foreign_config import config_of, folder_config
-from clipfast.models.hub_names import refuse_hub_name
+from clipfast.models.hub_names import HUB, refuse_hub_name
 from clipfast.models.model_folder import CONFIG_FILE, WEIGHTS_FILE
 
 #: What the commands and open_clip call dtypes of weights.
@@ -100,7 +100,7 @@ def _find(
         return config_of(spec, training=False), weights
     if "/" not in spec and not path.suffix:
         get_config(spec)  # an unknown name: says which are near
-    if spec.startswith("hf-hub:"):  # another name with a slash is rather a folder's that was mistyped
+    if spec.startswith(HUB):  # another name with a slash is rather a folder's that was mistyped
         refuse_hub_name(spec)
     raise FileNotFoundError(
         f"model: got {spec}, expected the folder of a run, of an open_clip or of a transformers model, a .json "

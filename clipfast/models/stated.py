@@ -118,7 +118,7 @@ class _Stated:
         kind = str(self.theirs.get("model_type"))
         return next((family for family in _HIDDEN_ACT if kind.startswith(family)), None)
 
-    @property
+    @functools.cached_property
     def open_clips(self) -> Mapping[str, Any] | None:
         """What open_clip's says of the model; None where there is none."""
         sizes = self._read("open_clip_config.json").get("model_cfg")
@@ -126,9 +126,12 @@ class _Stated:
 
     def tower(self, name: str) -> Mapping[str, Any]:
         """Return a tower's part of open_clip's or this project's configuration; empty where it says nothing of it."""
-        sizes = self.open_clips
-        part = (self._read("model.json") if sizes is None else sizes).get(name)
+        part = (self._own if self.open_clips is None else self.open_clips).get(name)
         return part if isinstance(part, dict) else {}
+
+    @functools.cached_property
+    def _own(self) -> Mapping[str, Any]:
+        return self._read("model.json")
 
     def _read(self, name: str) -> Mapping[str, Any]:
         return {} if self._folder is None else read_config(self._folder / name)

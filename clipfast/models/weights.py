@@ -105,7 +105,7 @@ def load_weights(
     state = _read(path_or_state_dict)
     stated, assumed = _grids(path_or_state_dict, state, model)
     gelus = _gelus(path_or_state_dict, state)
-    converted, layout = to_openai(state), detect_layout(without_prefixes(state))
+    converted = to_openai(state)
     share = _share_of(model, converted)
     _check_gelu(model, gelus)
     if images:
@@ -114,7 +114,7 @@ def load_weights(
         check_image_grid(model, share, stated)
     if text:
         fit_text_positions(model, share, text_positions)
-    check_fit(model, share, _what_they_are(model, converted, layout))
+    check_fit(model, share, lambda: _what_they_are(model, converted, detect_layout(without_prefixes(state))))
     with torch.no_grad():
         for name, target in model.state_dict(keep_vars=True).items():
             if name in share:

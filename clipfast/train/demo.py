@@ -25,13 +25,14 @@ from clipfast.models.create import create_model
 from clipfast.models.foreign_config import config_of
 from clipfast.models.model_folder import write_model_folder
 from clipfast.models.open_model import find_device
+from clipfast.outputs import check_output_folder
 from clipfast.settings import at_least, check_setting
 from clipfast.train.config import Precision, TrainConfig
 from clipfast.train.demo_report import HeldOutPairs, metrics_table, write_demo_report
 from clipfast.train.emoji_batches import encode_all, normalized_pixels, training_batches, whole_tokens
 from clipfast.train.engine import TrainResult, train
 from clipfast.train.interrupt import Stopped, stop_on_interrupt
-from clipfast.train.limits import RULES, check_output
+from clipfast.train.limits import RULES
 from clipfast.train.progress import TrainingProgress
 
 # 13.7 M parameters, 9.5 M of them CLIP's vocabulary; two cores take a step of 256 pairs in 0.65 s
@@ -102,7 +103,7 @@ def run_demo(
     check_setting("batch_size", batch_size, int, at_least(2))
     check_setting("image_size", image_size, int | None, at_least(1))
     check_setting("seed", seed, int, RULES["seed"])
-    check_output(output)
+    check_output_folder(output)
     with stop_on_interrupt() as stop:
         with stop.at_once():
             training = TrainConfig(steps, learning_rate, warmup_steps=max(1, min(20, steps // 5)), precision=precision)

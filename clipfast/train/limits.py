@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from clipfast.outputs import check_output_folder
 from clipfast.settings import ANY, SOME_TEXT, Rule, above, at_least, between, share
 
 # folders of checkpoints are sorted by names of nine digits
@@ -153,12 +151,3 @@ def check_sigmoid(label_smoothing: float, taught: bool) -> None:
         raise ValueError(f"label_smoothing: got {label_smoothing} with the sigmoid loss, expected 0, or loss = 'clip'")
     if taught:
         raise ValueError("distill_model: got a teacher with the sigmoid loss, expected none, or loss = 'clip'")
-
-
-def check_output(folder: Path) -> None:
-    """Find out whether a run's folder is, or can be made, one that can be written to; nothing is made yet.
-
-    Raises:
-        OSError: It cannot.
-    """
-    check_output_folder(folder)

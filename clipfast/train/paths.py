@@ -34,6 +34,7 @@ def start_from(settings: Mapping[str, Any], folder: str | os.PathLike[str]) -> d
 def _is_path(name: str, value: str, folder: Path) -> bool:
     from clipfast.data.shipped import SHIPPED
     from clipfast.models.config import list_models
+    from clipfast.models.hub_names import HUB
 
     if not value.strip():
         return False
@@ -41,7 +42,7 @@ def _is_path(name: str, value: str, folder: Path) -> bool:
         return value not in SHIPPED or (folder / value).exists()
     if name in _MODELS:
         # a name with a slip in it is not a path either, nor is a model hub's: the error says what it is
-        if value.startswith("hf-hub:") or value in list_models():
+        if value.startswith(HUB) or value in list_models():
             return False
         return "/" in value or value.endswith(".json") or (folder / value).exists()
     return name in _FILES or (name == "resume" and value not in ("auto", "never"))

@@ -22,11 +22,11 @@ from clipfast.data.pairs import DistinctPictures, PairSource
 from clipfast.data.sources import open_pairs
 from clipfast.data.tokenizer_base import AnyTokenizer
 from clipfast.models.model_folder import write_model_folder
+from clipfast.outputs import check_output_folder
 from clipfast.train.checkpoint import Checkpoints
 from clipfast.train.config import RunConfig, TrainConfig, compile_mode
 from clipfast.train.engine import StepRecord, TrainResult, train_on
 from clipfast.train.interrupt import StopRequest, stop_on_interrupt
-from clipfast.train.limits import check_output
 from clipfast.train.paths import shown, start_from
 from clipfast.train.plan import leave_plan
 from clipfast.train.progress import TrainingProgress
@@ -112,7 +112,7 @@ class _Run:
         self.output = Path(config.output)
         place.agree("settings", self._settings())
         self.model_config = place.together("model", lambda: config_of_run(config))
-        place.together("output", lambda: check_output(self.output))
+        place.together("output", lambda: check_output_folder(self.output))
         self.source = place.together("data", lambda: self._open(config.data, training=True))
         place.agree("data", {"pairs": len(self.source), "groups": len(self.source.groups)})
         self.pictures = Pictures(config, self.model_config, place)

@@ -14,6 +14,7 @@ from PIL import Image, ImageFilter
 from sklearn.manifold import TSNE
 from torch import Tensor
 
+from clipfast.extras import missing
 from clipfast.visualize.figures import BLUE, GREY, INK, ORANGE, hide_frame, new_figure
 
 #: What can lay features out in a plane, and what it is called.
@@ -120,7 +121,7 @@ def _load_umap() -> Any:
     try:
         from umap import UMAP
     except ImportError as error:
-        raise ImportError("method: 'umap' needs umap-learn, which is not installed: pip install umap-learn") from error
+        raise missing("method: 'umap' needs", "umap") from error
     return UMAP
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from clipfast.console import visible
+from clipfast.console import counted, visible
 from clipfast.data.input_transform import square_transform_of
 from clipfast.data.model_inputs import image_size_of, model_and_tokenizer, tokenizer_of
 from clipfast.data.tokenizer_base import AnyTokenizer
@@ -112,8 +112,7 @@ def show(
     facts = facts_of(model, source)
     about = _drawable(facts.line)
     output.mkdir(parents=True, exist_ok=True)
-    pictures = "1 picture" if len(images) == 1 else f"{len(images)} pictures"
-    words = "1 text" if len(texts) == 1 else f"{len(texts)} texts"
+    pictures, words = counted(len(images), "picture"), counted(len(texts), "text")
     report = Report("What the model sees", f"{pictures} and {words}." if texts else f"{pictures}.")
     report.add_table((), [(name, _drawable(words)) for name, words in facts.rows()])
     files = []
